@@ -1,0 +1,38 @@
+"""SparseMLA for PyTorch: `torch.ops.mla.sparse_attn`, token-level top-k sparse multi-head latent attention, any width.
+
+Importing this package registers the operators. It imports neither triton, Inductor nor any model framework.
+"""
+
+from pathlib import Path as _Path
+
+__version__ = "0.1.0"
+
+# In a checkout, registration/ and lowering/ lie beside this folder but are subpackages of it (see pyproject.toml).
+# Installs map them; this serves plain runs from the checkout and strict editable installs.
+if not (_Path(__file__).parent / "registration").is_dir():
+    __path__.append(str(_Path(__file__).parent.parent))
+
+from mla_ops.api import SparseAttnOutput, sparse_attn
+from mla_ops.dispatch import backend_names, explain
+from mla_ops.errors import (
+    DoubleBackwardError,
+    InvalidInputError,
+    MissingExtraError,
+    MlaOpsError,
+    UnknownBackendError,
+    UnsupportedProblemError,
+)
+
+__all__ = [
+    "DoubleBackwardError",
+    "InvalidInputError",
+    "MissingExtraError",
+    "MlaOpsError",
+    "SparseAttnOutput",
+    "UnknownBackendError",
+    "UnsupportedProblemError",
+    "__version__",
+    "backend_names",
+    "explain",
+    "sparse_attn",
+]

@@ -1,0 +1,68 @@
+"""The Python front door; its docstring is the documentation of record."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from mla_ops.registration import SPARSE_ATTN
+from mla_ops.validation import check_argument_types
+
+
+class SparseAttnOutput(NamedTuple):
+    """What `sparse_attn` returns."""
+
+    out: torch.Tensor  # [batch, seq_q, heads, d_v], q.dtype, contiguous
+    lse: torch.Tensor  # [batch, seq_q, heads], fp32, natural log, sink excluded
+
+
+def sparse_attn(
+    q: torch.Tensor,
+    kv: torch.Tensor,
+    indices: torch.Tensor,
+    *,
+    d_v: int,
+    softmax_scale: float,
+    topk_length: torch.Tensor | None = None,
+    attn_sink: torch.Tensor | None = None,
+    backend: str = "auto",
+) -> SparseAttnOutput:
+    """Attend each query to the KV rows its indices name: token-level sparse MLA in absorbed form.
+
+    The same operator as `torch.ops.mla.sparse_attn`, with Python types checked. Differentiable once in `q`, `kv` and
+    `attn_sink`, through `out` and through `lse`. Every tensor may drop its leading `batch` dimension (all of them
+    together), and may have any strides.
+
+    Args:
+        q: `[batch, seq_q, heads, d_total]`, absorbed queries; bf16, fp16 or fp32 (fp64 on the eager backend).
+        kv: `[batch, seq_kv, kv_group, d_total]`, dtype of `q`. The whole row is the key, columns `[:d_v]` are the
+            value. `heads` is a multiple of `kv_group` (1 in MLA); head `h` reads group `h // (heads // kv_group)`.
+        indices: `[batch, seq_q, kv_group, topk]`, int32 or int64 positions in `seq_kv`, per batch element. Anything
+            outside `[0, seq_kv)` means "no key" and is never read; a repeated index counts as often as it appears.
+            Causality, windows and document boundaries are expressed here, by the caller.
+        d_v: value width, `1 <= d_v <= d_total`.
+        softmax_scale: multiplies the logits; any finite value, a constant in compiled code. There is no default:
+            absorbed rows are wider than the trained head, so `d_total ** -0.5` is wrong. MLA's scale comes from
+            `qk_nope_head_dim + qk_rope_head_dim`.
+        topk_length: `[batch, seq_q]`, int32 or int64; only the first `topk_length` slots of a row count. Values are
+            clamped to `[0, topk]`.
+        attn_sink: `[heads]`, fp32 logit that joins the softmax denominator only. `-inf` has no effect, `+inf` makes
+            the output exactly 0.
+        backend: "auto", or a name from `mla_ops.backend_names()`; a named backend never falls back.
+
+    Returns:
+        `out` `[batch, seq_q, heads, d_v]` in `q.dtype`, contiguous, and `lse` `[batch, seq_q, heads]` in fp32, the
+        natural log-sum-exp of the scaled logits of the valid slots, sink excluded. A query without a valid slot gets
+        `out = 0`, `lse = -inf` and zero gradients. Logits and sums accumulate in fp32 (fp64 for fp64 inputs).
+
+    Raises:
+        InvalidInputError: an argument breaks a rule above; raised before any work, at trace time in compiled code.
+        UnknownBackendError: `backend` is no known name.
+        UnsupportedProblemError: no backend runs it, or not the named one; the message lists each one's reasons.
+        DoubleBackwardError: a gradient of a gradient was asked for (eager; torch refuses it in compiled code).
+
+    Reference: DeepSeek-V3.2 technical report, DeepSeek Sparse Attention; `mla_ops/reference.py` is the definition.
+    """
+    check_argument_types(q, kv, indices, d_v, softmax_scale, topk_length, attn_sink, backend)
+    return SparseAttnOutput(*SPARSE_ATTN(q, kv, indices, d_v, softmax_scale, topk_length, attn_sink, backend))

@@ -1,0 +1,1 @@
+"""Who runs a call: one module per backend, each behind the protocol of `base`. Backends never import one another."""

@@ -1,0 +1,59 @@
+"""The protocol of a backend: what it declares, and the two calls it answers."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+
+from mla_ops.device import DeviceTraits
+from mla_ops.problem import SparseAttnProblem
+
+
+class Backend(Protocol):
+    """One way to run the operator. Support is declared, never discovered by trying.
+
+    Arguments of `forward` and `backward` have passed `validation`; tensors have any strides. Results are contiguous.
+    """
+
+    name: str
+
+    def unsupported_reasons(self, problem: SparseAttnProblem, traits: DeviceTraits) -> list[str]:
+        """Every reason why this backend cannot run `problem` on `traits`; each says have, want and the fix."""
+        ...
+
+    def auto_excluded_reason(self, problem: SparseAttnProblem, traits: DeviceTraits) -> str | None:
+        """Why `backend="auto"` must not pick this backend although it could run, or None."""
+        ...
+
+    def forward(
+        self,
+        q: torch.Tensor,
+        kv: torch.Tensor,
+        indices: torch.Tensor,
+        d_v: int,
+        softmax_scale: float,
+        topk_length: torch.Tensor | None,
+        attn_sink: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return `(out, lse)` as `mla_ops.sparse_attn` documents them."""
+        ...
+
+    def backward(
+        self,
+        dout: torch.Tensor | None,
+        dlse: torch.Tensor | None,
+        q: torch.Tensor,
+        kv: torch.Tensor,
+        indices: torch.Tensor,
+        out: torch.Tensor,
+        lse: torch.Tensor,
+        d_v: int,
+        softmax_scale: float,
+        topk_length: torch.Tensor | None,
+        attn_sink: torch.Tensor | None,
+        need_dq: bool,
+        need_dkv: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return `(dq, dkv, dsink)`; one that is not needed (`dsink` without a sink) is an empty `[0]` tensor."""
+        ...

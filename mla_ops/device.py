@@ -1,0 +1,43 @@
+"""The only place that asks a device what it is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+
+@dataclass(frozen=True)
+class DeviceTraits:
+    """What dispatch may know about a device; built by hand in tests, so every decision can be tested without a GPU."""
+
+    type: str  # torch device type: "cpu", "cuda"
+    arch: int = 0  # CUDA compute capability as major * 10 + minor; 0 elsewhere
+    smem_bytes: int = 0  # shared memory one thread block may opt in to
+    num_sms: int = 0
+    name: str = ""
+
+    def __str__(self) -> str:
+        if self.type != "cuda":
+            return self.type
+        return f"sm{self.arch} ({self.name}, {self.num_sms} SMs, {self.smem_bytes} B shared memory per block)"
+
+
+def traits_of(device: torch.device) -> DeviceTraits:
+    """Return the traits of `device`, asking the driver once per CUDA device."""
+    if device.type != "cuda":
+        return DeviceTraits(type=device.type)
+    return _cuda_traits(torch.cuda.current_device() if device.index is None else device.index)
+
+
+@lru_cache(maxsize=None)
+def _cuda_traits(index: int) -> DeviceTraits:
+    properties = torch.cuda.get_device_properties(index)
+    return DeviceTraits(
+        type="cuda",
+        arch=properties.major * 10 + properties.minor,
+        smem_bytes=properties.shared_memory_per_block_optin,
+        num_sms=properties.multi_processor_count,
+        name=properties.name,
+    )

@@ -1,0 +1,70 @@
+"""The only reader of environment variables. Settings are frozen; none changes what the operator computes.
+
+| variable | field | default | meaning |
+| --- | --- | --- | --- |
+| `MLA_OPS_EAGER_WORKSPACE_MB` | `eager_workspace_mb` | 16 | MiB of gathered KV rows the eager backend holds at a time |
+
+`override()` replaces fields for one context (a thread or task), which is what tests and notebooks want.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
+
+from mla_ops.errors import InvalidSettingError
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Values in force; read them through `current()`."""
+
+    # A gather that stays in the last-level cache is what makes chunking faster than one big gather, not only smaller.
+    eager_workspace_mb: int = 16
+
+    def __post_init__(self) -> None:
+        if type(self.eager_workspace_mb) is not int or self.eager_workspace_mb < 1:
+            raise InvalidSettingError(f"eager_workspace_mb must be an integer >= 1, got {self.eager_workspace_mb!r}")
+
+
+def _from_environment() -> Settings:
+    text = os.environ.get("MLA_OPS_EAGER_WORKSPACE_MB")
+    if text is None:
+        return Settings()
+    try:
+        value = int(text)
+    except ValueError:
+        raise InvalidSettingError(f"MLA_OPS_EAGER_WORKSPACE_MB must be an integer >= 1, got {text!r}") from None
+    return Settings(eager_workspace_mb=value)
+
+
+_current: ContextVar[Settings] = ContextVar("mla_ops_settings", default=_from_environment())
+
+
+def current() -> Settings:
+    """Return the settings of this context: the environment at import, or the innermost `override`."""
+    return _current.get()
+
+
+@contextmanager
+def override(**fields: int) -> Iterator[Settings]:
+    """Replace fields of the settings inside a `with` block; an unknown field raises `InvalidSettingError`."""
+    known = Settings.__dataclass_fields__
+    unknown = sorted(set(fields) - set(known))
+    if unknown:
+        raise InvalidSettingError(f"unknown setting {', '.join(unknown)}; expected one of {', '.join(known)}")
+    token = _current.set(replace(_current.get(), **fields))
+    try:
+        yield _current.get()
+    finally:
+        _current.reset(token)
+
+
+def cxx_compiler() -> str | None:
+    """Path of the C++ compiler that Inductor would call (`CXX`, else g++, else clang++), or None without one."""
+    candidates = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++"]
+    return next((path for path in map(shutil.which, candidates) if path), None)

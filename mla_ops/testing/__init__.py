@@ -1,0 +1,10 @@
+"""Cases, inputs and closeness checks shared by the test suite and by users who test their own integrations.
+
+The library itself never imports this package.
+"""
+
+from mla_ops.testing.cases import CONTRACT_CASES, Case
+from mla_ops.testing.closeness import assert_bf16_bars, assert_within_budget
+from mla_ops.testing.inputs import Inputs, make_inputs
+
+__all__ = ["CONTRACT_CASES", "Case", "Inputs", "assert_bf16_bars", "assert_within_budget", "make_inputs"]

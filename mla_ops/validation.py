@@ -1,0 +1,204 @@
+"""The operator's input rules: one function, the same words in eager and at trace time.
+
+Static facts (ranks, dtypes, devices) are plain `if`s. Sizes may be symbols, so they go through `_require`, which asks
+torch to record the condition in the graph instead of specialising on it. Nothing here reads tensor data, and nothing
+here knows what a kernel supports: that is dispatch's business.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from mla_ops.errors import InvalidInputError
+
+_FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+_INDEX_DTYPES = (torch.int32, torch.int64)
+_DEVICE_TYPES = ("cpu", "cuda", "meta")
+
+
+def check_argument_types(
+    q: object,
+    kv: object,
+    indices: object,
+    d_v: object,
+    softmax_scale: object,
+    topk_length: object,
+    attn_sink: object,
+    backend: object,
+) -> None:
+    """Check the Python types that the operator's schema would refuse in its own words, and tensor wrappers.
+
+    Called by the Python front door, where types are still visible: past the dispatcher a wrapper tensor has already
+    been handed to its own class, which may dequantise it without a word.
+    """
+    for name, value in (("q", q), ("kv", kv), ("indices", indices)):
+        if not isinstance(value, torch.Tensor):
+            raise InvalidInputError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+    for name, value in (("topk_length", topk_length), ("attn_sink", attn_sink)):
+        if value is not None and not isinstance(value, torch.Tensor):
+            raise InvalidInputError(f"{name} must be a torch.Tensor or None, got {type(value).__name__}")
+    for name, value in (
+        ("q", q),
+        ("kv", kv),
+        ("indices", indices),
+        ("topk_length", topk_length),
+        ("attn_sink", attn_sink),
+    ):
+        if isinstance(value, torch.Tensor) and is_traceable_wrapper_subclass(value):
+            raise InvalidInputError(
+                f"{name} must be a plain tensor, got the wrapper subclass {type(value).__name__}, whose reported dtype "
+                "may not be what it stores; convert it yourself first (for a quantised tensor: dequantize())"
+            )
+    if isinstance(d_v, bool) or not isinstance(d_v, (int, torch.SymInt)):
+        raise InvalidInputError(f"d_v must be an int, got {type(d_v).__name__}; use int(d_v)")
+    if isinstance(softmax_scale, bool) or not isinstance(softmax_scale, (int, float, torch.SymFloat, torch.SymInt)):
+        raise InvalidInputError(
+            f"softmax_scale must be a float, got {type(softmax_scale).__name__}; it is a constant, use float(...)"
+        )
+    if not isinstance(backend, str):
+        raise InvalidInputError(f"backend must be a string, got {type(backend).__name__}")
+
+
+def check_inputs(
+    q: torch.Tensor,
+    kv: torch.Tensor,
+    indices: torch.Tensor,
+    d_v: int,
+    softmax_scale: float,
+    topk_length: torch.Tensor | None,
+    attn_sink: torch.Tensor | None,
+) -> None:
+    """Raise `InvalidInputError` at the first broken rule of `mla::sparse_attn`; shapes in `mla_ops.sparse_attn`."""
+    _check_storage(q=q, kv=kv, indices=indices, topk_length=topk_length, attn_sink=attn_sink)
+
+    if q.dim() not in (3, 4):
+        raise InvalidInputError(
+            f"q must be [batch, seq_q, heads, d_total] or [seq_q, heads, d_total], got {_shape(q)}"
+        )
+    lead = "batch, " if q.dim() == 4 else ""
+    _check_rank("kv", kv, q.dim(), f"[{lead}seq_kv, kv_group, d_total]")
+    _check_rank("indices", indices, q.dim(), f"[{lead}seq_q, kv_group, topk]")
+    if topk_length is not None:
+        _check_rank("topk_length", topk_length, q.dim() - 2, f"[{lead}seq_q]")
+    if attn_sink is not None and attn_sink.dim() != 1:
+        raise InvalidInputError(f"attn_sink must be [heads], got {_shape(attn_sink)}")
+
+    if q.dtype not in _FLOAT_DTYPES:
+        raise InvalidInputError(
+            f"q must be bfloat16, float16, float32 or float64, got {_dtype(q)}; quantised inputs have no fused path "
+            "yet: dequantise them yourself"
+        )
+    if kv.dtype != q.dtype:
+        raise InvalidInputError(f"kv must have the dtype of q ({_dtype(q)}), got {_dtype(kv)}; use kv.to(q.dtype)")
+    if indices.dtype not in _INDEX_DTYPES:
+        raise InvalidInputError(
+            f"indices must be int32 or int64, got {_dtype(indices)}; use indices.to(torch.int32)"
+        )
+    if topk_length is not None and topk_length.dtype not in _INDEX_DTYPES:
+        raise InvalidInputError(
+            f"topk_length must be int32 or int64, got {_dtype(topk_length)}; use topk_length.to(torch.int32)"
+        )
+    if attn_sink is not None and attn_sink.dtype != torch.float32:
+        raise InvalidInputError(f"attn_sink must be float32, got {_dtype(attn_sink)}; use attn_sink.float()")
+
+    batch, seq_q = q.shape[:-3], q.shape[-3]
+    heads, d_total = q.shape[-2], q.shape[-1]
+    kv_group = kv.shape[-2]
+    if batch:
+        _require_size("kv", kv, 0, batch[0], "the batch of q")
+        _require_size("indices", indices, 0, batch[0], "the batch of q")
+    _require_size("kv", kv, -1, d_total, "d_total of q")
+    _require_size("indices", indices, -3, seq_q, "seq_q of q")
+    _require_size("indices", indices, -2, kv_group, "kv_group of kv")
+    _require(kv_group >= 1, lambda: f"kv_group (kv.shape[-2]) must be at least 1, got kv {_shape(kv)}")
+    _require(
+        heads % kv_group == 0,
+        lambda: f"heads must be a multiple of kv_group, got heads={heads} (q) and kv_group={kv_group} (kv)",
+    )
+    if topk_length is not None:
+        if batch:
+            _require_size("topk_length", topk_length, 0, batch[0], "the batch of q")
+        _require_size("topk_length", topk_length, -1, seq_q, "seq_q of q")
+    if attn_sink is not None:
+        _require_size("attn_sink", attn_sink, 0, heads, "heads of q")
+    _require(d_v >= 1, lambda: f"d_v must be at least 1, got {d_v}")
+    _require(d_v <= d_total, lambda: f"d_v must be at most d_total ({d_total}, the last size of q), got {d_v}")
+    if not math.isfinite(softmax_scale):
+        raise InvalidInputError(f"softmax_scale must be finite, got {softmax_scale}")
+
+
+def check_bwd_inputs(
+    dout: torch.Tensor | None,
+    dlse: torch.Tensor | None,
+    q: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    d_v: int,
+) -> None:
+    """Check what `mla::sparse_attn_bwd` takes beyond the forward's inputs, which `check_inputs` has passed."""
+    out_shape = (*q.shape[:-1], d_v)
+    for name, value, shape, dtype in (
+        ("out", out, out_shape, q.dtype),
+        ("dout", dout, out_shape, q.dtype),
+        ("lse", lse, q.shape[:-1], torch.float32),
+        ("dlse", dlse, q.shape[:-1], torch.float32),
+    ):
+        if value is None:
+            continue
+        _check_storage(q=q, **{name: value})
+        if value.dtype != dtype:
+            raise InvalidInputError(f"{name} must be {_name(dtype)}, got {_dtype(value)}")
+        _check_rank(name, value, len(shape), "[..., heads, d_v]" if len(shape) == q.dim() else "[..., heads]")
+        for dim, size in enumerate(shape):
+            _require_size(name, value, dim, size, f"size {dim} of the forward's result")
+
+
+def _check_storage(**tensors: torch.Tensor | None) -> None:
+    device = None
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        if tensor.layout != torch.strided:
+            raise InvalidInputError(f"{name} must be a dense (strided) tensor, got {tensor.layout}; use .to_dense()")
+        if device is None:  # q comes first
+            device = tensor.device
+            if device.type not in _DEVICE_TYPES:
+                raise InvalidInputError(f"{name} must be on one of {', '.join(_DEVICE_TYPES)}, got {device}")
+        elif tensor.device != device:
+            raise InvalidInputError(f"{name} must be on the device of q ({device}), got {tensor.device}")
+
+
+def _check_rank(name: str, tensor: torch.Tensor, rank: int, expected: str) -> None:
+    if tensor.dim() != rank:
+        raise InvalidInputError(f"{name} must have {rank} dimensions, {expected}, got {_shape(tensor)}")
+
+
+def _require_size(name: str, tensor: torch.Tensor, dim: int, size: int, source: str) -> None:
+    _require(
+        tensor.shape[dim] == size,
+        lambda: f"size {dim} of {name} must equal {source} ({size}), got {name} {_shape(tensor)}",
+    )
+
+
+def _require(condition: bool | torch.SymBool, message: Callable[[], str]) -> None:
+    if condition is True:
+        return
+    if condition is False:
+        raise InvalidInputError(message())
+    torch._check_with(InvalidInputError, condition, message)
+
+
+def _shape(tensor: torch.Tensor) -> str:
+    return f"shape [{', '.join(map(str, tensor.shape))}]"
+
+
+def _dtype(tensor: torch.Tensor) -> str:
+    return _name(tensor.dtype)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,60 @@
+"""Fixtures of the suite: where a test runs, and memory that is never zero by luck."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+
+
+@dataclass(frozen=True)
+class Target:
+    """A device and the backend that serves it; the whole contract is tested on each."""
+
+    device: str
+    backend: str
+
+
+TARGETS = [
+    pytest.param(Target("cpu", "auto"), id="cpu"),
+    pytest.param(Target("cuda", "eager"), id="cuda-eager", marks=pytest.mark.gpu),
+]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="needs a CUDA device: torch.cuda.is_available() is False on this machine")
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(skip)
+
+
+@pytest.fixture(params=TARGETS)
+def target(request: pytest.FixtureRequest) -> Target:
+    return request.param
+
+
+@pytest.fixture
+def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fill what torch leaves uninitialised, so that a result nobody wrote is seen."""
+
+    def poisoned(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def allocate_and_fill(*args: Any, **kwargs: Any) -> torch.Tensor:
+            tensor = allocate(*args, **kwargs)
+            return tensor.fill_(torch.nan if tensor.is_floating_point() else 123456789)
+
+        return allocate_and_fill
+
+    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
+        monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
+
+
+@pytest.fixture
+def fresh_dynamo() -> None:
+    """Start without compiled frames or counters of earlier tests."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
