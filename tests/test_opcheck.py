@@ -24,7 +24,7 @@ def check(inputs: Inputs) -> None:
     torch.library.opcheck(torch.ops.mla.sparse_attn.default, inputs.args, test_utils=ALL_UTILITIES)
 
 
-@pytest.mark.parametrize(("size", "grads", "optional"), itertools.product(SIZES, GRADS, [False, True]))
+@pytest.mark.parametrize(("size", "grads", "optional"), list(itertools.product(SIZES, GRADS, [False, True])))
 def test_forward(size: str, grads: str, optional: bool) -> None:
     inputs = make_inputs(SIZES[size], topk_length=optional, attn_sink=optional)
     q, kv = GRADS[grads]
