@@ -11,7 +11,6 @@ import math
 from collections.abc import Callable
 
 import torch
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from mla_ops.errors import InvalidInputError
 
@@ -48,7 +47,7 @@ def check_argument_types(
         ("topk_length", topk_length),
         ("attn_sink", attn_sink),
     ):
-        if isinstance(value, torch.Tensor) and is_traceable_wrapper_subclass(value):
+        if isinstance(value, torch.Tensor) and _is_wrapper(type(value)):
             raise InvalidInputError(
                 f"{name} must be a plain tensor, got the wrapper subclass {type(value).__name__}, whose reported dtype "
                 "may not be what it stores; convert it yourself first (for a quantised tensor: dequantize())"
@@ -155,6 +154,14 @@ def check_bwd_inputs(
         _check_rank(name, value, len(shape), "[..., heads, d_v]" if len(shape) == q.dim() else "[..., heads]")
         for dim, size in enumerate(shape):
             _require_size(name, value, dim, size, f"size {dim} of the forward's result")
+
+
+def _is_wrapper(cls: type) -> bool:
+    """Whether tensors of `cls` answer operators themselves; torch's own tracing tensors do, and are what they say."""
+    if cls is torch.Tensor or cls is torch.nn.Parameter:
+        return False
+    answers_itself = getattr(cls, "__torch_dispatch__", None) is not torch.Tensor.__torch_dispatch__
+    return answers_itself and not cls.__module__.startswith("torch._subclasses.")
 
 
 def _check_storage(**tensors: torch.Tensor | None) -> None:

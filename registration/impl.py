@@ -66,7 +66,10 @@ def sparse_attn_bwd_impl(
 
 
 def register(library: torch.library.Library) -> None:
-    """Attach the kernels to the operators of `library`, for the CPU and for CUDA."""
-    for device_key in ("CPU", "CUDA"):
-        library.impl("sparse_attn", sparse_attn_impl, device_key)
-        library.impl("sparse_attn_bwd", sparse_attn_bwd_impl, device_key)
+    """Attach the kernels to the operators of `library`, under the key that every device and layout falls back to.
+
+    Not CPU and CUDA alone: a sparse or foreign tensor must meet our checks and dispatch's reasons, not the
+    dispatcher's list of keys.
+    """
+    library.impl("sparse_attn", sparse_attn_impl, "CompositeExplicitAutograd")
+    library.impl("sparse_attn_bwd", sparse_attn_bwd_impl, "CompositeExplicitAutograd")

@@ -10,9 +10,6 @@ from torch.utils.flop_counter import register_flop_formula
 
 from mla_ops.registration.schema import SPARSE_ATTN, SPARSE_ATTN_BWD
 
-# ---- autocast --------------------------------------------------------------------------------------------------------
-
-
 def _autocast_kernel(device_type: str) -> Any:
     def cast_and_call(
         q: torch.Tensor, kv: torch.Tensor, indices: torch.Tensor, *args: Any
@@ -27,9 +24,6 @@ def _autocast_kernel(device_type: str) -> Any:
     return cast_and_call
 
 
-# ---- vmap ------------------------------------------------------------------------------------------------------------
-
-
 def _vmap_sparse_attn(
     info: Any,
     in_dims: tuple[int | None, ...],
@@ -38,12 +32,13 @@ def _vmap_sparse_attn(
     indices: torch.Tensor,
     d_v: int,
     softmax_scale: float,
-    topk_length: torch.Tensor | None,
-    attn_sink: torch.Tensor | None,
-    backend: str,
+    topk_length: torch.Tensor | None = None,
+    attn_sink: torch.Tensor | None = None,
+    backend: str = "auto",
 ) -> tuple[tuple[torch.Tensor, ...], tuple[int, ...]]:
     """Fold the vmapped dimension into `batch`; a vmapped sink has no batch to fold into and runs call by call."""
     args = (q, kv, indices, d_v, softmax_scale, topk_length, attn_sink, backend)
+    in_dims = (*in_dims, *(None,) * (len(args) - len(in_dims)))  # the dispatcher strips trailing defaults
     if in_dims[6] is not None:
         return _vmap_by_loop(SPARSE_ATTN, info, in_dims, args)
 
@@ -83,9 +78,6 @@ def _vmap_by_loop(
     return results, (0,) * len(results)
 
 
-# ---- FLOPs -----------------------------------------------------------------------------------------------------------
-
-
 def sparse_attn_flops(
     q_shape: Sequence[int], kv_shape: Sequence[int], indices_shape: Sequence[int], d_v: int, *args: Any, **kwargs: Any
 ) -> int:
@@ -99,7 +91,7 @@ def sparse_attn_bwd_flops(
     q_shape: Sequence[int],
     kv_shape: Sequence[int],
     indices_shape: Sequence[int],
-    out_shape: Sequence[int],
+    forward_out_shape: Sequence[int],  # not out_shape: the counter passes this operator's own results by that name
     lse_shape: Sequence[int],
     d_v: int,
     softmax_scale: float,

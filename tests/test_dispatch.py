@@ -1,0 +1,159 @@
+"""Decisions, refusals, explanations and settings: all of it without a GPU."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+
+import mla_ops
+from mla_ops import settings
+from mla_ops.device import DeviceTraits
+from mla_ops.dispatch import BACKENDS, select
+from mla_ops.errors import InvalidSettingError
+from mla_ops.problem import Hints, SparseAttnProblem
+from mla_ops.testing import Case, make_inputs
+
+CPU = DeviceTraits(type="cpu")
+H100 = DeviceTraits(type="cuda", arch=90, smem_bytes=232448, num_sms=132, name="H100")
+NAM56R = SparseAttnProblem(d_total=128, d_v=64, topk=256, heads=28, kv_group=1, dtype=torch.bfloat16)
+
+
+def test_auto_on_the_cpu_is_eager() -> None:
+    decision = select(NAM56R, CPU)
+    assert decision.require_backend().name == "eager"
+    assert "eager: runs it" in str(decision)
+
+
+def test_auto_never_detours_to_eager_on_cuda() -> None:
+    verdicts = {verdict.backend: verdict for verdict in select(NAM56R, H100).verdicts}
+    assert any('pass backend="eager"' in reason for reason in verdicts["eager"].reasons)
+
+
+def test_refusal_lists_every_backend_with_its_reasons_and_the_problem() -> None:
+    unknown_format = SparseAttnProblem(
+        d_total=576, d_v=512, topk=2048, heads=128, kv_group=1, dtype=torch.bfloat16, kv_format="fp8_v32"
+    )
+    decision = select(unknown_format, H100)
+    assert decision.backend is None
+    with pytest.raises(mla_ops.UnsupportedProblemError) as info:
+        decision.require_backend()
+    text = str(info.value)
+    assert "d_total=576 d_v=512 heads=128 kv_group=1 topk=2048 bf16 kv_format=fp8_v32" in text
+    assert "sm90 (H100, 132 SMs, 232448 B shared memory per block)" in text
+    for backend in BACKENDS:
+        assert f"\n  {backend.name}: " in text
+    assert isinstance(info.value, NotImplementedError)
+
+
+def test_named_backend_never_falls_back() -> None:
+    refused = SparseAttnProblem(**{**vars(NAM56R), "kv_format": "fp8_v32"})
+    decision = select(refused, CPU, "eager")
+    assert decision.backend is None
+    assert [verdict.backend for verdict in decision.verdicts] == ["eager"]
+
+
+def test_unknown_backend_lists_the_known_ones() -> None:
+    with pytest.raises(mla_ops.UnknownBackendError, match=r"one of 'auto', .*'eager', got 'cuda'|'auto'.*got 'cuda'"):
+        select(NAM56R, CPU, "cuda")
+    assert "eager" in mla_ops.backend_names()
+
+
+@pytest.mark.parametrize("batch", [None, 2])
+def test_problem_and_hints_read_off_tensors(batch: int | None) -> None:
+    inputs = make_inputs(Case(batch=batch, seq_q=5, heads=6, kv_group=3, seq_kv=11, d_total=24, d_v=16, topk=7))
+    problem = SparseAttnProblem.from_tensors(inputs.q, inputs.kv, inputs.indices, 16, needs_grad=True)
+    assert (problem.d_total, problem.d_v, problem.d_tail, problem.topk) == (24, 16, 8, 7)
+    assert (problem.heads, problem.kv_group, problem.heads_per_group) == (6, 3, 2)
+    assert problem.needs_grad
+    assert Hints.from_tensors(inputs.q, inputs.kv) == Hints(batch=batch or 1, seq_q=5, seq_kv=11)
+
+
+def test_explain_runs_nothing_and_prints_the_decision() -> None:
+    inputs = make_inputs(Case(d_total=24, d_v=16)).requires_grad()
+    decision = mla_ops.explain(inputs.q, inputs.kv, inputs.indices, d_v=16)
+    assert decision.problem.needs_grad
+    assert str(decision).splitlines() == [
+        "backend 'eager' (backend=\"auto\") for mla::sparse_attn on cpu",
+        "  d_total=24 d_v=16 heads=4 kv_group=1 topk=16 fp32 kv_format=dense needs_grad=True",
+        *[f"  {verdict}" for verdict in decision.verdicts],
+    ]
+    assert "  eager: runs it" in str(decision)
+    with pytest.raises(mla_ops.InvalidInputError, match="d_v must be at most"):
+        mla_ops.explain(inputs.q, inputs.kv, inputs.indices, d_v=25)
+
+
+def test_explain_of_a_refusal_is_an_answer_not_an_error() -> None:
+    inputs = make_inputs(Case(d_total=24, d_v=16))
+    on_meta = [t.to("meta") for t in (inputs.q, inputs.kv, inputs.indices)]
+    decision = mla_ops.explain(*on_meta, d_v=16)
+    assert decision.backend is None
+    assert str(decision).startswith("no backend")
+
+
+def test_decision_is_logged_once_per_problem(caplog: pytest.LogCaptureFixture) -> None:
+    inputs = make_inputs(Case(d_total=25, d_v=17, topk=19))
+    with caplog.at_level("INFO", logger="mla_ops.dispatch"):
+        for _ in range(3):
+            mla_ops.sparse_attn(inputs.q, inputs.kv, inputs.indices, **inputs.kwargs)
+    assert len([r for r in caplog.records if "d_total=25" in r.getMessage()]) == 1
+
+
+# Settings
+
+
+def test_override_is_local_and_restored() -> None:
+    before = settings.current()
+    seen = []
+    with settings.override(eager_workspace_mb=3):
+        assert settings.current().eager_workspace_mb == 3
+        thread = threading.Thread(target=lambda: seen.append(settings.current()))
+        thread.start()
+        thread.join()
+    assert settings.current() == before
+    assert seen == [before]  # another thread keeps its own
+
+
+def test_workspace_setting_changes_chunks_not_results() -> None:
+    inputs = make_inputs(Case(d_total=128, d_v=64, topk=512, heads=8, seq_q=64, seq_kv=512), attn_sink=True)
+    results = []
+    for megabytes in (1, 64):
+        leaves = inputs.requires_grad()
+        with settings.override(eager_workspace_mb=megabytes):
+            out, lse = torch.ops.mla.sparse_attn(*leaves.args)
+            grads = torch.autograd.grad([out, lse], leaves.differentiable, [inputs.dout, inputs.dlse])
+        results.append([out, lse, *grads])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("value", [0, -1, 1.5, "8"])
+def test_bad_override_is_refused(value: object) -> None:
+    with pytest.raises(InvalidSettingError, match="eager_workspace_mb must be an integer >= 1"), settings.override(
+        eager_workspace_mb=value
+    ):
+        pass
+
+
+def test_unknown_setting_is_refused() -> None:
+    with pytest.raises(InvalidSettingError, match="unknown setting workspace; expected one of"), settings.override(
+        workspace=1
+    ):
+        pass
+
+
+@pytest.mark.parametrize(("text", "outcome"), [("3", "3"), ("none", "got 'none'"), ("0", "got 0")])
+def test_environment_variable(text: str, outcome: str) -> None:
+    result = subprocess.run(
+        [sys.executable, "-c", "from mla_ops import settings; print(settings.current().eager_workspace_mb)"],
+        env={**os.environ, "MLA_OPS_EAGER_WORKSPACE_MB": text},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert outcome in (result.stdout if result.returncode == 0 else result.stderr)
+    assert (result.returncode == 0) == (text == "3")
