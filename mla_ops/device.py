@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 
 import torch
 
@@ -31,13 +31,20 @@ def traits_of(device: torch.device) -> DeviceTraits:
     return _cuda_traits(torch.cuda.current_device() if device.index is None else device.index)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _cuda_traits(index: int) -> DeviceTraits:
     properties = torch.cuda.get_device_properties(index)
     return DeviceTraits(
         type="cuda",
         arch=properties.major * 10 + properties.minor,
-        smem_bytes=properties.shared_memory_per_block_optin,
+        smem_bytes=properties.shared_memory_per_block_optin,  # type: ignore[attr-defined]  # not in torch's stub
         num_sms=properties.multi_processor_count,
         name=properties.name,
     )
+
+
+def pick_device(name: str) -> torch.device:
+    """Resolve "auto" to the CUDA device if there is one, else the CPU; other names are torch's own."""
+    if name != "auto":
+        return torch.device(name)
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

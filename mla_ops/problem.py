@@ -62,7 +62,7 @@ class SparseAttnProblem:
 
 @dataclass(frozen=True)
 class Hints:
-    """Sizes that may be symbolic: they choose between ways to launch and never decide whether a problem is supported."""
+    """Sizes that may be symbolic: they choose between ways to launch, and never decide about support."""
 
     batch: int
     seq_q: int

@@ -29,7 +29,7 @@ def sparse_attn_reference(
         out, lse = sparse_attn_reference(q[None], kv[None], indices[None], d_v, softmax_scale, length, attn_sink)
         return out[0], lse[0]
 
-    batch, seq_q, heads, d_total = q.shape
+    batch, _, heads, d_total = q.shape
     seq_kv, kv_group = kv.shape[1], kv.shape[2]
     topk = indices.shape[-1]
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -42,7 +43,8 @@ def _from_environment() -> Settings:
     return Settings(eager_workspace_mb=value)
 
 
-_current: ContextVar[Settings] = ContextVar("mla_ops_settings", default=_from_environment())
+# Frozen, so one object may be every context's default.
+_current: ContextVar[Settings] = ContextVar("mla_ops_settings", default=_from_environment())  # noqa: B039
 
 
 def current() -> Settings:
@@ -65,6 +67,5 @@ def override(**fields: int) -> Iterator[Settings]:
 
 
 def cxx_compiler() -> str | None:
-    """Path of the C++ compiler that Inductor would call (`CXX`, else g++, else clang++), or None without one."""
-    candidates = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++"]
-    return next((path for path in map(shutil.which, candidates) if path), None)
+    """Path of the C++ compiler that Inductor would call (`CXX`, else the platform's usual one), or None without one."""
+    return shutil.which(os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++"))

@@ -75,9 +75,7 @@ def check_inputs(
     _check_storage(q=q, kv=kv, indices=indices, topk_length=topk_length, attn_sink=attn_sink)
 
     if q.dim() not in (3, 4):
-        raise InvalidInputError(
-            f"q must be [batch, seq_q, heads, d_total] or [seq_q, heads, d_total], got {_shape(q)}"
-        )
+        raise InvalidInputError(f"q must be [batch, seq_q, heads, d_total] or [seq_q, heads, d_total], got {_shape(q)}")
     lead = "batch, " if q.dim() == 4 else ""
     _check_rank("kv", kv, q.dim(), f"[{lead}seq_kv, kv_group, d_total]")
     _check_rank("indices", indices, q.dim(), f"[{lead}seq_q, kv_group, topk]")
@@ -94,9 +92,7 @@ def check_inputs(
     if kv.dtype != q.dtype:
         raise InvalidInputError(f"kv must have the dtype of q ({_dtype(q)}), got {_dtype(kv)}; use kv.to(q.dtype)")
     if indices.dtype not in _INDEX_DTYPES:
-        raise InvalidInputError(
-            f"indices must be int32 or int64, got {_dtype(indices)}; use indices.to(torch.int32)"
-        )
+        raise InvalidInputError(f"indices must be int32 or int64, got {_dtype(indices)}; use indices.to(torch.int32)")
     if topk_length is not None and topk_length.dtype not in _INDEX_DTYPES:
         raise InvalidInputError(
             f"topk_length must be int32 or int64, got {_dtype(topk_length)}; use topk_length.to(torch.int32)"

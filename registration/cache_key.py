@@ -7,7 +7,7 @@ do not see that code. A fingerprint of it, appended to `torch.compiler.config.ca
 from __future__ import annotations
 
 import hashlib
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 import torch.compiler.config
@@ -15,7 +15,7 @@ import torch.compiler.config
 import mla_ops
 
 
-@lru_cache(maxsize=None)
+@cache
 def fingerprint() -> str:
     """Return `mla_ops=<version>-<hash>`, the hash taken over every source file of the installed package."""
     digest = hashlib.sha256()

@@ -1,4 +1,4 @@
-"""The device kernels of the operators: check, decide, run. One function serves every device; dispatch knows the rest."""
+"""The kernels of the operators: check, decide, run. One function serves every device; dispatch knows the rest."""
 
 from __future__ import annotations
 

@@ -10,6 +10,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from mla_ops.registration.schema import SPARSE_ATTN, SPARSE_ATTN_BWD
 
+
 def _autocast_kernel(device_type: str) -> Any:
     def cast_and_call(
         q: torch.Tensor, kv: torch.Tensor, indices: torch.Tensor, *args: Any
@@ -19,7 +20,8 @@ def _autocast_kernel(device_type: str) -> Any:
         dtype = torch.get_autocast_dtype(device_type)
         q, kv = (t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in (q, kv))
         with torch.autocast(device_type, enabled=False):
-            return SPARSE_ATTN(q, kv, indices, *args)
+            out, lse = SPARSE_ATTN(q, kv, indices, *args)
+        return out, lse
 
     return cast_and_call
 

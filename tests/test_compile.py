@@ -123,7 +123,7 @@ def test_export_keeps_the_widths_symbolic() -> None:
 
     auto = torch.export.Dim.DYNAMIC
     first = make_inputs(Case(d_total=576, d_v=512))
-    sizes = {dim: auto for dim in range(4)}
+    sizes = dict.fromkeys(range(4), auto)
     exported = torch.export.export(
         Module(),
         (first.q, first.kv, first.indices, first.d_v),

@@ -133,15 +133,17 @@ def test_workspace_setting_changes_chunks_not_results() -> None:
 
 @pytest.mark.parametrize("value", [0, -1, 1.5, "8"])
 def test_bad_override_is_refused(value: object) -> None:
-    with pytest.raises(InvalidSettingError, match="eager_workspace_mb must be an integer >= 1"), settings.override(
-        eager_workspace_mb=value
+    with (
+        pytest.raises(InvalidSettingError, match="eager_workspace_mb must be an integer >= 1"),
+        settings.override(eager_workspace_mb=value),
     ):
         pass
 
 
 def test_unknown_setting_is_refused() -> None:
-    with pytest.raises(InvalidSettingError, match="unknown setting workspace; expected one of"), settings.override(
-        workspace=1
+    with (
+        pytest.raises(InvalidSettingError, match="unknown setting workspace; expected one of"),
+        settings.override(workspace=1),
     ):
         pass
 

@@ -75,7 +75,9 @@ TENSOR_RULES = [
     bad({"q": lambda a: a["q"].int()}, r"q must be bfloat16, float16, float32 or float64, got int32"),
     bad({"q": lambda a: a["q"].to(torch.complex64)}, r"q must be bfloat16, .*got complex64"),
     bad({"q": lambda a: a["q"].to(torch.float8_e4m3fn)}, r"q must be bfloat16, .*got float8_e4m3fn; quantised"),
-    bad({"kv": lambda a: a["kv"].half()}, r"kv must have the dtype of q \(float32\), got float16; use kv.to\(q.dtype\)"),
+    bad(
+        {"kv": lambda a: a["kv"].half()}, r"kv must have the dtype of q \(float32\), got float16; use kv.to\(q.dtype\)"
+    ),
     bad({"kv": lambda a: a["kv"].to(torch.float8_e5m2)}, r"kv must have the dtype of q .*got float8_e5m2"),
     bad({"indices": lambda a: a["indices"].float()}, r"indices must be int32 or int64, got float32; use indices.to"),
     bad(
@@ -85,12 +87,19 @@ TENSOR_RULES = [
     bad({"indices": lambda a: a["indices"].to(torch.int16)}, r"indices must be int32 or int64, got int16"),
     bad({"indices": lambda a: a["indices"] > 0}, r"indices must be int32 or int64, got bool"),
     bad({"topk_length": lambda a: a["topk_length"].float()}, r"topk_length must be int32 or int64, got float32"),
-    bad({"attn_sink": lambda a: a["attn_sink"].double()}, r"attn_sink must be float32, got float64; use attn_sink.float"),
+    bad(
+        {"attn_sink": lambda a: a["attn_sink"].double()}, r"attn_sink must be float32, got float64; use attn_sink.float"
+    ),
     bad({"attn_sink": lambda a: a["attn_sink"].bfloat16()}, r"attn_sink must be float32, got bfloat16"),
-    bad({"kv": lambda a: a["kv"][..., :20]}, r"size -1 of kv must equal d_total of q \(24\), got kv shape \[2, 11, 2, 20\]"),
+    bad(
+        {"kv": lambda a: a["kv"][..., :20]},
+        r"size -1 of kv must equal d_total of q \(24\), got kv shape \[2, 11, 2, 20\]",
+    ),
     bad({"kv": lambda a: a["kv"][:1]}, r"size 0 of kv must equal the batch of q \(2\), got kv shape \[1, 11, 2, 24\]"),
     bad({"indices": lambda a: a["indices"][:1]}, r"size 0 of indices must equal the batch of q \(2\)"),
-    bad({"indices": lambda a: a["indices"][:, :4]}, r"size -3 of indices must equal seq_q of q \(5\), got indices shape"),
+    bad(
+        {"indices": lambda a: a["indices"][:, :4]}, r"size -3 of indices must equal seq_q of q \(5\), got indices shape"
+    ),
     bad({"indices": lambda a: a["indices"][:, :, :1]}, r"size -2 of indices must equal kv_group of kv \(2\)"),
     bad(
         {"kv": lambda a: a["kv"][:, :, :0], "indices": lambda a: a["indices"][:, :, :0]},
@@ -114,9 +123,14 @@ TENSOR_RULES = [
     bad({"backend": lambda a: "tritn"}, r"backend must be one of 'auto', .*'eager'.*got 'tritn'"),
 ]
 SPARSE_RULES = [
-    bad({"q": lambda a: a["q"].to_sparse()}, r"q must be a dense \(strided\) tensor, got torch.sparse_coo; use .to_dense"),
+    bad(
+        {"q": lambda a: a["q"].to_sparse()},
+        r"q must be a dense \(strided\) tensor, got torch.sparse_coo; use .to_dense",
+    ),
     bad({"kv": lambda a: a["kv"].to_sparse()}, r"kv must be a dense \(strided\) tensor, got torch.sparse_coo"),
-    bad({"indices": lambda a: a["indices"].to_sparse()}, r"indices must be a dense \(strided\) tensor, got torch.sparse"),
+    bad(
+        {"indices": lambda a: a["indices"].to_sparse()}, r"indices must be a dense \(strided\) tensor, got torch.sparse"
+    ),
 ]
 # Rules on Python types: the front door's, because the dispatcher refuses or unwraps before any code of ours runs.
 TYPE_RULES = [
@@ -161,7 +175,9 @@ def values(arguments: dict[str, Any]) -> list[torch.Tensor]:
 
 def eager_error(call: Callable, change: dict[str, Callable], message: str) -> str:
     arguments = spoil(change)
-    expected = UnknownBackendError if "backend" in change and isinstance(arguments["backend"], str) else InvalidInputError
+    expected = (
+        UnknownBackendError if "backend" in change and isinstance(arguments["backend"], str) else InvalidInputError
+    )
     wrapped = any(isinstance(a, Fp8Wrapper) for a in arguments.values())
     before = [] if wrapped else values(arguments)
     with pytest.raises(expected, match=message) as info:

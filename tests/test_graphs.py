@@ -1,4 +1,7 @@
-"""The graphs torch.compile builds, as text. `EXPECTTEST_ACCEPT=1 pytest tests/test_graphs.py` rewrites the snapshots."""
+"""The graphs torch.compile builds, as text.
+
+`EXPECTTEST_ACCEPT=1 python -m pytest tests/test_graphs.py` rewrites the snapshots.
+"""
 
 from __future__ import annotations
 
@@ -34,44 +37,56 @@ def text(graph: torch.fx.GraphModule) -> str:
 class GraphTest(expecttest.TestCase):
     def test_forward(self) -> None:
         (graph,) = record(dynamic=False).fw_graphs
-        self.assertExpectedInline(text(graph), """\
+        self.assertExpectedInline(
+            text(graph),
+            """\
 class <lambda>(torch.nn.Module):
     def forward(self, arg0_1: "f32[2, 5, 3, 128]", arg1_1: "f32[2, 24, 1, 128]", arg2_1: "i32[2, 5, 1, 16]"):
         sparse_attn = torch.ops.mla.sparse_attn.default(arg0_1, arg1_1, arg2_1, 64, 0.125);  arg0_1 = arg1_1 = arg2_1 = None
         getitem: "f32[2, 5, 3, 64]" = sparse_attn[0]
         getitem_1: "f32[2, 5, 3]" = sparse_attn[1];  sparse_attn = None
         return (getitem, getitem_1)
-""")
+""",
+        )
 
     def test_dynamic_forward(self) -> None:
         (graph,) = record(dynamic=True).fw_graphs
-        self.assertExpectedInline(text(graph), """\
+        self.assertExpectedInline(
+            text(graph),
+            """\
 class <lambda>(torch.nn.Module):
     def forward(self, arg0_1: "Sym(s85)", arg1_1: "Sym(s34)", arg2_1: "Sym(s0)", arg3_1: "Sym(s77)", arg4_1: "f32[s85, s34, s0, s77]", arg5_1: "Sym(s44)", arg6_1: "f32[s85, s44, 1, s77]", arg7_1: "Sym(s6)", arg8_1: "i32[s85, s34, 1, s6]", arg9_1: "Sym(s63)"):
         sparse_attn = torch.ops.mla.sparse_attn.default(arg4_1, arg6_1, arg8_1, arg9_1, 0.125);  arg4_1 = arg6_1 = arg8_1 = arg9_1 = None
         getitem: "f32[s85, s34, s0, s63]" = sparse_attn[0]
         getitem_1: "f32[s85, s34, s0]" = sparse_attn[1];  sparse_attn = None
         return (getitem, getitem_1)
-""")
+""",
+        )
 
     def test_backward(self) -> None:
         (graph,) = record(dynamic=False, training=True).bw_graphs
-        self.assertExpectedInline(text(graph), """\
+        self.assertExpectedInline(
+            text(graph),
+            """\
 class GraphModule(torch.nn.Module):
     def forward(self, primals_1: "f32[2, 5, 3, 128]", primals_2: "f32[2, 24, 1, 128]", primals_3: "i32[2, 5, 1, 16]", detach_2: "f32[2, 5, 3, 64]", detach_3: "f32[2, 5, 3]", tangents_1: "f32[2, 5, 3, 64]", tangents_2: "f32[2, 5, 3]"):
         sparse_attn_bwd = torch.ops.mla.sparse_attn_bwd.default(tangents_1, tangents_2, primals_1, primals_2, primals_3, detach_2, detach_3, 64, 0.125);  tangents_1 = tangents_2 = primals_1 = primals_2 = primals_3 = detach_2 = detach_3 = None
         getitem_2: "f32[2, 5, 3, 128]" = sparse_attn_bwd[0]
         getitem_3: "f32[2, 24, 1, 128]" = sparse_attn_bwd[1];  sparse_attn_bwd = None
         return (getitem_2, getitem_3, None)
-""")
+""",
+        )
 
     def test_dynamic_backward(self) -> None:
         (graph,) = record(dynamic=True, training=True).bw_graphs
-        self.assertExpectedInline(text(graph), """\
+        self.assertExpectedInline(
+            text(graph),
+            """\
 class GraphModule(torch.nn.Module):
     def forward(self, primals_10: "Sym(s63)", primals_3: "Sym(s0)", primals_2: "Sym(s34)", primals_4: "Sym(s77)", primals_1: "Sym(s85)", primals_6: "Sym(s44)", primals_8: "Sym(s6)", primals_5: "f32[s85, s34, s0, s77]", primals_7: "f32[s85, s44, 1, s77]", primals_9: "i32[s85, s34, 1, s6]", detach_2: "f32[s85, s34, s0, s63]", detach_3: "f32[s85, s34, s0]", tangents_1: "f32[s85, s34, s0, s63]", tangents_2: "f32[s85, s34, s0]"):
         sparse_attn_bwd = torch.ops.mla.sparse_attn_bwd.default(tangents_1, tangents_2, primals_5, primals_7, primals_9, detach_2, detach_3, primals_10, 0.125);  tangents_1 = tangents_2 = primals_5 = primals_7 = primals_9 = detach_2 = detach_3 = primals_10 = None
         getitem_2: "f32[s85, s34, s0, s77]" = sparse_attn_bwd[0]
         getitem_3: "f32[s85, s44, 1, s77]" = sparse_attn_bwd[1];  sparse_attn_bwd = None
         return (None, None, None, None, getitem_2, None, getitem_3, None, None, None)
-""")
+""",
+        )

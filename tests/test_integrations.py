@@ -71,7 +71,10 @@ def test_autocast_leaves_fp64_alone_and_unifies_mixed_inputs() -> None:
 
 def test_autocast_still_refuses_what_it_does_not_cast() -> None:
     inputs = make_inputs(CASE)
-    with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(mla_ops.InvalidInputError, match="must be bfloat16"):
+    with (
+        torch.autocast("cpu", dtype=torch.bfloat16),
+        pytest.raises(mla_ops.InvalidInputError, match="must be bfloat16"),
+    ):
         torch.ops.mla.sparse_attn(inputs.q.int(), inputs.kv, *inputs.args[2:])
 
 
@@ -106,9 +109,7 @@ def test_vmap_over_everything(batch: int | None, optional: bool) -> None:
 
     def one(q: torch.Tensor, kv: torch.Tensor, indices: torch.Tensor, *rest: torch.Tensor) -> Any:
         length, sink = rest or (None, None)
-        return tuple(
-            mla_ops.sparse_attn(q, kv, indices, d_v=16, softmax_scale=0.5, topk_length=length, attn_sink=sink)
-        )
+        return tuple(mla_ops.sparse_attn(q, kv, indices, d_v=16, softmax_scale=0.5, topk_length=length, attn_sink=sink))
 
     tensors = [[c.q, c.kv, c.indices, *([c.topk_length, c.attn_sink] if optional else [])] for c in calls]
     stacked = [torch.stack(column) for column in zip(*tensors, strict=True)]

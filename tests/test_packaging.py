@@ -102,10 +102,16 @@ def test_plain_checkout_serves_the_subpackages(source_copy: Path) -> None:
 
 @pytest.mark.parametrize("mode", ["lenient", "strict"])
 @pytest.mark.parametrize("from_root", [False, True], ids=["elsewhere", "from-root"])
-def test_editable_install_serves_the_subpackages(
-    mode: str, from_root: bool, source_copy: Path, tmp_path: Path
-) -> None:
-    pip("install", "--editable", str(source_copy), "--config-settings", f"editable_mode={mode}", "--prefix", str(tmp_path))
+def test_editable_install_serves_the_subpackages(mode: str, from_root: bool, source_copy: Path, tmp_path: Path) -> None:
+    pip(
+        "install",
+        "--editable",
+        str(source_copy),
+        "--config-settings",
+        f"editable_mode={mode}",
+        "--prefix",
+        str(tmp_path),
+    )
     (site,) = tmp_path.rglob("site-packages")
     (tmp_path / "elsewhere").mkdir()
     program = f"import site; site.addsitedir({str(site)!r}); {PROBE}"

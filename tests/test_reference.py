@@ -24,7 +24,10 @@ def loops(inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
                 if inputs.topk_length is not None:
                     slots = slots[: max(int(inputs.topk_length[b, s]), 0)]
                 rows = [kv[b][j][g] for j in slots if 0 <= j < 5]
-                logits = [inputs.softmax_scale * math.fsum(x * y for x, y in zip(q[b][s][h], row, strict=True)) for row in rows]
+                logits = [
+                    inputs.softmax_scale * math.fsum(x * y for x, y in zip(q[b][s][h], row, strict=True))
+                    for row in rows
+                ]
                 total = sum(math.exp(x) for x in logits)
                 if not rows:
                     continue
@@ -34,8 +37,6 @@ def loops(inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
                 for c in range(4):
                     out[b, s, h, c] = sum(math.exp(x) * row[c] for x, row in zip(logits, rows, strict=True)) / total
     return out, lse
-
-
 
 
 @pytest.mark.parametrize("optional", [False, True])

@@ -176,9 +176,7 @@ class _Rows:
     kv_group: int
 
     @classmethod
-    def of(
-        cls, q: torch.Tensor, kv: torch.Tensor, indices: torch.Tensor, topk_length: torch.Tensor | None
-    ) -> _Rows:
+    def of(cls, q: torch.Tensor, kv: torch.Tensor, indices: torch.Tensor, topk_length: torch.Tensor | None) -> _Rows:
         seq_q, heads, d_total = q.shape[-3:]
         seq_kv, kv_group, topk = kv.shape[-3], kv.shape[-2], indices.shape[-1]
         num_rows = indices.shape[:-1].numel()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 
@@ -26,7 +27,7 @@ class Case:
     @property
     def softmax_scale(self) -> float:
         """A scale that spreads the logits of the N(0, 1) / 10 inputs over a few units."""
-        return 100.0 * self.d_total**-0.5
+        return 100.0 / math.sqrt(self.d_total)
 
     def __str__(self) -> str:
         batch = "3d" if self.batch is None else f"B{self.batch}"

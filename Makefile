@@ -1,0 +1,49 @@
+# Two commands are all a newcomer needs: `make demo` and `make test`. Each makes its own .venv and installs what it needs.
+#   BASE_PYTHON=python3.12 make test    use another interpreter for .venv
+#   make test ENV=active                use the active environment (torch already in it) instead of .venv
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+BASE_PYTHON ?= python3
+
+ifeq ($(ENV),active)
+PYTHON := $(BASE_PYTHON)
+READY :=
+else
+PYTHON := .venv/bin/python
+READY := .venv/ready
+endif
+
+# With an NVIDIA GPU, what `pip install torch` gives (it brings its triton); without one, the pair that CI pins.
+TORCH := $(if $(shell command -v nvidia-smi),torch,torch==2.13.0 triton==3.7.1)
+
+.PHONY: demo test gpu-test bench lint clean
+
+demo: $(READY)  ## train a small sparse-MLA language model on real text; writes mla-ops-demo/
+	$(PYTHON) -m mla_ops demo
+
+test: $(READY)  ## the CPU suite
+	$(PYTHON) -m pytest -m "not gpu"
+
+gpu-test: $(READY)  ## the whole contract on a CUDA device
+	$(PYTHON) -m pytest -m gpu
+
+bench: $(READY)  ## CPU operator against plain gather + softmax + matmul; writes benchmarks/results/
+	$(PYTHON) benchmarks/cpu_operator.py
+
+lint: $(READY)  ## ruff, and mypy on the installed package (mypy cannot follow an editable install's finder)
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+	site=$$(mktemp -d) && trap 'rm -rf "$$site"' EXIT && root=$$PWD && \
+	  case $(PYTHON) in /*) python=$(PYTHON);; */*) python=$$root/$(PYTHON);; *) python=$(PYTHON);; esac && \
+	  "$$python" -m pip install --quiet --no-deps --no-build-isolation --target "$$site" . && \
+	  cd "$$site" && MYPYPATH="$$site" "$$python" -m mypy --config-file "$$root/pyproject.toml" -p mla_ops
+
+.venv/ready: pyproject.toml
+	@echo "== making .venv with $$($(BASE_PYTHON) --version) and installing: $(TORCH), mla_ops[demo,test,dev]"
+	test -x .venv/bin/python || $(BASE_PYTHON) -m venv .venv
+	.venv/bin/python -m pip install --quiet $(TORCH) "setuptools>=77"
+	.venv/bin/python -m pip install --quiet --no-build-isolation --editable ".[demo,test,dev]"
+	touch $@
+
+clean:
+	rm -rf .venv build dist *.egg-info mla-ops-demo .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,3 @@
+from mla_ops.cli.main import main
+
+raise SystemExit(main())

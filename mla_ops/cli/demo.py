@@ -1,0 +1,262 @@
+"""`mla-ops demo`: train the model of `model.py` on real text, once compiled and once eager, and report.
+
+The text is the source of the running interpreter's standard library, as bytes. Both runs start from the same weights
+and see the same batches, so their loss curves lie on each other; the second half of the steps uses twice the sequence
+length, which a graph with a symbolic length takes without recompiling.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import platform
+import sysconfig
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import mla_ops
+from mla_ops.cli.model import LanguageModel, ModelConfig
+from mla_ops.device import pick_device, traits_of
+from mla_ops.errors import MissingExtraError
+from mla_ops.settings import cxx_compiler
+
+SEQUENCE_LENGTHS = (128, 256)
+BATCH = 8
+LEARNING_RATE = 3e-3
+# Losses of single batches are noisy; the figure reported as a run's result is the mean of this many last steps.
+TAIL = 20
+
+
+@dataclass
+class Run:
+    """What one training run leaves behind."""
+
+    name: str
+    losses: list[float] = field(default_factory=list)
+    index_losses: list[float] = field(default_factory=list)
+    first_step_seconds: float = 0.0  # compilation included
+    tokens_per_second: float = 0.0  # of the steps after the first
+
+    @property
+    def final_loss(self) -> float:
+        """Mean loss of the last steps, nats per byte."""
+        tail = self.losses[-TAIL:]
+        return sum(tail) / len(tail)
+
+
+def run_demo(*, out: Path, steps: int, device: str, seed: int) -> int:
+    """Train, print, and write `report.json` and `loss.png` to `out`; returns the exit status."""
+    for module in ("tqdm", "matplotlib"):
+        _require(module)
+    target = pick_device(device)
+    op_backend = _operator_backend(target)
+    compiler = _compile_backend(target)
+    text = _standard_library()
+    training, validation = text[: -len(text) // 10], text[-len(text) // 10 :]
+    config = ModelConfig()
+    print(f"device: {traits_of(target)}; torch {torch.__version__}; torch.compile backend: {compiler}")
+    print(f"text: {len(text):,} bytes of the standard library's source; model: {_count(config):,} parameters")
+
+    counter = _GraphCounter(compiler)
+    compiled, model = _train("compiled", training, config, op_backend, target, steps, seed, counter)
+    eager, _ = _train("eager", training, config, op_backend, target, steps, seed, None)
+
+    report = {
+        "device": str(traits_of(target)),
+        "processor": platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "versions": {"mla_ops": mla_ops.__version__, "torch": torch.__version__, "python": platform.python_version()},
+        "operator_backend": op_backend,
+        "compile_backend": compiler,
+        "fullgraph": True,
+        "graphs": counter.graphs,
+        "graph_breaks": counter.graph_breaks(),
+        "recompiles": counter.graphs - 1,
+        "sequence_lengths": list(SEQUENCE_LENGTHS),
+        "steps": steps,
+        "config": asdict(config),
+        "validation_loss": _validate(model, validation, target),
+        "largest_loss_difference": max(abs(a - b) for a, b in zip(compiled.losses, eager.losses, strict=True)),
+        "runs": {run.name: {**asdict(run), "final_loss": run.final_loss} for run in (compiled, eager)},
+        "sample": _sample(model, b"import os\n\ndef ", 160, target, seed),
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+    _plot(compiled, eager, out / "loss.png")
+    _print_report(report, out)
+    return 0
+
+
+# Training
+
+
+def _train(
+    name: str,
+    text: Tensor,
+    config: ModelConfig,
+    op_backend: str,
+    device: torch.device,
+    steps: int,
+    seed: int,
+    compiler: Callable[..., Any] | None,
+) -> tuple[Run, LanguageModel]:
+    from tqdm import tqdm
+
+    torch.manual_seed(seed)
+    model = LanguageModel(config, op_backend).to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE)
+    losses = model.losses if compiler is None else torch.compile(model.losses, fullgraph=True, backend=compiler)
+    run = Run(name)
+    tokens, started, rate_from = 0, time.perf_counter(), 0.0
+    label = f"{name:8}" if compiler is None else f"{name:8} (the first step compiles)"
+    with tqdm(_batches(text, steps, seed), total=steps, desc=label, unit="step", dynamic_ncols=True) as progress:
+        for batch in progress:
+            batch = batch.to(device)
+            if compiler is not None:
+                torch._dynamo.maybe_mark_dynamic(batch, 1)
+            loss, index_loss = losses(batch)
+            (loss + index_loss).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            run.losses.append(loss.item())
+            run.index_losses.append(index_loss.item())
+            if len(run.losses) == 1:  # compilation is no part of the rate
+                rate_from = time.perf_counter()
+                run.first_step_seconds = rate_from - started
+                progress.set_description(f"{name:8}")
+                continue
+            tokens += batch.shape[0] * (batch.shape[1] - 1)
+            run.tokens_per_second = tokens / (time.perf_counter() - rate_from)
+            progress.set_postfix_str(f"loss {run.losses[-1]:.3f}, {run.tokens_per_second:,.0f} tokens/s", refresh=False)
+    return run, model
+
+
+def _batches(text: Tensor, steps: int, seed: int) -> Iterator[Tensor]:
+    """Yield `[BATCH, length + 1]` windows, the first half of the steps at the shorter length."""
+    generator = torch.Generator().manual_seed(seed)
+    for step in range(steps):
+        length = SEQUENCE_LENGTHS[0] if step < (steps + 1) // 2 else SEQUENCE_LENGTHS[1]
+        starts = torch.randint(0, len(text) - length - 1, (BATCH,), generator=generator).tolist()
+        yield torch.stack([text[start : start + length + 1] for start in starts]).long()
+
+
+def _validate(model: LanguageModel, text: Tensor, device: torch.device) -> float:
+    length = SEQUENCE_LENGTHS[1]
+    stride = (len(text) - length - 1) // 32
+    windows = torch.stack([text[i * stride : i * stride + length + 1] for i in range(32)]).long()
+    with torch.no_grad():
+        losses = [model.losses(batch.to(device))[0].item() for batch in windows.split(BATCH)]
+    return sum(losses) / len(losses)
+
+
+def _sample(model: LanguageModel, prompt: bytes, count: int, device: torch.device, seed: int) -> str:
+    """Continue `prompt` by `count` bytes at temperature 0.6, over a sliding window padded in front to full length."""
+    generator = torch.Generator().manual_seed(seed)
+    length = SEQUENCE_LENGTHS[0]
+    tokens = list(b"\n" * (length - len(prompt)) + prompt)
+    with torch.no_grad():
+        for _ in range(count):
+            logits, _ = model(torch.tensor([tokens[-length:]], device=device))
+            weights = (logits[0, -1].float().cpu() / 0.6).softmax(dim=-1)
+            tokens.append(int(torch.multinomial(weights, 1, generator=generator)))
+    return bytes(tokens[length - len(prompt) :]).decode("utf-8", errors="replace")
+
+
+# What the machine offers
+
+
+class _GraphCounter:
+    """A torch.compile backend that counts the graphs it is given and passes them on to another one."""
+
+    def __init__(self, backend: str) -> None:
+        self.backend = backend
+        self.graphs = 0
+
+    def __call__(self, graph: torch.fx.GraphModule, example_inputs: list[Any]) -> Any:
+        from torch._dynamo.backends.registry import lookup_backend
+
+        self.graphs += 1
+        return lookup_backend(self.backend)(graph, example_inputs)
+
+    @staticmethod
+    def graph_breaks() -> int:
+        from torch._dynamo.utils import counters
+
+        return sum(counters["graph_break"].values())
+
+
+def _operator_backend(device: torch.device) -> str:
+    if device.type == "cpu":
+        return "auto"
+    print('operator: no GPU kernel in this version, so the demo names backend="eager" (chunked gathers)')
+    return "eager"
+
+
+def _compile_backend(device: torch.device) -> str:
+    if device.type == "cpu" and cxx_compiler() is None:
+        print("no C++ compiler found (CXX, or g++): Inductor cannot run, using backend='aot_eager' instead")
+        return "aot_eager"
+    return "inductor"
+
+
+def _standard_library() -> Tensor:
+    """Return the top-level modules of the running interpreter's standard library, in name order, as bytes."""
+    sources = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
+    return torch.frombuffer(bytearray(b"".join(path.read_bytes() for path in sources)), dtype=torch.uint8)
+
+
+def _count(config: ModelConfig) -> int:
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in LanguageModel(config).parameters())
+
+
+def _require(module: str) -> None:
+    try:
+        importlib.import_module(module)
+    except ImportError:
+        raise MissingExtraError("mla-ops demo", module, "demo") from None
+
+
+# Reporting
+
+
+def _plot(compiled: Run, eager: Run, path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    axes.plot(compiled.losses, label=f"torch.compile, fullgraph ({compiled.final_loss:.2f})", color="tab:blue", lw=3)
+    axes.plot(eager.losses, label=f"eager ({eager.final_loss:.2f})", color="tab:orange", lw=1)
+    axes.axvline((len(eager.losses) + 1) // 2, color="grey", ls=":", lw=1)
+    axes.set(xlabel="step", ylabel="loss, nats per byte", title="Sparse MLA (d_total 128, d_v 64) on Python source")
+    axes.legend()
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def _print_report(report: dict[str, Any], out: Path) -> None:
+    compiled, eager = report["runs"]["compiled"], report["runs"]["eager"]
+    lengths = " and ".join(map(str, report["sequence_lengths"]))
+    print(f"\n{'':10}{'first loss':>12}{'final loss':>12}{'tokens/s':>12}{'first step':>12}")
+    for name, run in (("compiled", compiled), ("eager", eager)):
+        print(
+            f"{name:10}{run['losses'][0]:12.3f}{run['final_loss']:12.3f}{run['tokens_per_second']:12,.0f}"
+            f"{run['first_step_seconds']:10.1f} s"
+        )
+    print(f"largest difference between the two loss curves: {report['largest_loss_difference']:.1e}")
+    print(f"validation loss of the compiled run: {report['validation_loss']:.3f} nats per byte")
+    print(
+        f"graphs: {report['graphs']}, graph breaks: {report['graph_breaks']}, recompiles over sequence lengths "
+        f"{lengths}: {report['recompiles']}"
+    )
+    print(f"sampled text:\n{'-' * 72}\n{report['sample']}\n{'-' * 72}")
+    print(f"wrote {out / 'report.json'} and {out / 'loss.png'}")

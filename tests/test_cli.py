@@ -1,0 +1,142 @@
+"""The command line as a user meets it: real processes, a real (short) training run."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from mla_ops.cli.model import LanguageModel, ModelConfig, rotate
+
+
+def mla_ops(*args: str, **env: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "mla_ops", *args],
+        env={**os.environ, **env},
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+
+
+def check_demo(folder: Path, result: subprocess.CompletedProcess[str], compiler: str, steps: int) -> None:
+    assert result.returncode == 0, result.stderr
+    report = json.loads((folder / "report.json").read_text())
+    assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert report["compile_backend"] == compiler
+    assert (report["graphs"], report["graph_breaks"], report["recompiles"]) == (1, 0, 0)
+    assert report["sequence_lengths"] == [128, 256]
+    compiled, eager = report["runs"]["compiled"], report["runs"]["eager"]
+    for run in (compiled, eager):
+        assert len(run["losses"]) == len(run["index_losses"]) == steps
+        assert 5.3 < run["losses"][0] < 6.0  # a uniform guess over 256 bytes costs 5.55 nats
+        assert run["losses"][-1] < run["losses"][0] - 0.5
+    assert compiled["losses"][0] == pytest.approx(eager["losses"][0], abs=1e-4)
+    assert report["sample"].startswith("import os")
+    for part in ("graphs: 1, graph breaks: 0", "tokens/s", "final loss", "sampled text", "wrote"):
+        assert part in result.stdout
+    assert f"{steps}/{steps}" in result.stderr  # the progress bar
+
+
+@pytest.mark.slow
+def test_demo_through_inductor(tmp_path: Path) -> None:
+    result = mla_ops("demo", "--steps", "6", "--out", str(tmp_path), "--device", "cpu")
+    check_demo(tmp_path, result, "inductor", 6)
+
+
+def test_demo_without_a_compiler_says_so(tmp_path: Path) -> None:
+    result = mla_ops("demo", "--steps", "6", "--out", str(tmp_path), "--device", "cpu", CXX="/nonexistent/c++")
+    check_demo(tmp_path, result, "aot_eager", 6)
+    assert "no C++ compiler found" in result.stdout
+
+
+def test_demo_without_its_extra_names_the_pip_line(tmp_path: Path) -> None:
+    (tmp_path / "tqdm.py").write_text("raise ImportError('blocked')")
+    result = mla_ops("demo", "--out", str(tmp_path / "out"), PYTHONPATH=str(tmp_path))
+    assert result.returncode == 2
+    assert "needs tqdm, which is not installed; pip install 'mla_ops[demo]'" in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+SIZES = ("--d-total", "128", "--d-v", "64", "--topk", "256", "--heads", "28", "--device", "cpu")
+
+
+def test_explain_prints_the_decision() -> None:
+    result = mla_ops("explain", *SIZES)
+    assert result.returncode == 0
+    assert result.stdout.startswith("backend 'eager' (backend=\"auto\") for mla::sparse_attn on cpu\n")
+    assert "d_total=128 d_v=64 heads=28 kv_group=1 topk=256 bf16" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ((*SIZES, "--d-v", "129"), "--d-v must be at most --d-total (128), got 129"),
+        ((*SIZES, "--kv-group", "3"), "--heads must be a multiple of --kv-group, got 28 and 3"),
+        ((*SIZES, "--backend", "cuda"), "backend must be one of 'auto'"),
+        ((*SIZES, "--topk", "0"), "must be at least 1, got 0"),
+    ],
+)
+def test_bad_arguments_end_in_one_line(args: tuple[str, ...], message: str) -> None:
+    result = mla_ops("explain", *args)
+    assert result.returncode == 2
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+# The demo's model
+
+
+def test_model_is_causal_and_trains_every_parameter() -> None:
+    torch.manual_seed(0)
+    model = LanguageModel(ModelConfig())
+    tokens = torch.randint(0, 256, (2, 65))
+    loss, index_loss = model.losses(tokens)
+    (loss + index_loss).backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
+    changed = tokens.clone()
+    changed[:, 40:] = (changed[:, 40:] + 1) % 256
+    with torch.no_grad():
+        before, after = model(tokens)[0], model(changed)[0]
+    torch.testing.assert_close(before[:, :40], after[:, :40])
+    assert not torch.allclose(before[:, 40:], after[:, 40:])
+
+
+def test_index_loss_reaches_the_indexer_only() -> None:
+    torch.manual_seed(0)
+    model = LanguageModel(ModelConfig())
+    tokens = torch.randint(0, 256, (2, 65))
+    for loss, expect_indexer in zip(model.losses(tokens), (False, True), strict=True):
+        model.zero_grad(set_to_none=True)
+        loss.backward()
+        for name, parameter in model.named_parameters():
+            touched = parameter.grad is not None and bool(parameter.grad.abs().sum() > 0)
+            assert touched == (("indexer" in name) == expect_indexer), name
+
+
+def test_index_loss_is_zero_when_the_indexer_agrees() -> None:
+    torch.manual_seed(0)
+    config = ModelConfig(topk=8)
+    attention = LanguageModel(config).layers[0].attn
+    q, kv = torch.randn(1, 20, 4, 128), torch.randn(1, 20, 1, 128)
+    indices = torch.randint(0, 20, (1, 20, 1, 8), dtype=torch.int32)
+    _, lse = torch.ops.mla.sparse_attn(q, kv, indices, 64, config.softmax_scale)
+    rows = kv[0, :, 0][indices[0, :, 0].long()][None]
+    logits = config.softmax_scale * torch.einsum("bshd,bskd->bshk", q, rows)
+    agreeing = logits.softmax(-1).mean(2).log()
+    assert attention.index_loss(q, kv, indices, lse, agreeing).abs() < 1e-5
+    assert attention.index_loss(q, kv, indices, lse, agreeing.roll(1, dims=-1)) > 0.01
+
+
+def test_rotation_depends_on_distance_only() -> None:
+    torch.manual_seed(0)
+    q, k = (torch.randn(1, 1, 1, 64).expand(1, 12, 1, 64) for _ in range(2))
+    products = torch.einsum("bshd,bthd->st", rotate(q), rotate(k))
+    torch.testing.assert_close(products[3, 1], products[9, 7])
+    assert not torch.allclose(products[3, 1], products[3, 2])
