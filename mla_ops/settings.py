@@ -2,7 +2,7 @@
 
 | variable | field | default | meaning |
 | --- | --- | --- | --- |
-| `MLA_OPS_EAGER_WORKSPACE_MB` | `eager_workspace_mb` | 16 | MiB of gathered KV rows the eager backend holds at a time |
+| `MLA_OPS_EAGER_WORKSPACE_MB` | `eager_workspace_mb` | 8 | MiB of gathered KV rows the eager backend holds at a time |
 
 `override()` replaces fields for one context (a thread or task), which is what tests and notebooks want.
 """
@@ -25,7 +25,7 @@ class Settings:
     """Values in force; read them through `current()`."""
 
     # A gather that stays in the last-level cache is what makes chunking faster than one big gather, not only smaller.
-    eager_workspace_mb: int = 16
+    eager_workspace_mb: int = 8
 
     def __post_init__(self) -> None:
         if type(self.eager_workspace_mb) is not int or self.eager_workspace_mb < 1:

@@ -66,9 +66,9 @@ class EagerBackend:
         sink = None if attn_sink is None else rows.per_head(attn_sink)
         for chunk in rows.chunks():
             weights, row_lse = chunk.softmax(softmax_scale)
-            chunk_out = torch.bmm(weights, chunk.keys[..., :d_v])
             if sink is not None:
-                chunk_out.mul_(_keep(row_lse, sink[chunk.groups].unsqueeze(-1)))
+                weights.mul_(_keep(row_lse, sink[chunk.groups].unsqueeze(2)))
+            chunk_out = torch.bmm(weights, chunk.keys[..., :d_v])
             out_rows[chunk.span] = chunk_out.masked_fill_(chunk.empty, 0.0)
             lse_rows[chunk.span] = row_lse
         return out, lse
@@ -91,10 +91,9 @@ class EagerBackend:
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """See `Backend.backward`; `out` and `lse` are not read (module docstring)."""
         rows = _Rows.of(q, kv, indices, topk_length)
-        compute_dtype = rows.compute_dtype
         dq = torch.empty_like(q, memory_format=torch.contiguous_format) if need_dq else q.new_empty(0)
         # One spare row takes what invalid slots scatter (NOTE [Invalid slots point at a selected row]).
-        dkv_rows = kv.new_zeros((len(rows.kv) + 1, kv.shape[-1]) if need_dkv else 0, dtype=compute_dtype)
+        dkv_rows = kv.new_zeros((len(rows.kv) + 1, kv.shape[-1]) if need_dkv else 0, dtype=rows.compute_dtype)
         dsink = q.new_zeros(0 if attn_sink is None else attn_sink.shape, dtype=torch.float32)
         if rows.is_empty or (dout is None and dlse is None):
             return dq.zero_(), kv.new_zeros(kv.shape if need_dkv else 0), dsink
@@ -105,30 +104,28 @@ class EagerBackend:
         sink = None if attn_sink is None else rows.per_head(attn_sink)
         dsink_rows = None if attn_sink is None else rows.per_head(dsink)
         for chunk in rows.chunks():
-            weights, row_lse = chunk.softmax(softmax_scale)  # [rows, heads, topk], without the sink
-            dlogits = torch.zeros_like(weights)
-            if dout_rows is not None:
-                chunk_dout = dout_rows[chunk.span].to(compute_dtype).masked_fill(chunk.empty, 0.0)
-                out_weights = weights
-                keep = None
-                if sink is not None:
-                    keep = _keep(row_lse, sink[chunk.groups].unsqueeze(-1))
-                    out_weights = weights * keep
-                torch.bmm(chunk_dout, chunk.keys[..., :d_v].transpose(1, 2), out=dlogits)  # dP
-                delta = torch.linalg.vecdot(out_weights, dlogits).unsqueeze(-1)  # rowsum(dout * out)
+            weights, row_lse = chunk.softmax(softmax_scale)
+            values = chunk.keys[..., :d_v]
+            if dout_rows is None:
+                chunk_dout, out_weights, dlogits = None, weights, torch.zeros_like(weights)
+            else:
+                chunk_dout = chunk.of(dout_rows)
+                keep = None if sink is None else _keep(row_lse, sink[chunk.groups].unsqueeze(2))
+                out_weights = weights if keep is None else weights * keep
+                dlogits = torch.bmm(chunk_dout, values.transpose(1, 2))  # gradient of out_weights
+                delta = (out_weights * dlogits).sum(dim=2, keepdim=True)  # rowsum(dout * out)
                 dlogits.sub_(delta).mul_(out_weights)
                 if keep is not None and dsink_rows is not None:
-                    share = ((keep - 1.0) * delta).masked_fill_(chunk.empty, 0.0).squeeze(-1)
-                    dsink_rows.index_add_(0, chunk.groups, share.to(torch.float32))
+                    share = ((keep - 1.0) * delta).masked_fill_(chunk.empty, 0.0)
+                    dsink_rows.index_add_(0, chunk.groups, share.squeeze(2).to(torch.float32))
             if dlse_rows is not None:
-                chunk_dlse = dlse_rows[chunk.span].to(compute_dtype).masked_fill(chunk.empty, 0.0)
-                dlogits.addcmul_(weights, chunk_dlse)
+                dlogits.addcmul_(weights, chunk.of(dlse_rows))
             dlogits.mul_(softmax_scale)
             if need_dq:
                 dq_rows[chunk.span] = torch.bmm(dlogits, chunk.keys).masked_fill_(chunk.empty, 0.0)
             if need_dkv:
                 dkeys = torch.bmm(dlogits.transpose(1, 2), chunk.queries, out=chunk.keys)  # the gather is spent
-                if dout_rows is not None:
+                if chunk_dout is not None:
                     dkeys[..., :d_v] += torch.bmm(out_weights.transpose(1, 2), chunk_dout)
                 dkv_rows.index_add_(0, chunk.scatter_to, dkeys.flatten(0, 1))
         dkv = dkv_rows[:-1].view(kv.shape).to(kv.dtype) if need_dkv else dkv_rows.to(kv.dtype)
@@ -138,6 +135,10 @@ class EagerBackend:
 def _keep(lse: torch.Tensor, sink: torch.Tensor) -> torch.Tensor:
     """Share of the softmax mass that the sink leaves, exp(lse) / (exp(lse) + exp(sink)), finite for infinite sinks."""
     return torch.sigmoid(lse - sink).masked_fill_(lse == -torch.inf, 0.0)
+
+
+def _workspace_bytes() -> int:
+    return settings.current().eager_workspace_mb * 2**20
 
 
 @dataclass(frozen=True)
@@ -153,14 +154,18 @@ class _Chunk:
     scatter_to: torch.Tensor  # [rows * topk] destination row of each slot's gradient
 
     def softmax(self, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return weights `[rows, heads, topk]` (exactly 0 at invalid slots) and lse `[rows, heads, 1]`."""
+        """Return weights `[rows, heads, topk]` (exactly 0 at invalid slots, no sink) and lse `[rows, heads, 1]`."""
         logits = torch.bmm(self.queries, self.keys.transpose(1, 2)).mul_(scale).masked_fill_(self.invalid, -torch.inf)
-        peak = logits.amax(dim=-1, keepdim=True)
+        peak = logits.amax(dim=2, keepdim=True)
         peak.masked_fill_(peak == -torch.inf, 0.0)  # exp(-inf - 0) = 0, where exp(-inf + inf) would be NaN
         weights = logits.sub_(peak).exp_()
-        total = weights.sum(dim=-1, keepdim=True)
+        total = weights.sum(dim=2, keepdim=True)
         lse = total.log().add_(peak)
         return weights.div_(total.masked_fill_(total == 0.0, 1.0)), lse
+
+    def of(self, grads: torch.Tensor) -> torch.Tensor:
+        """Cut this chunk out of per-row gradients; those of empty rows, which may be NaN, become 0."""
+        return grads[self.span].to(self.keys.dtype).masked_fill(self.empty, 0.0)
 
 
 @dataclass(frozen=True)
@@ -180,9 +185,14 @@ class _Rows:
         seq_q, heads, d_total = q.shape[-3:]
         seq_kv, kv_group, topk = kv.shape[-3], kv.shape[-2], indices.shape[-1]
         num_rows = indices.shape[:-1].numel()
+        kv_rows = kv.reshape(kv.shape[:-1].numel(), d_total)
+        # Low precision is widened after each gather, or once before all of them if that is less work and little memory.
+        widened_bytes = kv_rows.numel() * torch.float32.itemsize
+        if kv.dtype.itemsize == 2 and len(kv_rows) <= indices.numel() and widened_bytes <= 8 * _workspace_bytes():
+            kv_rows = kv_rows.float()
         return cls(
             q=q.reshape(num_rows, heads // kv_group, d_total),
-            kv=kv.reshape(kv.shape[:-1].numel(), d_total),
+            kv=kv_rows,
             indices=indices.reshape(num_rows, topk),
             topk_length=None if topk_length is None else topk_length.reshape(-1),
             seq_q=seq_q,
@@ -212,7 +222,7 @@ class _Rows:
         num_rows, topk = self.indices.shape
         heads, d_total = self.q.shape[1:]
         row_bytes = topk * (d_total + heads) * self.compute_dtype.itemsize
-        size = max(1, min(num_rows, settings.current().eager_workspace_mb * 2**20 // row_bytes))
+        size = max(1, min(num_rows, _workspace_bytes() // row_bytes))
         key_buffer = self.kv.new_empty((size * topk, d_total), dtype=self.compute_dtype)
         for start in range(0, num_rows, size):
             yield self._chunk(slice(start, min(start + size, num_rows)), key_buffer)
