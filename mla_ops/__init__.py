@@ -22,6 +22,7 @@ from mla_ops.errors import (
     UnknownBackendError,
     UnsupportedProblemError,
 )
+from mla_ops.warmup import warmup
 
 __all__ = [
     "DoubleBackwardError",
@@ -35,4 +36,5 @@ __all__ = [
     "backend_names",
     "explain",
     "sparse_attn",
+    "warmup",
 ]

@@ -15,6 +15,7 @@ import torch
 
 from mla_ops.backends.base import Backend
 from mla_ops.backends.eager import EagerBackend
+from mla_ops.backends.triton import TritonBackend
 from mla_ops.device import DeviceTraits, traits_of
 from mla_ops.errors import UnknownBackendError, UnsupportedProblemError
 from mla_ops.problem import SparseAttnProblem
@@ -23,7 +24,7 @@ from mla_ops.validation import check_argument_types, check_inputs
 _log = logging.getLogger(__name__)
 
 # In order of preference for backend="auto".
-BACKENDS: tuple[Backend, ...] = (EagerBackend(),)
+BACKENDS: tuple[Backend, ...] = (TritonBackend(), EagerBackend())
 AUTO = "auto"
 
 

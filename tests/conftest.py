@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
+
+# What cuBLAS needs to be deterministic, which the eager backend's matmuls on CUDA rely on; read when CUDA starts.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
 @dataclass(frozen=True)
@@ -21,6 +25,7 @@ class Target:
 TARGETS = [
     pytest.param(Target("cpu", "auto"), id="cpu"),
     pytest.param(Target("cuda", "eager"), id="cuda-eager", marks=pytest.mark.gpu),
+    pytest.param(Target("cuda", "auto"), id="cuda-triton", marks=pytest.mark.gpu),
 ]
 
 
@@ -36,6 +41,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(params=TARGETS)
 def target(request: pytest.FixtureRequest) -> Target:
     return request.param
+
+
+@pytest.fixture
+def deterministic() -> Iterator[None]:
+    """Ask torch for reproducible results: atomics may reorder fp32 sums otherwise."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture

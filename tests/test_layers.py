@@ -29,6 +29,7 @@ LAYERS: dict[str, set[str]] = {
     "registration": {"errors", "problem", "device", "validation", "dispatch"},
     "lowering": {"errors", "problem", "device", "settings", "configs", "kernels", "dispatch", "registration"},
     "api": {"errors", "validation", "registration"},
+    "warmup": {"errors", "validation", "registration"},
     "adapters": {"errors", "problem", "device", "dispatch", "api"},
     "testing": {"errors", "problem", "reference", "api"},
     "cli": {"errors", "problem", "device", "settings", "configs", "dispatch", "reference", "api", "adapters"},

@@ -23,7 +23,9 @@ from torch import Tensor
 import mla_ops
 from mla_ops.cli.model import LanguageModel, ModelConfig
 from mla_ops.device import pick_device, traits_of
+from mla_ops.dispatch import select
 from mla_ops.errors import MissingExtraError
+from mla_ops.problem import SparseAttnProblem
 from mla_ops.settings import cxx_compiler
 
 SEQUENCE_LENGTHS = (128, 256)
@@ -55,17 +57,18 @@ def run_demo(*, out: Path, steps: int, device: str, seed: int) -> int:
     for module in ("tqdm", "matplotlib"):
         _require(module)
     target = pick_device(device)
-    op_backend = _operator_backend(target)
     compiler = _compile_backend(target)
+    config = ModelConfig()
+    op_backend = _operator_backend(config, target)
     text = _standard_library()
     training, validation = text[: -len(text) // 10], text[-len(text) // 10 :]
-    config = ModelConfig()
     print(f"device: {traits_of(target)}; torch {torch.__version__}; torch.compile backend: {compiler}")
+    print(f"operator backend: {op_backend}")
     print(f"text: {len(text):,} bytes of the standard library's source; model: {_count(config):,} parameters")
 
     counter = _GraphCounter(compiler)
-    compiled, model = _train("compiled", training, config, op_backend, target, steps, seed, counter)
-    eager, _ = _train("eager", training, config, op_backend, target, steps, seed, None)
+    compiled, model = _train("compiled", training, config, target, steps, seed, counter)
+    eager, _ = _train("eager", training, config, target, steps, seed, None)
 
     report = {
         "device": str(traits_of(target)),
@@ -100,7 +103,6 @@ def _train(
     name: str,
     text: Tensor,
     config: ModelConfig,
-    op_backend: str,
     device: torch.device,
     steps: int,
     seed: int,
@@ -109,7 +111,7 @@ def _train(
     from tqdm import tqdm
 
     torch.manual_seed(seed)
-    model = LanguageModel(config, op_backend).to(device)
+    model = LanguageModel(config).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE)
     losses = model.losses if compiler is None else torch.compile(model.losses, fullgraph=True, backend=compiler)
     run = Run(name)
@@ -191,11 +193,17 @@ class _GraphCounter:
         return sum(counters["graph_break"].values())
 
 
-def _operator_backend(device: torch.device) -> str:
-    if device.type == "cpu":
-        return "auto"
-    print('operator: no GPU kernel in this version, so the demo names backend="eager" (chunked gathers)')
-    return "eager"
+def _operator_backend(config: ModelConfig, device: torch.device) -> str:
+    problem = SparseAttnProblem(
+        d_total=config.kv_lora_rank + config.qk_rope_head_dim,
+        d_v=config.kv_lora_rank,
+        topk=config.topk,
+        heads=config.heads,
+        kv_group=1,
+        dtype=torch.float32,
+        needs_grad=True,
+    )
+    return select(problem, traits_of(device)).require_backend().name
 
 
 def _compile_backend(device: torch.device) -> str:

@@ -73,10 +73,9 @@ class Indexer(nn.Module):
 class SparseMLA(nn.Module):
     """Multi-head latent attention in absorbed form: queries move into the latent space, keys and values stay there."""
 
-    def __init__(self, config: ModelConfig, backend: str) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         c = self.config = config
-        self.backend = backend
         self.q_proj = nn.Linear(c.hidden_size, c.heads * (c.qk_nope_head_dim + c.qk_rope_head_dim), bias=False)
         self.kv_proj = nn.Linear(c.hidden_size, c.kv_lora_rank + c.qk_rope_head_dim, bias=False)
         self.kv_norm = nn.RMSNorm(c.kv_lora_rank)
@@ -97,7 +96,7 @@ class SparseMLA(nn.Module):
         kv = torch.cat([self.kv_norm(latent).unsqueeze(2), rotate(k_rope.unsqueeze(2))], dim=-1)  # [B, S, 1, 128]
 
         indices, index_logprob = self.indexer(x)
-        out, lse = torch.ops.mla.sparse_attn(q, kv, indices, c.kv_lora_rank, c.softmax_scale, backend=self.backend)
+        out, lse = torch.ops.mla.sparse_attn(q, kv, indices, c.kv_lora_rank, c.softmax_scale)
         index_loss = self.index_loss(q, kv, indices, lse, index_logprob)
         out = torch.einsum("bshl,hlv->bshv", out, self.v_up).flatten(2)
         return self.out_proj(out), index_loss
@@ -119,11 +118,11 @@ class SparseMLA(nn.Module):
 class Layer(nn.Module):
     """Pre-norm transformer layer: sparse attention, then a gated feed-forward block."""
 
-    def __init__(self, config: ModelConfig, backend: str) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         h = config.hidden_size
         self.attn_norm, self.ffn_norm = nn.RMSNorm(h), nn.RMSNorm(h)
-        self.attn = SparseMLA(config, backend)
+        self.attn = SparseMLA(config)
         self.gate, self.up, self.down = (nn.Linear(h, 3 * h), nn.Linear(h, 3 * h), nn.Linear(3 * h, h))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -135,12 +134,12 @@ class Layer(nn.Module):
 
 
 class LanguageModel(nn.Module):
-    """Bytes in, next-byte logits out; `backend` names who runs the operator."""
+    """Bytes in, next-byte logits out."""
 
-    def __init__(self, config: ModelConfig, backend: str = "auto") -> None:
+    def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Layer(config, backend) for _ in range(config.num_layers))
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_layers))
         self.norm = nn.RMSNorm(config.hidden_size)
         self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 

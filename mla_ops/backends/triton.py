@@ -1,0 +1,407 @@
+"""The Triton backend: launchers of the kernels, with configurations taken from tables and never tuned at run time.
+
+The launchers allocate from shapes, never synchronise with the device and read no data, so they can be captured. They
+run below the dispatcher in eager, and are traced with `wrap=torch.library.wrap_triton` when a compiler inlines them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from importlib.util import find_spec
+from math import gcd
+from typing import Any, TypeVar
+
+import torch
+
+from mla_ops.configs import MAX_D_TOTAL, backward_configs, forward_config
+from mla_ops.configs.launch import BwdConfig, FwdConfig, chunk_widths
+from mla_ops.device import DeviceTraits, traits_of
+from mla_ops.errors import UnsupportedProblemError
+from mla_ops.problem import SparseAttnProblem
+
+# Bytes of the per-slot rows that a deterministic backward may hold at a time; queries are processed in chunks below it.
+DETERMINISTIC_WORKSPACE_BYTES = 1 << 30
+
+# Element offsets of KV rows from here on are computed in 64 bits.
+INT32_OFFSETS = 2**31
+
+_SUPPORTED_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+# Applied to a kernel before it is launched: nothing in eager, `torch.library.wrap_triton` in a trace.
+Wrap = Callable[[Any], Any]
+
+_Out = torch.Tensor | None
+_Config = TypeVar("_Config")
+
+
+def _identity(kernel: Any) -> Any:
+    return kernel
+
+
+class TritonBackend:
+    """CUDA devices from compute capability 8.0 on."""
+
+    name = "triton"
+
+    def unsupported_reasons(self, problem: SparseAttnProblem, traits: DeviceTraits) -> list[str]:
+        """See `Backend.unsupported_reasons`."""
+        reasons = []
+        if traits.type != "cuda":
+            reasons.append(f"device is {traits.type}, needs CUDA; move the tensors to a GPU")
+        elif traits.arch < 80:
+            have = f"{traits.arch // 10}.{traits.arch % 10}"
+            reasons.append(f'compute capability is {have}, needs 8.0 or later; pass backend="eager" on this device')
+        if not _has_triton():
+            reasons.append("triton is not installed, needs triton>=3.6; pip install triton")
+        if problem.dtype not in _SUPPORTED_DTYPES:
+            reasons.append(f"dtype is {problem.dtype}, needs bf16, fp16 or fp32; cast q and kv")
+        if problem.kv_format != "dense":
+            reasons.append(f"kv_format is {problem.kv_format!r}, needs 'dense'; dequantise kv first")
+        if problem.d_total > MAX_D_TOTAL:
+            reasons.append(f'd_total is {problem.d_total}, needs at most {MAX_D_TOTAL}; pass backend="eager"')
+        if not reasons:
+            reasons.extend(self._shared_memory_reasons(problem, traits))
+        return reasons
+
+    def _shared_memory_reasons(self, problem: SparseAttnProblem, traits: DeviceTraits) -> list[str]:
+        widths = (problem.d_total, problem.d_v, problem.dtype.itemsize)
+        key = (traits.arch, traits.smem_bytes, problem.heads_per_group, *widths)
+        sides = [("forward", forward_config)] + ([("backward", backward_configs)] if problem.needs_grad else [])
+        return [
+            f"no {side} configuration fits: the device has {traits.smem_bytes} B of shared memory per block, which is "
+            f"too little for 16 rows of d_total={problem.d_total} in {problem.dtype}; cast q and kv to bf16 or fp16"
+            for side, configs in sides
+            if configs(*key) is None
+        ]
+
+    def auto_excluded_reason(self, problem: SparseAttnProblem, traits: DeviceTraits) -> str | None:
+        """See `Backend.auto_excluded_reason`."""
+        return None
+
+    def forward(
+        self,
+        q: torch.Tensor,
+        kv: torch.Tensor,
+        indices: torch.Tensor,
+        d_v: int,
+        softmax_scale: float,
+        topk_length: torch.Tensor | None,
+        attn_sink: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `Backend.forward`."""
+        return launch_forward(q, kv, indices, d_v, softmax_scale, topk_length, attn_sink)
+
+    def backward(
+        self,
+        dout: torch.Tensor | None,
+        dlse: torch.Tensor | None,
+        q: torch.Tensor,
+        kv: torch.Tensor,
+        indices: torch.Tensor,
+        out: torch.Tensor,
+        lse: torch.Tensor,
+        d_v: int,
+        softmax_scale: float,
+        topk_length: torch.Tensor | None,
+        attn_sink: torch.Tensor | None,
+        need_dq: bool,
+        need_dkv: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """See `Backend.backward`."""
+        return launch_backward(
+            dout, dlse, q, kv, indices, out, lse, d_v, softmax_scale, topk_length, attn_sink, need_dq, need_dkv
+        )
+
+
+def launch_forward(
+    q: torch.Tensor,
+    kv: torch.Tensor,
+    indices: torch.Tensor,
+    d_v: int,
+    softmax_scale: float,
+    topk_length: torch.Tensor | None,
+    attn_sink: torch.Tensor | None,
+    *,
+    num_splits: int | None = None,
+    config: FwdConfig | None = None,
+    traits: DeviceTraits | None = None,
+    wrap: Wrap = _identity,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Run the forward kernel, and the merge kernel when a row's slots are shared out over `num_splits` programs.
+
+    The keyword arguments replace what is derived otherwise (`num_splits` must be given when sizes are symbolic);
+    `wrap` is applied to every kernel that is launched.
+    """
+    from mla_ops.kernels.forward import _sparse_attn_fwd_kernel
+
+    traits = traits or traits_of(q.device)
+    q, kv, indices = _unit_inner_stride(q), _unit_inner_stride(kv), _unit_inner_stride(indices)
+    seq_q, heads, d_total = q.shape[-3:]
+    seq_kv, kv_group = kv.shape[-3:-1]
+    topk = indices.shape[-1]
+    rows = seq_q if q.dim() == 3 else q.shape[0] * seq_q
+    out = q.new_empty((*q.shape[:-1], d_v))
+    lse = q.new_empty(q.shape[:-1], dtype=torch.float32)
+    if rows == 0 or heads == 0:
+        return out, lse
+    config = config or _fitting(forward_config, "forward", traits, heads // kv_group, d_v, q)
+    topk_length, attn_sink = _contiguous(topk_length), _contiguous(attn_sink)
+    programs = rows * kv_group * -(-(heads // kv_group) // config.block_h)
+    if num_splits is None:
+        num_splits = split_count(programs, topk, config.block_k, traits.num_sms)
+    is_split = num_splits > 1
+    slots_per_split = -(-topk // (num_splits * config.block_k)) * config.block_k if is_split else topk
+    kernel_out, kernel_lse = out, lse
+    if is_split:
+        kernel_out = q.new_empty((rows, num_splits, heads, d_v), dtype=torch.float32)
+        kernel_lse = q.new_empty((rows, num_splits, heads), dtype=torch.float32)
+
+    strides = (*_outer_strides(q), *_outer_strides(kv))
+    wrap(_sparse_attn_fwd_kernel)[(programs, num_splits)](
+        q, *strides[:3], kv, *strides[3:], indices, *_outer_strides(indices),
+        topk_length, attn_sink, kernel_out, kernel_lse,
+        softmax_scale, seq_q, seq_kv, topk, slots_per_split,
+        heads, kv_group, d_total, d_v,
+        config.block_h, config.block_k, *chunk_widths(d_total, d_v, config.max_chunk),
+        _alignment(strides), seq_kv * strides[4] >= INT32_OFFSETS, _input_precision(q), is_split,
+        num_warps=config.num_warps, num_stages=config.num_stages,
+    )  # fmt: skip
+    if is_split:
+        from mla_ops.kernels.forward_split import _sparse_attn_merge_kernel
+
+        block_d = 1 << (d_v - 1).bit_length()
+        wrap(_sparse_attn_merge_kernel)[(rows * heads,)](
+            kernel_out, kernel_lse, attn_sink, out, lse, num_splits, heads, d_v, block_d, num_warps=4
+        )
+    return out, lse
+
+
+def split_count(programs: int, topk: int, block_k: int, num_sms: int) -> int:
+    """Return over how many programs the slots of one row are shared out; 1 when the grid fills the device anyway."""
+    blocks = -(-topk // block_k)
+    if programs >= num_sms or blocks < 2:
+        return 1
+    blocks_per_split = -(-blocks // (num_sms // programs))
+    return -(-blocks // blocks_per_split)
+
+
+def launch_backward(
+    dout: torch.Tensor | None,
+    dlse: torch.Tensor | None,
+    q: torch.Tensor,
+    kv: torch.Tensor,
+    indices: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    d_v: int,
+    softmax_scale: float,
+    topk_length: torch.Tensor | None,
+    attn_sink: torch.Tensor | None,
+    need_dq: bool,
+    need_dkv: bool,
+    *,
+    configs: tuple[BwdConfig, ...] | None = None,
+    traits: DeviceTraits | None = None,
+    wrap: Wrap = _identity,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Run the backward kernel: once for both gradients, or once for each if the table's row says so.
+
+    dkv is summed in fp32: by atomics, or with `torch.use_deterministic_algorithms(True)` in the order of the indices.
+    """
+    from mla_ops.kernels.backward import _sparse_attn_bwd_kernel
+
+    traits = traits or traits_of(q.device)
+    q, kv, indices = _unit_inner_stride(q), _unit_inner_stride(kv), _unit_inner_stride(indices)
+    seq_q, heads, d_total = q.shape[-3:]
+    seq_kv, kv_group = kv.shape[-3:-1]
+    rows = seq_q if q.dim() == 3 else q.shape[0] * seq_q
+    if rows == 0 or heads == 0:
+        dsink_shape = 0 if attn_sink is None else attn_sink.shape
+        return (
+            q.new_zeros(q.shape if need_dq else 0),
+            kv.new_zeros(kv.shape if need_dkv else 0),
+            lse.new_zeros(dsink_shape),
+        )
+    configs = configs or _fitting(backward_configs, "backward", traits, heads // kv_group, d_v, q)
+    topk_length, attn_sink, dlse = _contiguous(topk_length), _contiguous(attn_sink), _contiguous(dlse)
+    out, lse = out.contiguous(), lse.contiguous()
+    strides = (*_outer_strides(q), *_outer_strides(kv))
+    do_strides = (0, 0, 0)
+    if dout is not None:
+        dout = _aligned_like_contiguous(dout)
+        do_strides = _outer_strides(dout)
+    deterministic = torch.are_deterministic_algorithms_enabled()
+
+    def head_blocks(config: BwdConfig) -> int:
+        return -(-(heads // kv_group) // config.block_h)
+
+    def run(config: BwdConfig, dq: _Out, dkv: _Out, dsink: _Out, first_row: int = 0, num_rows: int = rows) -> None:
+        wrap(_sparse_attn_bwd_kernel)[(num_rows * kv_group * head_blocks(config),)](
+            q, *strides[:3], kv, *strides[3:], indices, *_outer_strides(indices),
+            topk_length, attn_sink, out, lse, dout, *do_strides, dlse, dq, dkv, dsink,
+            softmax_scale, first_row, seq_q, seq_kv, indices.shape[-1],
+            heads, kv_group, d_total, d_v,
+            config.block_h, config.block_k, *chunk_widths(d_total, d_v, config.max_chunk),
+            _alignment(strides), seq_kv * max(strides[4], kv_group * d_total) >= INT32_OFFSETS, _input_precision(q),
+            config.is_key_major, deterministic,
+            num_warps=config.num_warps, num_stages=config.num_stages,
+        )  # fmt: skip
+
+    dq = q.new_empty(q.shape) if need_dq else None
+    dkv = None
+    dsink = None if attn_sink is None else torch.empty_like(lse)
+    two_passes = need_dq and need_dkv and len(configs) == 2
+    if two_passes or (not need_dkv and (need_dq or dsink is not None)):
+        run(configs[0], dq, None, dsink)
+    if need_dkv:
+        config = configs[-1]
+        others = (None, None) if two_passes else (dq, dsink)
+        if deterministic:
+            dkv = _dkv_in_index_order(
+                lambda partial, first_row, num_rows: run(config, others[0], partial, others[1], first_row, num_rows),
+                q, kv, indices, topk_length, head_blocks(config), wrap,
+            )  # fmt: skip
+        else:
+            dkv = q.new_zeros(kv.shape, dtype=torch.float32)
+            run(config, others[0], dkv, others[1])
+            dkv = dkv.to(kv.dtype)
+    if dsink is not None:
+        dsink = dsink.view(-1, heads).sum(0)
+    return (
+        q.new_empty(0) if dq is None else dq,
+        kv.new_empty(0) if dkv is None else dkv,
+        lse.new_empty(0) if dsink is None else dsink,
+    )
+
+
+def _dkv_in_index_order(
+    run_rows: Callable[[torch.Tensor, int, int], None],
+    q: torch.Tensor,
+    kv: torch.Tensor,
+    indices: torch.Tensor,
+    topk_length: torch.Tensor | None,
+    head_blocks: int,
+    wrap: Wrap,
+) -> torch.Tensor:
+    """Return dkv as a sum whose order depends on the indices alone.
+
+    Every (slot, head block) stores an fp32 row: a query needs kv_group * topk * head_blocks * d_total floats. Queries
+    are taken in chunks of at most DETERMINISTIC_WORKSPACE_BYTES of them, one query at least; a second kernel adds the
+    rows of each key in slot order, chunk after chunk.
+    """
+    from mla_ops.kernels.backward_reduce import _sum_slot_rows_kernel
+
+    d_total, topk = kv.shape[-1], indices.shape[-1]
+    rows, slots_per_row = q.shape[:-2].numel(), indices.shape[-2] * topk
+    floats_per_row = slots_per_row * head_blocks * d_total
+    chunk = max(1, min(rows, DETERMINISTIC_WORKSPACE_BYTES // max(1, 4 * floats_per_row)))
+    is_one_chunk = chunk >= rows
+    dkv = kv.new_empty(kv.shape, dtype=kv.dtype if is_one_chunk else torch.float32)
+    if dkv.numel() == 0:
+        return dkv.to(kv.dtype)
+
+    partial = _unfilled_floats(chunk * floats_per_row, q, wrap)
+    block_d = 1 << (d_total - 1).bit_length()
+    for first_row in range(0, rows, chunk):
+        num_rows = min(chunk, rows - first_row)
+        run_rows(partial, first_row, num_rows)
+        order, starts = _slots_by_key(indices, topk_length, kv.shape, first_row, num_rows)
+        wrap(_sum_slot_rows_kernel)[(dkv.numel() // d_total,)](
+            partial, order, starts, dkv,
+            head_blocks, d_total, max(1, 4096 // block_d), block_d, first_row == 0, num_warps=4,
+        )  # fmt: skip
+    return dkv.to(kv.dtype)
+
+
+def _slots_by_key(
+    indices: torch.Tensor, topk_length: torch.Tensor | None, kv_shape: torch.Size, first_row: int, num_rows: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sort the slots of some rows by the flat KV row they name; return the slots and where each KV row's begin."""
+    seq_q, kv_group, topk = indices.shape[-3:]
+    seq_kv = kv_shape[-3]
+    num_keys = kv_shape[:-1].numel()
+    key_dtype = torch.int32 if num_keys < 2**31 else torch.int64
+    positions = indices.reshape(-1, kv_group, topk)[first_row : first_row + num_rows]
+    valid = (positions >= 0) & (positions < seq_kv)
+    if topk_length is not None:
+        lengths = topk_length.reshape(-1, 1, 1)[first_row : first_row + num_rows]
+        valid &= torch.arange(topk, device=indices.device) < lengths
+    batch = torch.arange(first_row, first_row + num_rows, device=indices.device) // seq_q
+    group = torch.arange(kv_group, device=indices.device)
+    keys = (batch[:, None, None] * seq_kv + positions) * kv_group + group[:, None]
+    keys = torch.where(valid, keys, num_keys).to(key_dtype)
+    sorted_keys, order = torch.sort(keys.flatten(), stable=True)
+    starts = torch.searchsorted(sorted_keys, torch.arange(num_keys + 1, device=indices.device, dtype=key_dtype))
+    return order, starts
+
+
+def _unfilled_floats(count: int, like: torch.Tensor, wrap: Wrap) -> torch.Tensor:
+    """Return fp32 scratch that is written before it is read.
+
+    In deterministic mode `torch.empty` fills with NaN, a write as long as the workspace itself; a storage made by hand
+    is left alone. In a trace the compiler allocates and doesn't fill.
+    """
+    if wrap is not _identity:
+        return like.new_empty(count, dtype=torch.float32)
+    storage = torch.UntypedStorage(4 * count, device=like.device)
+    return torch.empty(0, dtype=torch.float32, device=like.device).set_(storage, 0, (count,), (1,))
+
+
+def _fitting(
+    lookup: Callable[..., _Config | None], side: str, traits: DeviceTraits, heads: int, d_v: int, q: torch.Tensor
+) -> _Config:
+    """Return what `lookup` finds for a call; dispatch refuses problems for which it finds nothing."""
+    config = lookup(traits.arch, traits.smem_bytes, heads, q.shape[-1], d_v, q.element_size())
+    if config is None:
+        raise UnsupportedProblemError(f"no {side} configuration for d_total={q.shape[-1]} in {q.dtype} fits {traits}")
+    return config
+
+
+def _unit_inner_stride(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def _aligned_like_contiguous(dout: torch.Tensor) -> torch.Tensor:
+    """Return `dout`, copied unless its rows are as aligned as those of a contiguous tensor.
+
+    The order of rowsum(dout * out) follows the width of the loads, and a strided dout must give the contiguous bits.
+    """
+    has_aligned_rows = dout.stride(-1) == 1 and _alignment(_outer_strides(dout)) == gcd(16, dout.shape[-1])
+    if has_aligned_rows and dout.storage_offset() * dout.element_size() % 16 == 0:
+        return dout
+    return dout.clone(memory_format=torch.contiguous_format)
+
+
+def _contiguous(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    return None if tensor is None else tensor.contiguous()
+
+
+def _outer_strides(tensor: torch.Tensor) -> tuple[int, int, int]:
+    """Return the strides of batch (0 without one), sequence, and head or group."""
+    stride = tensor.stride()
+    return (stride[0], stride[1], stride[2]) if len(stride) == 4 else (0, stride[0], stride[1])
+
+
+def _alignment(strides: tuple[int, ...]) -> int:
+    """Return the largest power of two up to 16 that divides every stride."""
+    align = gcd(16, *(stride for stride in strides if isinstance(stride, int)))
+    symbolic = [stride for stride in strides if not isinstance(stride, int)]
+    if symbolic:
+        from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+        while not all(statically_known_true(stride % align == 0) for stride in symbolic):
+            align //= 2
+    return align
+
+
+def _input_precision(q: torch.Tensor) -> str:
+    """Return how fp32 products are made; see `torch.backends.cuda.matmul.fp32_precision`."""
+    if q.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32":
+        return "tf32"
+    return "ieee"
+
+
+@lru_cache(maxsize=1)
+def _has_triton() -> bool:
+    return find_spec("triton") is not None

@@ -1,0 +1,75 @@
+"""Launch configurations: a table of rows per architecture, and the one rule that finds the row for a problem.
+
+NOTE [The nearest row]
+A problem takes, among the rows of its element size, the one nearest in log2(d_total), log2(d_v) and log2(heads per
+group), summed; the first of equals. The row's head block is cut to the heads that exist, and the configuration is
+shrunk (one stage, then fewer keys, then fewer heads) until its shared memory fits the device. So a problem is refused
+only where 16 rows of q, of dout and of keys do not fit, and a better row changes what is near it and nothing else.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+from math import log2
+
+from mla_ops.configs import sm80, sm90, sm100, sm120
+from mla_ops.configs.head_dims import FAMILIES
+from mla_ops.configs.launch import BwdConfig, Config, FwdConfig, Row, bwd_smem_bytes, fwd_smem_bytes, shrink_to_fit
+
+# The widest row the kernels are launched for: its query, its gradient and 16 keys still fit the registers of a block.
+MAX_D_TOTAL = 1024
+
+# In ascending order; an architecture takes the last table that is not newer than itself.
+TABLES: tuple[tuple[int, tuple[Row, ...]], ...] = (
+    (80, sm80.ROWS),
+    (90, sm90.ROWS),
+    (100, sm100.ROWS),
+    (120, sm120.ROWS),
+)
+
+
+def table_of(arch: int) -> tuple[Row, ...]:
+    """Return the rows for a compute capability, given as major * 10 + minor."""
+    return [rows for first_arch, rows in TABLES if first_arch <= arch][-1]
+
+
+def nearest_row(arch: int, heads: int, d_total: int, d_v: int, element_size: int) -> Row:
+    """Return the row to launch with; see NOTE [The nearest row]."""
+
+    def distance(row: Row) -> float:
+        row_d_total, row_d_v = FAMILIES[row.family]
+        return sum(abs(log2(a / b)) for a, b in ((row_d_total, d_total), (row_d_v, d_v), (row.heads, heads)))
+
+    return min((row for row in table_of(arch) if row.element_size == element_size), key=distance)
+
+
+@cache
+def forward_config(
+    arch: int, smem_bytes: int, heads: int, d_total: int, d_v: int, element_size: int
+) -> FwdConfig | None:
+    """Return how to launch the forward of a problem with `heads` heads per group, or None when nothing fits."""
+    config = _cut_heads(nearest_row(arch, heads, d_total, d_v, element_size).fwd, heads)
+    return shrink_to_fit(config, smem_bytes, lambda c: fwd_smem_bytes(c, arch, d_total, d_v, element_size))
+
+
+@cache
+def backward_configs(
+    arch: int, smem_bytes: int, heads: int, d_total: int, d_v: int, element_size: int
+) -> tuple[BwdConfig, ...] | None:
+    """Return how to launch the backward: one pass, or a dq pass and a dkv pass; None when one of them does not fit."""
+    fitting = []
+    for config in nearest_row(arch, heads, d_total, d_v, element_size).bwd:
+        fitted = shrink_to_fit(
+            _cut_heads(config, heads), smem_bytes, lambda c: bwd_smem_bytes(c, arch, d_total, d_v, element_size)
+        )
+        if fitted is None:
+            return None
+        fitting.append(fitted)
+    return tuple(fitting)
+
+
+def _cut_heads(config: Config, heads: int) -> Config:
+    """Return `config` with no more heads in a block than there are, padded to the 16 that a product needs."""
+    needed = max(16, 1 << (heads - 1).bit_length())
+    return config if config.block_h <= needed else replace(config, block_h=needed)

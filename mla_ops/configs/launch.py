@@ -1,0 +1,129 @@
+"""Launch configurations as values, and the shared-memory arithmetic that decides whether one fits a device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import TypeVar
+
+
+@dataclass(frozen=True)
+class FwdConfig:
+    """How to launch the forward kernel."""
+
+    block_h: int  # query heads of one program; 64 and more make wgmma tiles, fewer run as mma.sync
+    block_k: int  # selected rows gathered per step
+    max_chunk: int  # widest piece a row is cut into
+    num_warps: int
+    num_stages: int  # 1: rows pass through registers; more: asynchronous copies into stages - 1 or stages buffers
+
+
+@dataclass(frozen=True)
+class BwdConfig:
+    """How to launch the backward kernel."""
+
+    block_h: int
+    block_k: int
+    max_chunk: int
+    num_warps: int
+    num_stages: int
+    is_key_major: bool = True  # keys as rows of the products: 64 keys fill a wgmma tile where 16 heads would not
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of an architecture's table: the configurations made for a head-dim family and a number of heads.
+
+    `bwd` holds one configuration that computes dq and dkv in one pass, or two: one for a dq pass and one for a dkv
+    pass, which repeat two of the five products and in exchange keep no gradient in registers besides their own.
+    """
+
+    family: str  # a name in `head_dims.FAMILIES`
+    heads: int  # query heads per KV group
+    fwd: FwdConfig
+    bwd: tuple[BwdConfig, ...]
+    element_size: int = 2  # bytes of a channel: 2 for bf16 and fp16, 4 for fp32
+
+
+# Buffers of indices and of what is exchanged between warps, seen in offline compiles.
+_SMALL_BYTES = 1024
+
+
+@cache
+def chunk_widths(d_total: int, d_v: int, max_chunk: int) -> tuple[int, int]:
+    """Return (BLOCK_DV, BLOCK_DT), the powers of two a row is cut into; see NOTE [A row is a tuple of chunks].
+
+    The cheapest cut wins: padded channels cost work in the logits, those of value chunks cost it twice, and a chunk of
+    its own costs about as much as 32 channels, the depth of two tensor-core instructions.
+    """
+    widths = [width for width in (16, 32, 64, 128, 256, 512) if width <= max_chunk]
+
+    def cost(block_dv: int, block_dt: int) -> tuple[int, int]:
+        value = _round_up(d_v, block_dv)
+        tail = _round_up(max(d_total - value, 0), block_dt)
+        return value + tail + value + 32 * (value // block_dv + tail // block_dt), -block_dv
+
+    return min(((dv, dt) for dv in widths for dt in widths), key=lambda pair: cost(*pair))
+
+
+def padded_widths(d_total: int, d_v: int, max_chunk: int) -> tuple[int, int]:
+    """Return the channels held for a value and for a whole row, padding included."""
+    block_dv, block_dt = chunk_widths(d_total, d_v, max_chunk)
+    value = _round_up(d_v, block_dv)
+    return value, value + _round_up(max(d_total - value, 0), block_dt)
+
+
+def fwd_smem_bytes(config: FwdConfig, arch: int, d_total: int, d_v: int, element_size: int) -> int:
+    """Return an upper bound of the shared memory of the forward kernel: q, the buffers of rows, and the weights."""
+    _, width = padded_widths(d_total, d_v, config.max_chunk)
+    is_wide = config.block_h >= 64
+    operands = config.block_h * width + config.block_k * width * _row_buffers(config.num_stages, arch, is_wide)
+    weights = config.block_h * config.block_k
+    # Rows that pass through registers are stored once more, chunk by chunk, as operands of the second product.
+    again = config.block_k * max(chunk_widths(d_total, d_v, config.max_chunk)) if config.num_stages == 1 else 0
+    return (operands + max(weights, again)) * element_size + _SMALL_BYTES
+
+
+def bwd_smem_bytes(config: BwdConfig, arch: int, d_total: int, d_v: int, element_size: int) -> int:
+    """Return an upper bound of the shared memory of the backward kernel: q, dout, the buffers of rows, P and dS."""
+    value, width = padded_widths(d_total, d_v, config.max_chunk)
+    is_wide = (config.block_k if config.is_key_major else config.block_h) >= 64
+    buffers = _row_buffers(config.num_stages, arch, is_wide)
+    operands = config.block_h * (width + value) + config.block_k * width * buffers
+    # P and dS are dead when a dkv tile is staged to be added 16 bytes at a time.
+    weights = 2 * config.block_h * config.block_k * element_size
+    staging = 4 * config.block_k * max(chunk_widths(d_total, d_v, config.max_chunk))
+    return operands * element_size + max(weights, staging) + _SMALL_BYTES
+
+
+def _row_buffers(num_stages: int, arch: int, is_wide: bool) -> int:
+    """Return how many blocks of rows are in shared memory at a time.
+
+    Products of 64 and more rows are asynchronous on sm90 and sm100 and read a block while the next ones arrive; the
+    others have copied it to registers by then.
+    """
+    if num_stages == 1:
+        return 1
+    return num_stages if is_wide and 90 <= arch < 120 else num_stages - 1
+
+
+Config = TypeVar("Config", FwdConfig, BwdConfig)
+
+
+def shrink_to_fit(config: Config, limit: int, smem_bytes: Callable[[Config], int]) -> Config | None:
+    """Return `config`, or the first that fits of: one stage, fewer keys, fewer heads; None when none does."""
+    while smem_bytes(config) > limit:
+        if config.num_stages > 1:
+            config = replace(config, num_stages=1)
+        elif config.block_k > 16:
+            config = replace(config, block_k=config.block_k // 2)
+        elif config.block_h > 16:
+            config = replace(config, block_h=config.block_h // 2)
+        else:
+            return None
+    return config
+
+
+def _round_up(size: int, multiple: int) -> int:
+    return -(-size // multiple) * multiple

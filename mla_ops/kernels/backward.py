@@ -1,0 +1,195 @@
+"""Backward kernel: one pass over the slots of a row yields dq, its share of dkv, and dsink.
+
+With P the softmax over the valid slots (no sink) and keep = exp(lse) / (exp(lse) + exp(sink)):
+
+    delta = rowsum(dout * out)                   dS  = P * (keep * (dout V^T - delta) + dlse)
+    dq    = scale * dS K                         dkv = scale * dS^T q, plus (keep * P)^T dout in the value channels
+    dsink = -sum_rows (1 - keep) * delta
+
+Rows of dkv are shared by many queries. They are summed with fp32 atomics, or, when the result must be reproducible,
+every slot stores its own fp32 row and `backward_reduce.py` sums the rows of one key in a fixed order.
+"""
+
+import triton
+import triton.language as tl
+
+from mla_ops.kernels.primitives import (
+    add_row_products,
+    add_transposed_rows,
+    add_weighted_rows,
+    check_positions,
+    known_multiple,
+    load_chunks,
+    locate_program,
+    row_dot_sums,
+    sink_keep,
+    store_chunks,
+    transpose_chunks,
+    zero_chunks,
+)
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def put_dkv_rows(
+    dkv_ptr, row_offsets, valid, tile,
+    START: tl.constexpr, WIDTH: tl.constexpr, END: tl.constexpr, IS_DETERMINISTIC: tl.constexpr,
+):  # fmt: skip
+    """Hand over one fp32 tile of dkv: add it to the rows of the keys, or store it as the rows of the slots."""
+    cols = START + tl.arange(0, WIDTH)
+    mask = valid[:, None]
+    if START + WIDTH > END:
+        mask = mask & (cols < END)[None, :]
+    if IS_DETERMINISTIC:
+        tl.store(dkv_ptr + row_offsets[:, None] + cols[None, :], tile, mask=mask)
+    else:
+        tl.atomic_add(dkv_ptr + row_offsets[:, None] + cols[None, :], tile, mask=mask, sem="relaxed")
+
+
+# Lengths change from call to call: one binary serves them all, and a warm one is warm for any length.
+@triton.jit(do_not_specialize=["first_row", "seq_q", "seq_kv", "topk"])
+def _sparse_attn_bwd_kernel(
+    q_ptr, stride_q_b, stride_q_s, stride_q_h,
+    kv_ptr, stride_kv_b, stride_kv_s, stride_kv_g,
+    indices_ptr, stride_i_b, stride_i_s, stride_i_g,
+    topk_length_ptr, attn_sink_ptr,  # None when the call has none
+    out_ptr, lse_ptr,  # contiguous, as the forward made them
+    dout_ptr, stride_do_b, stride_do_s, stride_do_h, dlse_ptr,  # a pointer is None for a gradient that did not arrive
+    dq_ptr, dkv_ptr, dsink_ptr,  # contiguous; None for what is not needed; dkv fp32, dsink fp32 [rows, heads]
+    softmax_scale, first_row, seq_q, seq_kv, topk,
+    HEADS: tl.constexpr, KV_GROUP: tl.constexpr, D_TOTAL: tl.constexpr, D_V: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_DT: tl.constexpr,
+    STRIDE_ALIGN: tl.constexpr, USE_INT64_OFFSETS: tl.constexpr, INPUT_PRECISION: tl.constexpr,
+    IS_KEY_MAJOR: tl.constexpr, IS_DETERMINISTIC: tl.constexpr,
+):  # fmt: skip
+    softmax_scale = tl.cast(softmax_scale, tl.float32)
+    NUM_DV: tl.constexpr = (D_V + BLOCK_DV - 1) // BLOCK_DV
+    TAIL: tl.constexpr = NUM_DV * BLOCK_DV
+    NUM_DT: tl.constexpr = (D_TOTAL - TAIL + BLOCK_DT - 1) // BLOCK_DT if D_TOTAL > TAIL else 0
+    # Key-major products have the keys as rows: 64 keys fill a wgmma tile where 16 heads would not.
+    HEAD_AXIS: tl.constexpr = 1 if IS_KEY_MAJOR else 0
+    element = kv_ptr.dtype.element_ty
+
+    row, batch, query, group, offs_h, head_mask = locate_program(first_row, seq_q, HEADS, KV_GROUP, BLOCK_H)
+    end_slot = topk  # see NOTE [Loads that become addresses]
+    if topk_length_ptr is not None:
+        end_slot = tl.minimum(tl.load(topk_length_ptr + row), topk).to(tl.int32)
+    stride_q_h = known_multiple(stride_q_h, STRIDE_ALIGN)
+    stride_kv_s = known_multiple(stride_kv_s, STRIDE_ALIGN)
+    q_ptr += batch * known_multiple(stride_q_b, STRIDE_ALIGN) + query * known_multiple(stride_q_s, STRIDE_ALIGN)
+    kv_ptr += batch * known_multiple(stride_kv_b, STRIDE_ALIGN)
+    kv_ptr += group.to(tl.int64) * known_multiple(stride_kv_g, STRIDE_ALIGN)
+    indices_ptr += batch * stride_i_b + query * stride_i_s + group.to(tl.int64) * stride_i_g
+    q_offsets = offs_h.to(tl.int64) * stride_q_h
+    q_tiles = load_chunks(q_ptr, q_offsets, head_mask, 0, BLOCK_DV, NUM_DV, D_TOTAL)
+    q_tail = load_chunks(q_ptr, q_offsets, head_mask, TAIL, BLOCK_DT, NUM_DT, D_TOTAL)
+
+    row_heads = row * HEADS + offs_h
+    lse = tl.load(lse_ptr + row_heads, mask=head_mask, other=0.0)
+    # `shift` is what is subtracted from keep * dP, so it carries the gradient of lse too.
+    shift = tl.zeros([BLOCK_H], tl.float32)
+    if dout_ptr is not None:
+        # As aligned as `out`, whatever the inputs are: the order of the sum below follows the width of these loads.
+        OUT_ALIGN: tl.constexpr = 16 if D_V % 16 == 0 else 8 if D_V % 8 == 0 else 4 if D_V % 4 == 0 else 1
+        dout_ptr += batch * known_multiple(stride_do_b, OUT_ALIGN) + query * known_multiple(stride_do_s, OUT_ALIGN)
+        do_offsets = offs_h.to(tl.int64) * known_multiple(stride_do_h, OUT_ALIGN)
+        do_tiles = load_chunks(dout_ptr, do_offsets, head_mask, 0, BLOCK_DV, NUM_DV, D_V)
+        out_tiles = load_chunks(out_ptr, row_heads * D_V, head_mask, 0, BLOCK_DV, NUM_DV, D_V)
+        shift = row_dot_sums(do_tiles, out_tiles, NUM_DV)
+    keep = tl.full([BLOCK_H], 1.0, tl.float32)
+    if attn_sink_ptr is not None:
+        keep = sink_keep(lse, tl.load(attn_sink_ptr + offs_h, mask=head_mask, other=0.0))
+        if dsink_ptr is not None:
+            # An empty row adds nothing, also when dout is NaN there.
+            dsink = tl.where(lse == -float("inf"), 0.0, (keep - 1.0) * shift)
+            tl.store(dsink_ptr + row_heads, dsink, mask=head_mask)
+        shift *= keep
+    if dlse_ptr is not None:
+        shift -= tl.load(dlse_ptr + row_heads, mask=head_mask, other=0.0)
+
+    logit_scale = softmax_scale * LOG2_E
+    lse_log2 = tl.expand_dims(lse * LOG2_E, 1 - HEAD_AXIS)
+    shift = tl.expand_dims(shift, 1 - HEAD_AXIS)
+    keep = tl.expand_dims(keep, 1 - HEAD_AXIS)
+    if dq_ptr is not None:
+        if IS_KEY_MAJOR:
+            dq_tiles = zero_chunks(BLOCK_DV, BLOCK_H, NUM_DV)
+            dq_tail = zero_chunks(BLOCK_DT, BLOCK_H, NUM_DT)
+        else:
+            dq_tiles = zero_chunks(BLOCK_H, BLOCK_DV, NUM_DV)
+            dq_tail = zero_chunks(BLOCK_H, BLOCK_DT, NUM_DT)
+
+    if dkv_ptr is not None:
+        if IS_DETERMINISTIC:
+            # [rows, groups, topk, head blocks, d_total]: the grid minus the heads is (row, group), head block last.
+            HEAD_BLOCKS: tl.constexpr = (HEADS // KV_GROUP + BLOCK_H - 1) // BLOCK_H
+            program = tl.program_id(0)
+            first_slot = (program // HEAD_BLOCKS).to(tl.int64) * topk * HEAD_BLOCKS + program % HEAD_BLOCKS
+            dkv_ptr += first_slot * D_TOTAL
+        else:
+            dkv_ptr += (batch * seq_kv * KV_GROUP + group) * D_TOTAL
+
+    for start in tl.range(0, end_slot, BLOCK_K):
+        offs_k = start + tl.arange(0, BLOCK_K)
+        position = tl.load(indices_ptr + offs_k, mask=offs_k < end_slot, other=0)
+        position, valid = check_positions(position, offs_k, end_slot, seq_kv, USE_INT64_OFFSETS)
+        kv_offsets = position * stride_kv_s
+        kv_tiles = load_chunks(kv_ptr, kv_offsets, valid, 0, BLOCK_DV, NUM_DV, D_TOTAL)
+        kv_tail = load_chunks(kv_ptr, kv_offsets, valid, TAIL, BLOCK_DT, NUM_DT, D_TOTAL)
+
+        if IS_KEY_MAJOR:
+            logits = tl.zeros([BLOCK_K, BLOCK_H], tl.float32)
+            logits = add_row_products(logits, kv_tail, q_tail, NUM_DT, INPUT_PRECISION)
+            logits = add_row_products(logits, kv_tiles, q_tiles, NUM_DV, INPUT_PRECISION)
+        else:
+            logits = tl.zeros([BLOCK_H, BLOCK_K], tl.float32)
+            logits = add_row_products(logits, q_tail, kv_tail, NUM_DT, INPUT_PRECISION)
+            logits = add_row_products(logits, q_tiles, kv_tiles, NUM_DV, INPUT_PRECISION)
+        # Both selections are needed: an empty row has lse = -inf and may have NaN gradients.
+        is_valid = tl.expand_dims(valid, HEAD_AXIS)
+        weights = tl.where(is_valid, tl.exp2(logits * logit_scale - lse_log2), 0.0)
+        dlogits = -shift
+        if dout_ptr is not None:
+            if IS_KEY_MAJOR:
+                dweights = tl.zeros([BLOCK_K, BLOCK_H], tl.float32)
+                dweights = add_row_products(dweights, kv_tiles, do_tiles, NUM_DV, INPUT_PRECISION)
+            else:
+                dweights = tl.zeros([BLOCK_H, BLOCK_K], tl.float32)
+                dweights = add_row_products(dweights, do_tiles, kv_tiles, NUM_DV, INPUT_PRECISION)
+            dlogits = keep * dweights - shift
+        dlogits = tl.where(is_valid, weights * dlogits * softmax_scale, 0.0).to(element)
+
+        # dq before dkv: its operands are dead by then, and their shared memory becomes the staging of the atomics.
+        if dq_ptr is not None:
+            if IS_KEY_MAJOR:
+                dq_tiles = add_transposed_rows(dq_tiles, kv_tiles, dlogits, NUM_DV, INPUT_PRECISION)
+                dq_tail = add_transposed_rows(dq_tail, kv_tail, dlogits, NUM_DT, INPUT_PRECISION)
+            else:
+                dq_tiles = add_weighted_rows(dq_tiles, dlogits, kv_tiles, NUM_DV, INPUT_PRECISION)
+                dq_tail = add_weighted_rows(dq_tail, dlogits, kv_tail, NUM_DT, INPUT_PRECISION)
+        if dkv_ptr is not None:
+            if IS_DETERMINISTIC:
+                dkv_offsets = offs_k.to(tl.int64) * (HEAD_BLOCKS * D_TOTAL)
+            else:
+                dkv_offsets = position * (KV_GROUP * D_TOTAL)
+            kept_weights = (weights * keep).to(element)
+            dlogits_k = dlogits if IS_KEY_MAJOR else tl.trans(dlogits)
+            kept_weights_k = kept_weights if IS_KEY_MAJOR else tl.trans(kept_weights)
+            for c in tl.static_range(NUM_DV):
+                tile = tl.dot(dlogits_k, q_tiles[c], input_precision=INPUT_PRECISION)
+                if dout_ptr is not None:
+                    tile = tl.dot(kept_weights_k, do_tiles[c], tile, input_precision=INPUT_PRECISION)
+                put_dkv_rows(dkv_ptr, dkv_offsets, valid, tile, c * BLOCK_DV, BLOCK_DV, D_TOTAL, IS_DETERMINISTIC)
+            for c in tl.static_range(NUM_DT):
+                tile = tl.dot(dlogits_k, q_tail[c], input_precision=INPUT_PRECISION)
+                put_dkv_rows(
+                    dkv_ptr, dkv_offsets, valid, tile, TAIL + c * BLOCK_DT, BLOCK_DT, D_TOTAL, IS_DETERMINISTIC
+                )
+
+    if dq_ptr is not None:
+        if IS_KEY_MAJOR:
+            dq_tiles = transpose_chunks(dq_tiles, NUM_DV)
+            dq_tail = transpose_chunks(dq_tail, NUM_DT)
+        store_chunks(dq_ptr, row_heads * D_TOTAL, head_mask, dq_tiles, 0, BLOCK_DV, NUM_DV, D_TOTAL)
+        store_chunks(dq_ptr, row_heads * D_TOTAL, head_mask, dq_tail, TAIL, BLOCK_DT, NUM_DT, D_TOTAL)

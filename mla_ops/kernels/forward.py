@@ -1,0 +1,103 @@
+"""Forward kernel: the query heads of one row are the rows of the products, the selected KV rows their columns.
+
+One program holds BLOCK_H heads of one (batch, query) pair and walks its slots BLOCK_K at a time with an online softmax.
+For a short grid (decode) the slots of a row are shared out over grid.y; then each program stores fp32 partial results
+that `forward_split.py` merges.
+"""
+
+import triton
+import triton.language as tl
+
+from mla_ops.kernels.primitives import (
+    add_row_products,
+    add_weighted_rows,
+    check_positions,
+    known_multiple,
+    load_chunks,
+    locate_program,
+    scale_rows,
+    sink_keep,
+    store_chunks,
+    zero_chunks,
+)
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+
+
+# Lengths change from call to call: one binary serves them all, and a warm one is warm for any length.
+@triton.jit(do_not_specialize=["seq_q", "seq_kv", "topk", "slots_per_split"])
+def _sparse_attn_fwd_kernel(
+    q_ptr, stride_q_b, stride_q_s, stride_q_h,
+    kv_ptr, stride_kv_b, stride_kv_s, stride_kv_g,
+    indices_ptr, stride_i_b, stride_i_s, stride_i_g,
+    topk_length_ptr, attn_sink_ptr,  # None when the call has none
+    out_ptr, lse_ptr,  # [rows, heads, d_v] and [rows, heads]; split: fp32, [rows, splits, heads, ...]
+    softmax_scale, seq_q, seq_kv, topk, slots_per_split,
+    HEADS: tl.constexpr, KV_GROUP: tl.constexpr, D_TOTAL: tl.constexpr, D_V: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_DT: tl.constexpr,
+    STRIDE_ALIGN: tl.constexpr, USE_INT64_OFFSETS: tl.constexpr, INPUT_PRECISION: tl.constexpr, IS_SPLIT: tl.constexpr,
+):  # fmt: skip
+    softmax_scale = tl.cast(softmax_scale, tl.float32)
+    NUM_DV: tl.constexpr = (D_V + BLOCK_DV - 1) // BLOCK_DV
+    TAIL: tl.constexpr = NUM_DV * BLOCK_DV
+    NUM_DT: tl.constexpr = (D_TOTAL - TAIL + BLOCK_DT - 1) // BLOCK_DT if D_TOTAL > TAIL else 0
+
+    row, batch, query, group, offs_h, head_mask = locate_program(0, seq_q, HEADS, KV_GROUP, BLOCK_H)
+    end_slot = topk  # see NOTE [Loads that become addresses]
+    if topk_length_ptr is not None:
+        end_slot = tl.minimum(tl.load(topk_length_ptr + row), topk).to(tl.int32)
+    first_slot = 0
+    out_row = row
+    if IS_SPLIT:
+        first_slot = tl.program_id(1) * slots_per_split
+        end_slot = tl.minimum(first_slot + slots_per_split, end_slot)
+        out_row = row * tl.num_programs(1) + tl.program_id(1)
+
+    stride_q_h = known_multiple(stride_q_h, STRIDE_ALIGN)
+    stride_kv_s = known_multiple(stride_kv_s, STRIDE_ALIGN)
+    q_ptr += batch * known_multiple(stride_q_b, STRIDE_ALIGN) + query * known_multiple(stride_q_s, STRIDE_ALIGN)
+    kv_ptr += batch * known_multiple(stride_kv_b, STRIDE_ALIGN)
+    kv_ptr += group.to(tl.int64) * known_multiple(stride_kv_g, STRIDE_ALIGN)
+    indices_ptr += batch * stride_i_b + query * stride_i_s + group.to(tl.int64) * stride_i_g
+    q_offsets = offs_h.to(tl.int64) * stride_q_h
+    q_tiles = load_chunks(q_ptr, q_offsets, head_mask, 0, BLOCK_DV, NUM_DV, D_TOTAL)
+    q_tail = load_chunks(q_ptr, q_offsets, head_mask, TAIL, BLOCK_DT, NUM_DT, D_TOTAL)
+
+    # Logits live in log2 units. The scale joins them before the maximum is taken: it may be negative or zero.
+    logit_scale = softmax_scale * LOG2_E
+    row_max = tl.full([BLOCK_H], -float("inf"), tl.float32)
+    row_sum = tl.zeros([BLOCK_H], tl.float32)
+    acc = zero_chunks(BLOCK_H, BLOCK_DV, NUM_DV)
+    for start in tl.range(first_slot, end_slot, BLOCK_K):
+        offs_k = start + tl.arange(0, BLOCK_K)
+        position = tl.load(indices_ptr + offs_k, mask=offs_k < end_slot, other=0)
+        position, valid = check_positions(position, offs_k, end_slot, seq_kv, USE_INT64_OFFSETS)
+        kv_offsets = position * stride_kv_s
+        kv_tiles = load_chunks(kv_ptr, kv_offsets, valid, 0, BLOCK_DV, NUM_DV, D_TOTAL)
+        kv_tail = load_chunks(kv_ptr, kv_offsets, valid, TAIL, BLOCK_DT, NUM_DT, D_TOTAL)
+
+        logits = tl.zeros([BLOCK_H, BLOCK_K], tl.float32)
+        logits = add_row_products(logits, q_tail, kv_tail, NUM_DT, INPUT_PRECISION)
+        logits = add_row_products(logits, q_tiles, kv_tiles, NUM_DV, INPUT_PRECISION)
+        logits = tl.where(valid[None, :], logits * logit_scale, -float("inf"))
+
+        new_max = tl.maximum(row_max, tl.max(logits, 1))
+        # While no slot was valid the maximum is -inf, and -inf - (-inf) would be NaN.
+        finite_max = tl.where(new_max == -float("inf"), 0.0, new_max)
+        weights = tl.exp2(logits - finite_max[:, None])
+        rescale = tl.exp2(row_max - finite_max)
+        row_sum = row_sum * rescale + tl.sum(weights, 1)
+        row_max = new_max
+        acc = scale_rows(acc, rescale, NUM_DV)
+        acc = add_weighted_rows(acc, weights.to(kv_ptr.dtype.element_ty), kv_tiles, NUM_DV, INPUT_PRECISION)
+
+    # Empty is the sum being 0, not "not positive": a NaN in a selected row must reach the output.
+    is_empty = row_sum == 0.0
+    factor = tl.where(is_empty, 0.0, 1.0 / row_sum)
+    lse = tl.where(is_empty, -float("inf"), (row_max + tl.log2(row_sum)) * LN_2)
+    if attn_sink_ptr is not None and not IS_SPLIT:
+        factor *= sink_keep(lse, tl.load(attn_sink_ptr + offs_h, mask=head_mask, other=0.0))
+    out_offsets = (out_row * HEADS + offs_h) * D_V
+    store_chunks(out_ptr, out_offsets, head_mask, scale_rows(acc, factor, NUM_DV), 0, BLOCK_DV, NUM_DV, D_V)
+    tl.store(lse_ptr + out_row * HEADS + offs_h, lse, mask=head_mask)

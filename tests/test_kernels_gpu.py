@@ -1,0 +1,337 @@
+"""The Triton kernels against the fp64 oracle, called through their launchers: every semantic the kernels own.
+
+Runs on a GPU, or without one under TRITON_INTERPRET=1 (see test_kernels_interpret.py), where CPU tensors stand in.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from mla_ops.backends import triton as backend
+from mla_ops.configs.launch import BwdConfig, FwdConfig
+from mla_ops.device import DeviceTraits
+from mla_ops.reference import sparse_attn_bwd_reference, sparse_attn_reference
+from mla_ops.testing import CONTRACT_CASES, Case, Inputs, assert_within_budget, make_inputs
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if INTERPRETED else "cuda"
+# The interpreter multiplies the bit patterns of bf16.
+DTYPES = [torch.float32, torch.float16] + ([] if INTERPRETED else [torch.bfloat16])
+TRAITS = DeviceTraits(type="cuda", arch=90, smem_bytes=232448, num_sms=132) if INTERPRETED else None
+
+pytestmark = [pytest.mark.usefixtures("poisoned_memory")] + ([] if INTERPRETED else [pytest.mark.gpu])
+on_gpu_only = pytest.mark.skipif(INTERPRETED, reason="too large for the interpreter")
+
+SMALL = Case(d_total=128, d_v=64, topk=20, heads=6, kv_group=2, seq_q=4, seq_kv=24)
+Results = dict[str, torch.Tensor]
+
+
+def run(inputs: Inputs, *, dout: bool = True, dlse: bool = True, fwd: Any = None, bwd: Any = None) -> Results:
+    """Forward and backward; `fwd` and `bwd` are keyword arguments of the launchers."""
+    out, lse = backend.launch_forward(*inputs.args, traits=TRAITS, **(fwd or {}))
+    grads = run_backward(inputs, out, lse, dout=dout, dlse=dlse, bwd=bwd)
+    return {"out": out, "lse": lse, **grads}
+
+
+def run_backward(
+    inputs: Inputs, out: torch.Tensor, lse: torch.Tensor, *, dout: bool = True, dlse: bool = True, bwd: Any = None
+) -> Results:
+    q, kv, indices, *rest = inputs.args
+    grad_out, grad_lse = inputs.dout if dout else None, inputs.dlse if dlse else None
+    grads = backend.launch_backward(
+        grad_out, grad_lse, q, kv, indices, out, lse, *rest, True, True, traits=TRAITS, **(bwd or {})
+    )
+    count = 2 if inputs.attn_sink is None else 3
+    return dict(zip(["dq", "dkv", "dsink"][:count], grads[:count], strict=True))
+
+
+def run_reference(inputs: Inputs, dtype: torch.dtype, *, dout: bool = True, dlse: bool = True) -> Results:
+    cast = inputs.to(dtype)
+    out, lse = sparse_attn_reference(*cast.args)
+    grads = sparse_attn_bwd_reference(cast.dout if dout else None, cast.dlse if dlse else None, *cast.args)
+    names = ["out", "lse", "dq", "dkv", "dsink"]
+    return {name: value for name, value in zip(names, (out, lse, *grads), strict=True) if value is not None}
+
+
+def assert_matches_oracle(inputs: Inputs, **options: Any) -> Results:
+    actual = run(inputs, **options)
+    used = {name: options[name] for name in ("dout", "dlse") if name in options}
+    oracle = run_reference(inputs, torch.float64, **used)
+    low = run_reference(inputs, inputs.q.dtype, **used)
+    terms = inputs.indices.shape[-1] + inputs.q.shape[-1]
+    for name, value in actual.items():
+        summed = terms + inputs.indices.numel() * inputs.q.shape[-2] if name in ("dkv", "dsink") else terms
+        assert_within_budget(value, oracle[name], low[name], terms=summed, name=name)
+    return actual
+
+
+def assert_same(actual: Results, expected: Results, *, atomics: bool = True) -> None:
+    """Assert bitwise equality; dkv may differ by the order of its atomic additions."""
+    for name, value in actual.items():
+        if name == "dkv" and atomics:
+            torch.testing.assert_close(value, expected[name], rtol=1e-2, atol=1e-3 * float(expected[name].abs().max()))
+        else:
+            assert torch.equal(value, expected[name]), name
+
+
+@contextmanager
+def deterministic_algorithms() -> Iterator[None]:
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CONTRACT_CASES, ids=str)
+def test_matches_oracle(case: Case, dtype: torch.dtype) -> None:
+    if INTERPRETED and dtype == torch.float16 and case.d_total > 200:
+        pytest.skip("wide rows are interpreted in fp32 only, to save time")
+    assert_matches_oracle(make_inputs(case, dtype, DEVICE, topk_length=True, attn_sink=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("d_total", "d_v"),
+    [(1024, 1024), (1024, 64), (700, 511), (33, 1), (448, 320), (96, 8)],
+    ids=lambda width: str(width),
+)
+def test_unusual_widths(d_total: int, d_v: int, dtype: torch.dtype) -> None:
+    case = Case(d_total=d_total, d_v=d_v, topk=9, heads=2, batch=1, seq_q=2, seq_kv=12)
+    assert_matches_oracle(make_inputs(case, dtype, DEVICE))
+
+
+@pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64], ids=str)
+@pytest.mark.parametrize("use", ["plain", "length", "sink"])
+def test_optional_arguments(index_dtype: torch.dtype, use: str) -> None:
+    inputs = make_inputs(
+        SMALL, torch.float32, DEVICE, index_dtype=index_dtype, topk_length=use == "length", attn_sink=use == "sink"
+    )
+    assert_matches_oracle(inputs)
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.7])
+def test_zero_and_negative_scale(scale: float) -> None:
+    inputs = replace(make_inputs(SMALL, torch.float32, DEVICE), softmax_scale=scale)
+    assert_matches_oracle(inputs)
+
+
+def test_infinite_sinks() -> None:
+    inputs = make_inputs(SMALL, torch.float32, DEVICE, attn_sink=True)
+    inputs.attn_sink[0], inputs.attn_sink[1] = torch.inf, -torch.inf
+    results = assert_matches_oracle(inputs)
+    assert (results["out"][..., 0, :] == 0).all()
+    assert (results["dsink"][:2] == 0).all()
+
+
+@pytest.mark.parametrize(("dout", "dlse"), [(True, False), (False, True)])
+def test_one_gradient_missing(dout: bool, dlse: bool) -> None:
+    assert_matches_oracle(make_inputs(SMALL, torch.float32, DEVICE, attn_sink=True), dout=dout, dlse=dlse)
+
+
+def test_needs_flags_skip_one_gradient_and_leave_the_other_unchanged() -> None:
+    inputs = make_inputs(SMALL, torch.float32, DEVICE, attn_sink=True)
+    results = run(inputs)
+    q, kv, indices, *rest = inputs.args
+    for need_dq, need_dkv in ((True, False), (False, True), (False, False)):
+        dq, dkv, dsink = backend.launch_backward(
+            inputs.dout, inputs.dlse, q, kv, indices, results["out"], results["lse"], *rest, need_dq, need_dkv,
+            traits=TRAITS,
+        )  # fmt: skip
+        assert_same({"dsink": dsink}, results)
+        assert dq.shape == (results["dq"].shape if need_dq else (0,))
+        assert dkv.shape == (results["dkv"].shape if need_dkv else (0,))
+        if need_dq:
+            torch.testing.assert_close(dq, results["dq"])
+        if need_dkv:
+            torch.testing.assert_close(dkv, results["dkv"])
+
+
+def test_nan_in_unselected_and_empty_rows_stays_there() -> None:
+    inputs = make_inputs(SMALL, torch.float32, DEVICE, attn_sink=True)
+    inputs.indices[inputs.indices == 0] = -1  # row 0 is where a careless kernel points invalid slots
+    expected = run(inputs)
+    kv, dout, dlse = inputs.kv.clone(), inputs.dout.clone(), inputs.dlse.clone()
+    kv[:, 0] = torch.nan
+    dout[:, 0], dlse[:, 0] = torch.nan, torch.nan  # make_inputs leaves the first query without a valid slot
+    actual = run(replace(inputs, kv=kv, dout=dout, dlse=dlse))
+    assert_same(actual, expected)
+    assert (actual["dkv"][:, 0] == 0).all()
+    assert torch.isneginf(actual["lse"][:, 0]).all()
+    for name in ("out", "dq"):
+        assert (actual[name][:, 0] == 0).all()
+
+
+def test_nan_in_a_selected_row_reaches_the_output() -> None:
+    inputs = make_inputs(SMALL, torch.float32, DEVICE, invalid=False)
+    inputs.kv[0, inputs.indices[0, 0, 0, 0].item(), 0] = torch.nan
+    out, lse = backend.launch_forward(*inputs.args, traits=TRAITS)
+    assert out[0, 0, 0].isnan().all()
+    assert lse[0, 0, 0].isnan()
+
+
+def test_a_very_negative_logit_outweighs_padding() -> None:
+    inputs = make_inputs(SMALL, torch.float32, DEVICE, invalid=False)
+    inputs.indices[..., 1:] = -1
+    inputs = replace(inputs, q=torch.full_like(inputs.q, -1.0), kv=inputs.kv.abs() + 1.0, softmax_scale=100.0)
+    out, lse = backend.launch_forward(*inputs.args, traits=TRAITS)
+    assert (lse < -1e4).all()
+    two = torch.arange(2, device=DEVICE)
+    rows = inputs.kv[two[:, None, None], inputs.indices[..., 0].long(), two]
+    torch.testing.assert_close(out, rows[..., : inputs.d_v].repeat_interleave(3, dim=2))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_strided_inputs_give_the_contiguous_result(dtype: torch.dtype) -> None:
+    inputs = make_inputs(SMALL, dtype, DEVICE, topk_length=True)
+    expected = run(inputs)
+
+    def sliced(tensor: torch.Tensor, dim: int) -> torch.Tensor:
+        wide = torch.cat([torch.full_like(tensor, 7), tensor, torch.full_like(tensor, 7)], dim)
+        return wide.narrow(dim, tensor.shape[dim], tensor.shape[dim])
+
+    def padded(tensor: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.pad(tensor, (1, 2), value=7)[..., 1:-2]
+
+    strided = replace(
+        inputs, q=sliced(inputs.q, -2), kv=sliced(inputs.kv, -1), indices=sliced(inputs.indices, -1),
+        dout=sliced(inputs.dout, 1), dlse=sliced(inputs.dlse, -1), topk_length=sliced(inputs.topk_length, 1),
+    )  # fmt: skip
+    assert_same(run(strided), expected)
+    transposed = replace(inputs, q=inputs.q.mT.contiguous().mT, kv=inputs.kv.mT.contiguous().mT)
+    assert_same(run(transposed), expected)
+    odd_rows = replace(inputs, **{name: padded(getattr(inputs, name)) for name in ("q", "kv", "dout")})
+    assert_same(run(odd_rows), expected)
+    summed = replace(inputs, dout=torch.ones_like(inputs.dout), dlse=torch.ones_like(inputs.dlse))
+    one = torch.ones((), device=DEVICE)
+    expanded = replace(inputs, dout=one.to(dtype).expand_as(inputs.dout), dlse=one.expand_as(inputs.dlse))
+    assert_same(run(expanded), run(summed))
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [{"topk": 0}, {"seq_kv": 0}, {"seq_q": 0}, {"batch": 0}, {"topk": 1}, {"seq_q": 1, "batch": None, "heads": 2}],
+    ids=str,
+)
+def test_empty_and_single_sizes(sizes: dict[str, Any]) -> None:
+    results = run(make_inputs(replace(SMALL, **sizes), torch.float32, DEVICE, attn_sink=True))
+    if 0 in sizes.values():
+        assert all((results[name] == 0).all() for name in ("out", "dq", "dkv", "dsink"))
+        assert torch.isneginf(results["lse"]).all()
+    else:
+        assert_matches_oracle(make_inputs(replace(SMALL, **sizes), torch.float32, DEVICE, attn_sink=True))
+
+
+@pytest.mark.parametrize("num_splits", [2, 3, 7])
+def test_split_slots_merge_to_the_same_result(num_splits: int) -> None:
+    inputs = make_inputs(replace(SMALL, topk=70), torch.float32, DEVICE, topk_length=True, attn_sink=True)
+    config = FwdConfig(block_h=16, block_k=16, max_chunk=64, num_warps=4, num_stages=2)
+    assert_matches_oracle(inputs, fwd={"num_splits": num_splits, "config": config})
+
+
+MANY_HEADS = Case(d_total=80, d_v=48, topk=37, heads=40, batch=1, seq_q=3, seq_kv=24)
+BWD_CONFIGS = {
+    "one-pass": (BwdConfig(16, 32, 64, 4, 2, is_key_major=False),),
+    "one-pass-key-major": (BwdConfig(16, 32, 32, 4, 1),),
+    "two-pass": (BwdConfig(32, 32, 64, 4, 1), BwdConfig(16, 16, 16, 4, 2, is_key_major=False)),
+}
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("configs", BWD_CONFIGS.values(), ids=BWD_CONFIGS)
+def test_backward_configurations_sum_head_blocks(configs: tuple[BwdConfig, ...], deterministic: bool) -> None:
+    inputs = make_inputs(MANY_HEADS, torch.float32, DEVICE, attn_sink=True)
+    if deterministic:
+        with deterministic_algorithms():
+            assert_matches_oracle(inputs, bwd={"configs": configs})
+    else:
+        assert_matches_oracle(inputs, bwd={"configs": configs})
+
+
+@pytest.mark.parametrize("workspace_bytes", [1, 1 << 17, 1 << 30])
+def test_deterministic_dkv_in_chunks(workspace_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "DETERMINISTIC_WORKSPACE_BYTES", workspace_bytes)
+    inputs = make_inputs(SMALL, torch.float32, DEVICE, topk_length=True, attn_sink=True, index_dtype=torch.int64)
+    with deterministic_algorithms():
+        results = assert_matches_oracle(inputs)
+        assert_same(run(inputs), results, atomics=False)
+
+
+def test_wide_offsets_give_the_same_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = make_inputs(SMALL, torch.float32, DEVICE)
+    expected = run(inputs)
+    monkeypatch.setattr(backend, "INT32_OFFSETS", 1)
+    assert_same(run(inputs), expected)
+
+
+def test_512_unit_contributions_sum_to_exactly_512() -> None:
+    dtype = torch.float16 if INTERPRETED else torch.bfloat16
+    rows = 32
+    q = torch.zeros(rows, 16, 32, dtype=dtype, device=DEVICE)
+    kv = torch.zeros(4, 1, 32, dtype=dtype, device=DEVICE)
+    indices = torch.zeros(rows, 1, 1, dtype=torch.int32, device=DEVICE)
+    dout = torch.ones(rows, 16, 16, dtype=dtype, device=DEVICE)
+    out, lse = backend.launch_forward(q, kv, indices, 16, 1.0, None, None, traits=TRAITS)
+    _, dkv, _ = backend.launch_backward(
+        dout, None, q, kv, indices, out, lse, 16, 1.0, None, None, False, True, traits=TRAITS
+    )
+    assert (dkv[0, 0, :16] == rows * 16).all()
+    assert (dkv[1:] == 0).all()
+
+
+@on_gpu_only
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize(("d_total", "d_v", "heads"), [(128, 64, 28), (576, 512, 128), (320, 256, 32)])
+def test_training_sizes(d_total: int, d_v: int, heads: int, dtype: torch.dtype) -> None:
+    case = Case(d_total=d_total, d_v=d_v, topk=300, heads=heads, batch=1, seq_q=40, seq_kv=500)
+    inputs = make_inputs(case, dtype, DEVICE, attn_sink=True)
+    assert_matches_oracle(inputs)
+    with deterministic_algorithms():
+        results = assert_matches_oracle(inputs)
+        assert_same(run(inputs), results, atomics=False)
+
+
+@on_gpu_only
+def test_sequence_beyond_the_grid_limit_of_65535() -> None:
+    case = Case(d_total=32, d_v=16, topk=4, heads=1, batch=None, seq_q=70000, seq_kv=64)
+    assert_matches_oracle(make_inputs(case, torch.float32, DEVICE))
+
+
+@on_gpu_only
+def test_kv_rows_beyond_2_to_31_elements() -> None:
+    d_total, seq_kv = 576, 2**31 // 576 + 64
+    kv = torch.zeros(seq_kv, 1, d_total, dtype=torch.bfloat16, device=DEVICE)
+    last = torch.arange(seq_kv - 8, seq_kv, device=DEVICE)
+    kv[last] = torch.randn(8, 1, d_total, device=DEVICE).bfloat16()
+    q = torch.randn(2, 16, d_total, device=DEVICE).bfloat16()
+    dout = torch.randn(2, 16, 512, device=DEVICE).bfloat16()
+    grads = []
+    for rows, indices in ((kv, last), (kv[last], torch.arange(8, device=DEVICE))):
+        ids = indices.expand(2, 1, 8).contiguous()
+        out, lse = backend.launch_forward(q, rows, ids, 512, 0.05, None, None)
+        dq, dkv, _ = backend.launch_backward(dout, None, q, rows, ids, out, lse, 512, 0.05, None, None, True, True)
+        grads.append((out, lse, dq, dkv[indices]))
+    for wide, narrow in zip(*grads, strict=True):
+        torch.testing.assert_close(wide, narrow, rtol=2e-2, atol=1e-3)
+
+
+@on_gpu_only
+def test_tf32_only_where_torch_asks_for_it() -> None:
+    inputs = make_inputs(Case(d_total=128, d_v=64, topk=64, heads=16), torch.float32, DEVICE)
+    exact = backend.launch_forward(*inputs.args)[0]
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    try:
+        rounded = backend.launch_forward(*inputs.args)[0]
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+    oracle = sparse_attn_reference(*inputs.to(torch.float64).args)[0]
+    assert (exact - oracle).abs().max() < (rounded - oracle).abs().max()

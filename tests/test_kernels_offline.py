@@ -1,0 +1,219 @@
+"""Rows of the configuration tables, compiled without a device: shared memory, spills, and the instructions intended."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mla_ops.configs import TABLES, backward_configs, forward_config
+from mla_ops.configs.head_dims import FAMILIES
+from mla_ops.configs.launch import BwdConfig, FwdConfig, Row, bwd_smem_bytes, chunk_widths, fwd_smem_bytes
+
+triton = pytest.importorskip("triton", reason="triton is not installed")
+pytestmark = pytest.mark.skipif(
+    triton.knobs.runtime.interpret, reason="kernels defined under TRITON_INTERPRET=1 can't be compiled"
+)
+
+SMEM_BYTES = {80: 166912, 90: 232448, 100: 232448, 120: 101376}
+# Stack bytes a row may use: values of the prologue that return after the loop, and a reload or two inside it, where
+# refusing them would halve the keys of a step. (arch, family, heads, side): the bound is what was seen, rounded up.
+ALLOWED_STACK = {
+    (90, "576x512", 64, "fwd"): 64,  # with sink and topk_length: 2 reloads in a step of 1250 instructions
+    (90, "128x64", 64, "bwd"): 64,  # with a sink
+    # Measured on the H100 as the fastest of their shape all the same: the registers that would hold these few values
+    # hold a larger tile instead.
+    (90, "128x64", 32, "fwd"): 64,
+    (90, "128x64", 32, "bwd"): 64,
+    (90, "192x64", 32, "bwd"): 64,
+    (90, "320x256", 32, "bwd"): 64,
+    (90, "576x512", 16, "fwd"): 64,
+    (90, "576x512", 32, "bwd"): 128,
+    (90, "576x512", 64, "bwd"): 128,
+    (80, "144x80", 12, "bwd"): 64,  # none inside the loop
+    (100, "144x80", 12, "bwd"): 64,  # none inside the loop
+    (120, "144x80", 12, "bwd"): 64,  # none inside the loop
+}
+# Rows compiled on every run; the others are marked slow.
+REPRESENTATIVE = {("128x64", 32), ("576x512", 16), ("576x512", 64)}
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What the assembler reports of one kernel."""
+
+    ptx: str
+    shared_bytes: int
+    registers: int
+    stack_bytes: int
+
+    def count(self, pattern: str) -> int:
+        return len(re.findall(pattern, self.ptx))
+
+
+def compile_kernel(kernel: Any, arch: int, constants: dict[str, Any], config: Any, element: str) -> Compiled:
+    """Compile for `arch` as a launch would: pointers and strides 16-byte aligned unless STRIDE_ALIGN says less."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    def type_of(name: str) -> str:
+        if name in constants:
+            return "constexpr"
+        if name in ("softmax_scale",):
+            return "fp32"
+        if not name.endswith("_ptr"):
+            return "i32"
+        if name in ("indices_ptr", "topk_length_ptr", "order_ptr", "first_ptr"):
+            return "*i32"
+        is_float = name in ("lse_ptr", "dlse_ptr", "dkv_ptr", "dsink_ptr", "attn_sink_ptr") or "partial" in name
+        return "*fp32" if is_float else f"*{element}"
+
+    names = list(kernel.arg_names)
+    is_aligned = constants.get("STRIDE_ALIGN", 16) == 16
+    aligned = [n for n in names if n.endswith("_ptr") or (is_aligned and n.startswith("stride_"))]
+    source = ASTSource(
+        fn=kernel,
+        signature={name: type_of(name) for name in names},
+        constexprs={(names.index(name),): value for name, value in constants.items()},
+        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in aligned if name not in constants},
+    )
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        command = [str(cuobjdump), "--dump-resource-usage", file.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
+    return Compiled(compiled.asm["ptx"], compiled.metadata.shared, registers, stack)
+
+
+def shape_constants(
+    config: FwdConfig | BwdConfig, heads: int, d_total: int, d_v: int, align: int = 16
+) -> dict[str, Any]:
+    block_dv, block_dt = chunk_widths(d_total, d_v, config.max_chunk)
+    return {
+        "HEADS": heads, "KV_GROUP": 1, "D_TOTAL": d_total, "D_V": d_v, "BLOCK_H": config.block_h,
+        "BLOCK_K": config.block_k, "BLOCK_DV": block_dv, "BLOCK_DT": block_dt, "STRIDE_ALIGN": align,
+        "USE_INT64_OFFSETS": False, "INPUT_PRECISION": "ieee",
+    }  # fmt: skip
+
+
+def compile_forward(
+    config: FwdConfig, arch: int, heads: int, d_total: int, d_v: int, element: str = "bf16", **constants: Any
+) -> Compiled:
+    from mla_ops.kernels.forward import _sparse_attn_fwd_kernel
+
+    align = constants.pop("STRIDE_ALIGN", 16)
+    constants = {**shape_constants(config, heads, d_total, d_v, align), "IS_SPLIT": False, **constants}
+    return compile_kernel(_sparse_attn_fwd_kernel, arch, constants, config, element)
+
+
+def compile_backward(
+    config: BwdConfig, arch: int, heads: int, d_total: int, d_v: int, element: str = "bf16", **constants: Any
+) -> Compiled:
+    from mla_ops.kernels.backward import _sparse_attn_bwd_kernel
+
+    align = constants.pop("STRIDE_ALIGN", 16)
+    orders = {"IS_KEY_MAJOR": config.is_key_major, "IS_DETERMINISTIC": False}
+    constants = {**shape_constants(config, heads, d_total, d_v, align), **orders, **constants}
+    return compile_kernel(_sparse_attn_bwd_kernel, arch, constants, config, element)
+
+
+ROWS = [
+    pytest.param(
+        arch, row, id=f"sm{arch}-{row.family}-H{row.heads}-{row.element_size}B",
+        marks=[] if (row.family, row.heads) in REPRESENTATIVE and row.element_size == 2 else pytest.mark.slow,
+    )
+    for arch, rows in TABLES for row in rows
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("arch", "row"), ROWS)
+def test_row_fits_and_does_not_spill(arch: int, row: Row) -> None:
+    d_total, d_v = FAMILIES[row.family]
+    element = "bf16" if row.element_size == 2 else "fp32"
+    problem = (arch, SMEM_BYTES[arch], row.heads, d_total, d_v, row.element_size)
+    sizes = (arch, d_total, d_v, row.element_size)
+    fwd, bwd = forward_config(*problem), backward_configs(*problem)
+    launches = []
+    if fwd is not None:
+        compiled = compile_forward(fwd, arch, row.heads, d_total, d_v, element)
+        launches.append(("fwd", compiled, fwd_smem_bytes(fwd, *sizes)))
+    for config in bwd or ():
+        compiled = compile_backward(config, arch, row.heads, d_total, d_v, element)
+        launches.append(("bwd", compiled, bwd_smem_bytes(config, *sizes)))
+    for side, compiled, bound in launches:
+        assert compiled.shared_bytes <= bound <= SMEM_BYTES[arch], side
+        assert compiled.stack_bytes <= ALLOWED_STACK.get((arch, row.family, row.heads, side), 0), side
+
+
+def test_products_of_64_rows_are_wgmma_on_hopper() -> None:
+    fwd = forward_config(90, SMEM_BYTES[90], 64, 576, 512, 2)
+    assert compile_forward(fwd, 90, 64, 576, 512).count(r"wgmma\.mma_async") > 0
+    key_major = BwdConfig(block_h=32, block_k=64, max_chunk=64, num_warps=4, num_stages=2)
+    compiled = compile_backward(key_major, 90, 32, 128, 64)
+    assert compiled.count(r"wgmma\.mma_async") > 0
+    assert compiled.count(r"mma\.sync") == 0
+
+
+def test_values_are_not_gathered_a_second_time() -> None:
+    config = FwdConfig(block_h=64, block_k=64, max_chunk=512, num_warps=8, num_stages=2)
+    compiled = compile_forward(config, 90, 64, 576, 512, topk_length_ptr=None, attn_sink_ptr=None)
+    q_and_two_row_buffers = 3 * 64 * 576 * 2
+    assert q_and_two_row_buffers <= compiled.shared_bytes < q_and_two_row_buffers + 2048
+
+
+@pytest.mark.parametrize(
+    ("d_total", "d_v", "align", "copy_bytes"), [(128, 64, 16, 16), (72, 64, 8, 16), (100, 96, 4, 8), (144, 80, 16, 16)]
+)
+def test_rows_are_copied_in_the_widest_pieces_their_stride_allows(
+    d_total: int, d_v: int, align: int, copy_bytes: int
+) -> None:
+    config = FwdConfig(block_h=16, block_k=64, max_chunk=64, num_warps=4, num_stages=2)
+    compiled = compile_forward(config, 90, 16, d_total, d_v, STRIDE_ALIGN=align)
+    sizes = set(re.findall(r"cp\.async\.c[ag]\.shared\.global [^;]*?, 0x([0-9a-f]+)", compiled.ptx))
+    assert max(int(size, 16) for size in sizes) == copy_bytes
+    # What is not a row is an index, 4 bytes.
+    assert {int(size, 16) for size in sizes} <= {copy_bytes, 4}
+
+
+def test_dkv_is_added_16_bytes_at_a_time_on_hopper() -> None:
+    (config,) = backward_configs(90, SMEM_BYTES[90], 32, 128, 64, 2)
+    compiled = compile_backward(config, 90, 32, 128, 64)
+    assert compiled.count(r"(?:atom|red)\.global[a-z.]*add\.v4\.f32") > 0
+    assert compiled.count(r"(?:atom|red)\.global[a-z.]*add\.f32") == 0
+
+
+VARIANTS = {
+    "deterministic": {"IS_DETERMINISTIC": True},
+    "wide offsets": {"USE_INT64_OFFSETS": True},
+    "dq only": {"dkv_ptr": None},
+    "dkv only": {"dq_ptr": None},
+    "lse gradient only": {"dout_ptr": None},
+    "constants of 1": {"stride_kv_g": 1, "stride_q_b": 1, "KV_GROUP": 4, "HEADS": 16},
+}
+
+
+@pytest.mark.parametrize("constants", VARIANTS.values(), ids=VARIANTS)
+def test_backward_variants_compile(constants: dict[str, Any]) -> None:
+    config = BwdConfig(block_h=16, block_k=32, max_chunk=64, num_warps=4, num_stages=2, is_key_major=False)
+    assert compile_backward(config, 90, 16, 128, 64, **constants).stack_bytes == 0
+
+
+def test_split_forward_merge_and_ordered_sum_compile() -> None:
+    from mla_ops.kernels.backward_reduce import _sum_slot_rows_kernel
+    from mla_ops.kernels.forward_split import _sparse_attn_merge_kernel
+
+    config = FwdConfig(block_h=16, block_k=64, max_chunk=512, num_warps=4, num_stages=2)
+    assert compile_forward(config, 90, 16, 576, 512, IS_SPLIT=True).stack_bytes == 0
+    merge = {"HEADS": 16, "D_V": 512, "BLOCK_D": 512}
+    assert compile_kernel(_sparse_attn_merge_kernel, 90, merge, config, "bf16").stack_bytes == 0
+    ordered = {"HEAD_BLOCKS": 2, "D_TOTAL": 576, "BLOCK_SLOTS": 4, "BLOCK_D": 1024, "IS_FIRST": False}
+    assert compile_kernel(_sum_slot_rows_kernel, 90, ordered, config, "bf16").stack_bytes == 0
