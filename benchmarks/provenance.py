@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -26,8 +27,7 @@ def header(device: torch.device) -> dict[str, Any]:
         "mla_ops": mla_ops.__version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "commit": _git("rev-parse", "--short=12", "HEAD")
-        + ("+changes" if _git("status", "--porcelain", "-uno") else ""),
+        "commit": _commit(),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "command": " ".join(["python", *(Path(a).name if Path(a).is_absolute() else a for a in sys.argv)]),
     }
@@ -43,9 +43,17 @@ def write(what: str, device: torch.device, records: list[dict[str, Any]], **extr
     return path
 
 
-def _git(*args: str) -> str:
-    result = subprocess.run(["git", *args], capture_output=True, text=True, cwd=Path(__file__).parent, check=True)
-    return result.stdout.strip()
+def _commit() -> str:
+    """The checkout's commit; BENCHMARK_COMMIT names it where the sources travelled without their history."""
+    if "BENCHMARK_COMMIT" in os.environ:
+        return os.environ["BENCHMARK_COMMIT"]
+
+    def git(*args: str) -> str:
+        result = subprocess.run(["git", *args], capture_output=True, text=True, cwd=Path(__file__).parent, check=True)
+        return result.stdout.strip()
+
+    changes = git("status", "--porcelain", "--untracked-files=no", "--", ":!results")
+    return git("rev-parse", "--short=12", "HEAD") + ("+changes" if changes else "")
 
 
 def _processor() -> str:

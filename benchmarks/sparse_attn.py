@@ -220,9 +220,8 @@ def main() -> None:
         memory[name] = peak_memory(SHAPES[name])
         torch.cuda.empty_cache()
     print("peak memory over need:", {name: m["ratio"] for name, m in memory.items()})
-    print(
-        f"wrote {write('sparse-attn', device, records, matmul_flops_per_s=matmul, memory=memory, triton=triton.__version__)}"
-    )
+    extra = {"matmul_flops_per_s": matmul, "memory": memory, "triton": triton.__version__}
+    print(f"wrote {write('sparse-attn', device, records, **extra)}")
 
 
 if __name__ == "__main__":
