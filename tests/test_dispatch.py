@@ -57,6 +57,26 @@ def test_named_backend_never_falls_back() -> None:
     assert [verdict.backend for verdict in decision.verdicts] == ["eager"]
 
 
+def test_no_heads_is_a_problem_like_any_other() -> None:
+    problem = SparseAttnProblem(d_total=128, d_v=64, topk=8, heads=0, kv_group=1, dtype=torch.bfloat16)
+    assert select(problem, H100).require_backend().name == "triton"
+
+
+def test_auto_on_a_gpu_is_triton_and_refusals_name_what_is_missing() -> None:
+    assert select(NAM56R, H100).require_backend().name == "triton"
+    old = DeviceTraits(type="cuda", arch=75, smem_bytes=65536, num_sms=40, name="T4")
+    refusals = {
+        select(NAM56R, old): "compute capability is 7.5, needs 8.0 or later",
+        select(
+            SparseAttnProblem(**{**vars(NAM56R), "dtype": torch.float64}), H100
+        ): "dtype is torch.float64, needs bf16",
+        select(SparseAttnProblem(**{**vars(NAM56R), "d_total": 2048}), H100): "d_total is 2048, needs at most 1024",
+    }
+    for decision, reason in refusals.items():
+        with pytest.raises(mla_ops.UnsupportedProblemError, match=reason):
+            decision.require_backend()
+
+
 def test_unknown_backend_lists_the_known_ones() -> None:
     with pytest.raises(mla_ops.UnknownBackendError, match=r"one of 'auto', .*'eager', got 'cuda'|'auto'.*got 'cuda'"):
         select(NAM56R, CPU, "cuda")

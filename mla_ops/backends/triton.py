@@ -66,7 +66,12 @@ class TritonBackend:
 
     def _shared_memory_reasons(self, problem: SparseAttnProblem, traits: DeviceTraits) -> list[str]:
         widths = (problem.d_total, problem.d_v, problem.dtype.itemsize)
-        key = (traits.arch, traits.smem_bytes, problem.heads_per_group, *widths)
+        key = (
+            traits.arch,
+            traits.smem_bytes,
+            max(1, problem.heads_per_group),
+            *widths,
+        )  # no heads: nothing is launched
         sides = [("forward", forward_config)] + ([("backward", backward_configs)] if problem.needs_grad else [])
         return [
             f"no {side} configuration fits: the device has {traits.smem_bytes} B of shared memory per block, which is "
