@@ -17,7 +17,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+import torch._functorch.config as functorch_config
 import triton
+import triton.testing
 from provenance import write
 from torch import Tensor
 
@@ -125,7 +127,7 @@ def check(shape: Shape, data: tuple[Tensor, ...]) -> dict[str, float]:
 
 
 # The compiled baseline's backward is timed on one graph again and again, which donated buffers forbid.
-torch._functorch.config.donated_buffer = False
+functorch_config.donated_buffer = False
 
 
 def median_ms(run: Callable[[], Any]) -> float:
