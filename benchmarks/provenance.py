@@ -36,7 +36,7 @@ def header(device: torch.device) -> dict[str, Any]:
 def write(what: str, device: torch.device, records: list[dict[str, Any]], **extra: Any) -> Path:
     """Write `results/<date>-<device>-<what>.json` and return its path."""
     top = header(device)
-    name = "cpu" if device.type == "cpu" else traits_of(device).name.split()[-1].lower()
+    name = "cpu" if device.type == "cpu" else traits_of(device).name.removeprefix("NVIDIA ").split()[0].lower()
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{top['date']}-{name}-{what}.json"
     path.write_text(json.dumps({"header": top, **extra, "records": records}, indent=1) + "\n")
