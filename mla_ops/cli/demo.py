@@ -87,7 +87,7 @@ def run_demo(*, out: Path, steps: int, device: str, seed: int) -> int:
         "validation_loss": _validate(model, validation, target),
         "largest_loss_difference": max(abs(a - b) for a, b in zip(compiled.losses, eager.losses, strict=True)),
         "runs": {run.name: {**asdict(run), "final_loss": run.final_loss} for run in (compiled, eager)},
-        "sample": _sample(model, b"import os\n\ndef ", 160, target, seed),
+        "sample": _sample(model, b"import os\n\nclass ", 200, target, seed),
     }
     out.mkdir(parents=True, exist_ok=True)
     (out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
@@ -113,6 +113,7 @@ def _train(
     torch.manual_seed(seed)
     model = LanguageModel(config).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.05, total_iters=steps)
     losses = model.losses if compiler is None else torch.compile(model.losses, fullgraph=True, backend=compiler)
     run = Run(name)
     tokens, started, rate_from = 0, time.perf_counter(), 0.0
@@ -125,6 +126,7 @@ def _train(
             loss, index_loss = losses(batch)
             (loss + index_loss).backward()
             optimizer.step()
+            schedule.step()
             optimizer.zero_grad()
             run.losses.append(loss.item())
             run.index_losses.append(index_loss.item())
@@ -158,14 +160,14 @@ def _validate(model: LanguageModel, text: Tensor, device: torch.device) -> float
 
 
 def _sample(model: LanguageModel, prompt: bytes, count: int, device: torch.device, seed: int) -> str:
-    """Continue `prompt` by `count` bytes at temperature 0.6, over a sliding window padded in front to full length."""
+    """Continue `prompt` by `count` bytes at temperature 0.8, over a sliding window padded in front to full length."""
     generator = torch.Generator().manual_seed(seed)
     length = SEQUENCE_LENGTHS[0]
     tokens = list(b"\n" * (length - len(prompt)) + prompt)
     with torch.no_grad():
         for _ in range(count):
             logits, _ = model(torch.tensor([tokens[-length:]], device=device))
-            weights = (logits[0, -1].float().cpu() / 0.6).softmax(dim=-1)
+            weights = (logits[0, -1].float().cpu() / 0.8).softmax(dim=-1)
             tokens.append(int(torch.multinomial(weights, 1, generator=generator)))
     return bytes(tokens[length - len(prompt) :]).decode("utf-8", errors="replace")
 

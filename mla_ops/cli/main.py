@@ -28,7 +28,7 @@ def _parser() -> argparse.ArgumentParser:
         "demo", help="train a small sparse-MLA language model on real text, compiled and eager, and report"
     )
     demo.add_argument("--out", type=Path, default=Path("mla-ops-demo"), help="folder for report.json and loss.png")
-    demo.add_argument("--steps", type=_positive, default=160, help="training steps of each run (default 160)")
+    demo.add_argument("--steps", type=_positive, default=240, help="training steps of each run (default 240)")
     demo.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     demo.add_argument("--seed", type=int, default=0)
     demo.set_defaults(run=_demo)
