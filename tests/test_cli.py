@@ -74,6 +74,39 @@ def test_explain_prints_the_decision() -> None:
     assert "d_total=128 d_v=64 heads=28 kv_group=1 topk=256 bf16" in result.stdout
 
 
+def test_doctor_says_what_is_usable_and_why_not() -> None:
+    result = mla_ops("doctor", "--json")
+    report = json.loads(result.stdout)
+    assert report["versions"]["torch"] == torch.__version__
+    cpu = report["devices"][0]
+    assert cpu["device"] == "cpu"
+    for probe in cpu["probes"]:
+        assert probe["auto"] == "eager"
+        assert probe["backends"]["eager"] == []
+        assert "device is cpu, needs CUDA; move the tensors to a GPU" in probe["backends"]["triton"]
+    text = mla_ops("doctor").stdout
+    assert f"torch         {torch.__version__}" in text
+    assert "    triton: device is cpu, needs CUDA" in text
+
+
+def test_doctor_without_triton_names_it(tmp_path: Path) -> None:
+    program = """
+import sys
+sys.modules["triton"] = None
+import importlib.util
+real = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if name == "triton" else real(name, *rest)
+from mla_ops.device import DeviceTraits
+from mla_ops.cli import doctor
+doctor.traits_of = lambda device: DeviceTraits(type="cuda", arch=90, smem_bytes=232448, num_sms=132, name="H100")
+raise SystemExit(doctor.run_doctor(as_json=False))
+"""
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False)
+    assert result.returncode == 1, result.stderr
+    assert "triton: triton is not installed, needs triton>=3.6; pip install triton" in result.stdout
+    assert "auto: no backend" in result.stdout
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [

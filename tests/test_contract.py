@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from conftest import Target
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import mla_ops
+from mla_ops.device import traits_of
+from mla_ops.dispatch import select
+from mla_ops.problem import SparseAttnProblem
 from mla_ops.reference import sparse_attn_bwd_reference, sparse_attn_reference
 from mla_ops.testing import CONTRACT_CASES, Case, Inputs, assert_bf16_bars, assert_within_budget, make_inputs
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
+EMPTY = torch.empty  # as it was before the fixture poisons it
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 SMALL = Case(d_total=24, d_v=16, topk=6, heads=4, seq_q=5, seq_kv=11)
@@ -344,6 +350,45 @@ def test_zero_sizes(field: str, target: Target) -> None:
     for name, source in (("dq", inputs.q), ("dkv", inputs.kv), ("dsink", inputs.attn_sink)):
         assert actual[name].shape == source.shape
         assert (actual[name] == 0).all()
+
+
+# 13. Offsets beyond 2**31
+
+
+def test_kv_rows_beyond_2_to_31_elements() -> None:
+    # On the CPU only touched pages exist, so 4.3 GB cost nothing; the GPU's case is in test_kernels_gpu.py.
+    rows = 2**31 // 64 + 8
+    kv = EMPTY(rows, 1, 64, dtype=torch.float16)  # not poisoned: filling it would make every page real
+    last = torch.arange(rows - 4, rows)
+    kv[last] = torch.randn(4, 1, 64, generator=torch.Generator().manual_seed(0)).half()
+    q = torch.ones(3, 2, 64, dtype=torch.float16)
+    indices = last.expand(3, 1, 4)
+    actual = torch.ops.mla.sparse_attn(q, kv, indices, 48, 0.1)
+    expected = torch.ops.mla.sparse_attn(q, kv[last], (indices - last[0]), 48, 0.1)
+    assert torch.equal(actual[0], expected[0])
+    assert torch.equal(actual[1], expected[1])
+
+
+# 14. Nothing depends on data on the host
+
+
+def test_no_operator_reads_data_or_shapes_from_it(target: Target) -> None:
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            assert torch.Tag.data_dependent_output not in func.tags, func  # .item() and its like
+            if func is torch.ops.aten.index.Tensor:  # its shape depends on data for boolean masks only
+                assert all(index is None or index.dtype != torch.bool for index in args[1]), func
+            else:
+                assert torch.Tag.dynamic_output_shape not in func.tags, func
+            return func(*args, **(kwargs or {}))
+
+    inputs = make_inputs(SMALL, device=target.device, topk_length=True, attn_sink=True)
+    problem = SparseAttnProblem.from_tensors(inputs.q, inputs.kv, inputs.indices, inputs.d_v)
+    backend = select(problem, traits_of(inputs.q.device), target.backend).require_backend()
+    with Watch():
+        out, lse = backend.forward(*inputs.args)
+        q, kv, indices, *rest = inputs.args
+        backend.backward(inputs.dout, inputs.dlse, q, kv, indices, out, lse, *rest, True, True)
 
 
 # 15. Double backward

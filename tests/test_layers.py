@@ -50,6 +50,7 @@ OWNERS = {
     "os.getenv": ("mla_ops/settings.py",),
     "torch.cuda.is_available": ("mla_ops/device.py",),
     "torch.cuda.current_device": ("mla_ops/device.py",),
+    "torch.cuda.device_count": ("mla_ops/device.py",),
     "torch.cuda.get_device_properties": ("mla_ops/device.py",),
     "torch.cuda.get_device_capability": ("mla_ops/device.py",),
     "torch.cuda.get_device_name": ("mla_ops/device.py",),

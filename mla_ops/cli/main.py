@@ -33,6 +33,10 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--seed", type=int, default=0)
     demo.set_defaults(run=_demo)
 
+    doctor = commands.add_parser("doctor", help="say what this machine has and which backends run on it")
+    doctor.add_argument("--json", action="store_true", help="print the same as JSON")
+    doctor.set_defaults(run=_doctor)
+
     explain = commands.add_parser("explain", help="say which backend runs a problem on this machine, and why")
     explain.add_argument("--d-total", type=_positive, required=True)
     explain.add_argument("--d-v", type=_positive, required=True)
@@ -51,6 +55,12 @@ def _demo(arguments: argparse.Namespace) -> int:
     from mla_ops.cli.demo import run_demo
 
     return run_demo(out=arguments.out, steps=arguments.steps, device=arguments.device, seed=arguments.seed)
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from mla_ops.cli.doctor import run_doctor
+
+    return run_doctor(as_json=arguments.json)
 
 
 def _explain(arguments: argparse.Namespace) -> int:
