@@ -5,9 +5,8 @@ from __future__ import annotations
 from mla_ops.configs.launch import BwdConfig, FwdConfig, Row
 
 # Measured rows: H100 80GB HBM3, torch 2.11, triton 3.6, bf16, random distinct indices; shapes and figures are those of
-# benchmarks/results/*-h100-sparse-attn.json, and what other configurations gave stands in benchmarks/NOTES.md. Narrow
-# rows are gathered by one warp: with nothing to exchange between warps, 128x64 with 8 heads runs at 83 instead of 48
-# TFLOP/s.
+# benchmarks/results/*-h100-sparse-attn.json. What other configurations gave, here and in benchmarks/NOTES.md, was seen
+# while choosing and has no result file. Narrow rows are gathered by one warp: nothing is exchanged between warps.
 ROWS: tuple[Row, ...] = (
     # Measured (NAM8). Forward: one warp with 64 keys falls to 33 TFLOP/s, its accumulators no longer fit beside them.
     Row(
