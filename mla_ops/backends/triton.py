@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 
 from mla_ops.configs import MAX_D_TOTAL, backward_configs, forward_config
-from mla_ops.configs.launch import BwdConfig, FwdConfig, chunk_widths
+from mla_ops.configs.launch import BwdConfig, FwdConfig, chunk_widths, launch_options
 from mla_ops.device import DeviceTraits, traits_of
 from mla_ops.errors import UnsupportedProblemError
 from mla_ops.problem import SparseAttnProblem
@@ -169,8 +169,8 @@ def launch_forward(
         softmax_scale, seq_q, seq_kv, topk, slots_per_split,
         heads, kv_group, d_total, d_v,
         config.block_h, config.block_k, *chunk_widths(d_total, d_v, config.max_chunk),
-        _alignment(strides), seq_kv * strides[4] >= INT32_OFFSETS, _input_precision(q), is_split,
-        num_warps=config.num_warps, num_stages=config.num_stages,
+        _alignment(strides), seq_kv * strides[4] >= INT32_OFFSETS, _input_precision(q), is_split, softmax_scale < 0,
+        **launch_options(config),
     )  # fmt: skip
     if is_split:
         from mla_ops.kernels.forward_split import _sparse_attn_merge_kernel
@@ -249,8 +249,8 @@ def launch_backward(
             heads, kv_group, d_total, d_v,
             config.block_h, config.block_k, *chunk_widths(d_total, d_v, config.max_chunk),
             _alignment(strides), seq_kv * max(strides[4], kv_group * d_total) >= INT32_OFFSETS, _input_precision(q),
-            config.is_key_major, deterministic,
-            num_warps=config.num_warps, num_stages=config.num_stages,
+            config.is_key_major, config.is_ahead, deterministic,
+            **launch_options(config),
         )  # fmt: skip
 
     dq = q.new_empty(q.shape) if need_dq else None

@@ -17,6 +17,7 @@ class FwdConfig:
     max_chunk: int  # widest piece a row is cut into
     num_warps: int
     num_stages: int  # 1: rows pass through registers; more: asynchronous copies into stages - 1 or stages buffers
+    max_registers: int | None = None  # per thread, where more of them would only keep other programs off the SM
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,14 @@ class BwdConfig:
     num_warps: int
     num_stages: int
     is_key_major: bool = True  # keys as rows of the products: 64 keys fill a wgmma tile where 16 heads would not
+    is_ahead: bool = True  # positions of a block are loaded during the block before it
+    max_registers: int | None = None  # as in the forward
+
+
+def launch_options(config: FwdConfig | BwdConfig) -> dict[str, int]:
+    """Return what Triton takes beside the kernel's own arguments."""
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    return options if config.max_registers is None else {**options, "maxnreg": config.max_registers}
 
 
 @dataclass(frozen=True)

@@ -61,7 +61,7 @@ def _sparse_attn_bwd_kernel(
     HEADS: tl.constexpr, KV_GROUP: tl.constexpr, D_TOTAL: tl.constexpr, D_V: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_DT: tl.constexpr,
     STRIDE_ALIGN: tl.constexpr, USE_INT64_OFFSETS: tl.constexpr, INPUT_PRECISION: tl.constexpr,
-    IS_KEY_MAJOR: tl.constexpr, IS_DETERMINISTIC: tl.constexpr,
+    IS_KEY_MAJOR: tl.constexpr, IS_AHEAD: tl.constexpr, IS_DETERMINISTIC: tl.constexpr,
 ):  # fmt: skip
     softmax_scale = tl.cast(softmax_scale, tl.float32)
     NUM_DV: tl.constexpr = (D_V + BLOCK_DV - 1) // BLOCK_DV
@@ -130,10 +130,17 @@ def _sparse_attn_bwd_kernel(
         else:
             dkv_ptr += (batch * seq_kv * KV_GROUP + group) * D_TOTAL
 
+    offs_k = tl.arange(0, BLOCK_K)
+    if IS_AHEAD:
+        ahead = tl.load(indices_ptr + offs_k, mask=offs_k < end_slot, other=0)
     for start in tl.range(0, end_slot, BLOCK_K):
-        offs_k = start + tl.arange(0, BLOCK_K)
-        position = tl.load(indices_ptr + offs_k, mask=offs_k < end_slot, other=0)
-        position, valid = check_positions(position, offs_k, end_slot, seq_kv, USE_INT64_OFFSETS)
+        slots = start + offs_k
+        if IS_AHEAD:
+            position, valid = check_positions(ahead, slots, end_slot, seq_kv, USE_INT64_OFFSETS)
+            ahead = tl.load(indices_ptr + slots + BLOCK_K, mask=slots + BLOCK_K < end_slot, other=0)
+        else:
+            position = tl.load(indices_ptr + slots, mask=slots < end_slot, other=0)
+            position, valid = check_positions(position, slots, end_slot, seq_kv, USE_INT64_OFFSETS)
         kv_offsets = position * stride_kv_s
         kv_tiles = load_chunks(kv_ptr, kv_offsets, valid, 0, BLOCK_DV, NUM_DV, D_TOTAL)
         kv_tail = load_chunks(kv_ptr, kv_offsets, valid, TAIL, BLOCK_DT, NUM_DT, D_TOTAL)
@@ -170,7 +177,7 @@ def _sparse_attn_bwd_kernel(
                 dq_tail = add_weighted_rows(dq_tail, dlogits, kv_tail, NUM_DT, INPUT_PRECISION)
         if dkv_ptr is not None:
             if IS_DETERMINISTIC:
-                dkv_offsets = offs_k.to(tl.int64) * (HEAD_BLOCKS * D_TOTAL)
+                dkv_offsets = slots.to(tl.int64) * (HEAD_BLOCKS * D_TOTAL)
             else:
                 dkv_offsets = position * (KV_GROUP * D_TOTAL)
             kept_weights = (weights * keep).to(element)

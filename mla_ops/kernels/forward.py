@@ -37,6 +37,7 @@ def _sparse_attn_fwd_kernel(
     HEADS: tl.constexpr, KV_GROUP: tl.constexpr, D_TOTAL: tl.constexpr, D_V: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_DT: tl.constexpr,
     STRIDE_ALIGN: tl.constexpr, USE_INT64_OFFSETS: tl.constexpr, INPUT_PRECISION: tl.constexpr, IS_SPLIT: tl.constexpr,
+    IS_NEGATIVE_SCALE: tl.constexpr,
 ):  # fmt: skip
     softmax_scale = tl.cast(softmax_scale, tl.float32)
     NUM_DV: tl.constexpr = (D_V + BLOCK_DV - 1) // BLOCK_DV
@@ -64,15 +65,19 @@ def _sparse_attn_fwd_kernel(
     q_tiles = load_chunks(q_ptr, q_offsets, head_mask, 0, BLOCK_DV, NUM_DV, D_TOTAL)
     q_tail = load_chunks(q_ptr, q_offsets, head_mask, TAIL, BLOCK_DT, NUM_DT, D_TOTAL)
 
-    # Logits live in log2 units. The scale joins them before the maximum is taken: it may be negative or zero.
-    logit_scale = softmax_scale * LOG2_E
+    # The scale joins inside the exponential, as one fused multiply-add, so the maximum is taken without it: it must be
+    # positive. 0 becomes a number small enough to make every logit 0, because 0 times -inf would be NaN.
+    logit_scale = tl.where(softmax_scale == 0, 1e-37, tl.abs(softmax_scale) * LOG2_E)
     row_max = tl.full([BLOCK_H], -float("inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_H], tl.float32)
     acc = zero_chunks(BLOCK_H, BLOCK_DV, NUM_DV)
+    offs_k = tl.arange(0, BLOCK_K)
+    slots = first_slot + offs_k
+    ahead = tl.load(indices_ptr + slots, mask=slots < end_slot, other=0)
     for start in tl.range(first_slot, end_slot, BLOCK_K):
-        offs_k = start + tl.arange(0, BLOCK_K)
-        position = tl.load(indices_ptr + offs_k, mask=offs_k < end_slot, other=0)
-        position, valid = check_positions(position, offs_k, end_slot, seq_kv, USE_INT64_OFFSETS)
+        slots = start + offs_k
+        position, valid = check_positions(ahead, slots, end_slot, seq_kv, USE_INT64_OFFSETS)
+        ahead = tl.load(indices_ptr + slots + BLOCK_K, mask=slots + BLOCK_K < end_slot, other=0)
         kv_offsets = position * stride_kv_s
         kv_tiles = load_chunks(kv_ptr, kv_offsets, valid, 0, BLOCK_DV, NUM_DV, D_TOTAL)
         kv_tail = load_chunks(kv_ptr, kv_offsets, valid, TAIL, BLOCK_DT, NUM_DT, D_TOTAL)
@@ -80,13 +85,15 @@ def _sparse_attn_fwd_kernel(
         logits = tl.zeros([BLOCK_H, BLOCK_K], tl.float32)
         logits = add_row_products(logits, q_tail, kv_tail, NUM_DT, INPUT_PRECISION)
         logits = add_row_products(logits, q_tiles, kv_tiles, NUM_DV, INPUT_PRECISION)
-        logits = tl.where(valid[None, :], logits * logit_scale, -float("inf"))
+        if IS_NEGATIVE_SCALE:
+            logits = -logits
+        logits = tl.where(valid[None, :], logits, -float("inf"))
 
         new_max = tl.maximum(row_max, tl.max(logits, 1))
         # While no slot was valid the maximum is -inf, and -inf - (-inf) would be NaN.
-        finite_max = tl.where(new_max == -float("inf"), 0.0, new_max)
-        weights = tl.exp2(logits - finite_max[:, None])
-        rescale = tl.exp2(row_max - finite_max)
+        finite_max = tl.where(new_max == -float("inf"), 0.0, new_max * logit_scale)
+        weights = tl.exp2(logits * logit_scale - finite_max[:, None])
+        rescale = tl.exp2(row_max * logit_scale - finite_max)
         row_sum = row_sum * rescale + tl.sum(weights, 1)
         row_max = new_max
         acc = scale_rows(acc, rescale, NUM_DV)
@@ -95,7 +102,7 @@ def _sparse_attn_fwd_kernel(
     # Empty is the sum being 0, not "not positive": a NaN in a selected row must reach the output.
     is_empty = row_sum == 0.0
     factor = tl.where(is_empty, 0.0, 1.0 / row_sum)
-    lse = tl.where(is_empty, -float("inf"), (row_max + tl.log2(row_sum)) * LN_2)
+    lse = tl.where(is_empty, -float("inf"), (row_max * logit_scale + tl.log2(row_sum)) * LN_2)
     if attn_sink_ptr is not None and not IS_SPLIT:
         factor *= sink_keep(lse, tl.load(attn_sink_ptr + offs_h, mask=head_mask, other=0.0))
     out_offsets = (out_row * HEADS + offs_h) * D_V

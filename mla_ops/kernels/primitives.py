@@ -15,6 +15,12 @@ NOTE [Loads that become addresses]
 `indices` and `topk_length` are loaded in the body of a kernel, never in a function it calls. Inductor finds out what a
 kernel writes by walking back from its stores; the walk ends at a load but not at a call, and through one it would take
 `indices` for an output and copy it.
+
+NOTE [Positions are loaded a step ahead]
+The copies of a block's rows cannot start before its positions have arrived, and they are started a step early: with
+both in one step, every step would wait once more for the latency of L2. So a loop carries `ahead`, the positions of the
+next block, loaded while it works on this one; past the end nothing is loaded. The wide backward does without
+(IS_AHEAD): there the registers are worth more, and three stages let the compiler copy positions through shared memory.
 """
 
 # ruff: noqa: RUF005 (Triton has no starred expressions)
