@@ -27,8 +27,8 @@ test: $(READY)  ## the CPU suite
 gpu-test: $(READY)  ## the whole contract on a CUDA device
 	$(PYTHON) -m pytest -m gpu
 
-bench: $(READY)  ## against the plain formulations, on the GPU if there is one; writes benchmarks/results/
-	$(PYTHON) benchmarks/$(if $(shell command -v nvidia-smi),sparse_attn,cpu_operator).py
+bench: $(READY)  ## forward and backward on the GPU beside other formulations; writes benchmarks/results/
+	$(PYTHON) $(if $(shell command -v nvidia-smi),-m mla_ops bench --sweeps all,benchmarks/cpu_operator.py)
 
 lint: $(READY)  ## ruff, and mypy on the installed package (mypy cannot follow an editable install's finder)
 	$(PYTHON) -m ruff check .

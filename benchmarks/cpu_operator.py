@@ -23,16 +23,17 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from provenance import write
 from torch import Tensor
 from torch.utils.benchmark import Timer
 
 import mla_ops
+from mla_ops.cli.provenance import write
 
 SHAPE = {"B": 2, "Sq": 512, "Skv": 1024, "H": 8, "G": 1, "d_total": 128, "d_v": 64, "topk": 64}
 MEMORY_SHAPE = {"B": 1, "Sq": 4096, "Skv": 8192, "H": 16, "G": 1, "d_total": 576, "d_v": 512, "topk": 2048}
 SCALE = 0.1
 ROUNDS = 15
+RESULTS = Path(__file__).parent / "results"
 
 
 def draw(shape: dict[str, int], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -190,7 +191,7 @@ def main() -> None:
             f"memory, {m['dtype']}: forward {m['peak_mb_forward']} MB, forward + backward "
             f"{m['peak_mb_forward_backward']} MB, of which results {m['of_which_results_mb']} MB"
         )
-    print(f"wrote {write('operator', torch.device('cpu'), records, memory=memory)}")
+    print(f"wrote {write(RESULTS, 'operator', torch.device('cpu'), records, memory=memory)}")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ the `Decision`, which prints as the text that errors and `mla_ops.explain` show.
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -18,7 +18,7 @@ from mla_ops.backends.eager import EagerBackend
 from mla_ops.backends.triton import TritonBackend
 from mla_ops.device import DeviceTraits, traits_of
 from mla_ops.errors import UnknownBackendError, UnsupportedProblemError
-from mla_ops.problem import SparseAttnProblem
+from mla_ops.problem import Hints, SparseAttnProblem
 from mla_ops.validation import check_argument_types, check_inputs
 
 _log = logging.getLogger(__name__)
@@ -48,11 +48,13 @@ class Decision:
     requested: str
     backend: Backend | None
     verdicts: tuple[Verdict, ...]
+    launch: tuple[str, ...] = ()  # how it would be launched, when the decision was asked for with sizes
 
     def __str__(self) -> str:
         chosen = "no backend" if self.backend is None else f"backend {self.backend.name!r}"
         lines = [f'{chosen} (backend="{self.requested}") for mla::sparse_attn on {self.traits}', f"  {self.problem}"]
-        return "\n".join(lines + [f"  {verdict}" for verdict in self.verdicts])
+        lines += [f"  {verdict}" for verdict in self.verdicts]
+        return "\n".join(lines + [f"  {launch}" for launch in self.launch])
 
     def require_backend(self) -> Backend:
         """Return the backend, or raise `UnsupportedProblemError` with the whole trace."""
@@ -73,9 +75,21 @@ def check_backend_name(name: str) -> None:
         raise UnknownBackendError(f"backend must be one of {known}, got {name!r}")
 
 
+def select(
+    problem: SparseAttnProblem, traits: DeviceTraits, requested: str = AUTO, hints: Hints | None = None
+) -> Decision:
+    """Decide who runs `problem` on a device with `traits`; a refusal is a `Decision` without backend, not an error.
+
+    With `hints` the decision also says how the kernels would be launched at those sizes; they never change who runs it.
+    """
+    decision = _select(problem, traits, requested)
+    if hints is None or decision.backend is None:
+        return decision
+    return replace(decision, launch=decision.backend.describe_launch(problem, traits, hints))
+
+
 @lru_cache(maxsize=4096)
-def select(problem: SparseAttnProblem, traits: DeviceTraits, requested: str = AUTO) -> Decision:
-    """Decide who runs `problem` on a device with `traits`; a refusal is a `Decision` without backend, not an error."""
+def _select(problem: SparseAttnProblem, traits: DeviceTraits, requested: str) -> Decision:
     check_backend_name(requested)
     verdicts = []
     chosen = None
@@ -118,4 +132,4 @@ def explain(
     check_inputs(q, kv, indices, d_v, softmax_scale, topk_length, attn_sink)
     needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (q, kv, attn_sink))
     problem = SparseAttnProblem.from_tensors(q, kv, indices, d_v, needs_grad=needs_grad)
-    return select(problem, traits_of(q.device), backend)
+    return select(problem, traits_of(q.device), backend, Hints.from_tensors(q, kv))

@@ -3,6 +3,7 @@
 | variable | field | default | meaning |
 | --- | --- | --- | --- |
 | `MLA_OPS_EAGER_WORKSPACE_MB` | `eager_workspace_mb` | 8 | MiB of gathered KV rows the eager backend holds at a time |
+| `MLA_OPS_TUNED_ROWS` | `tuned_rows` | none | file of launch configurations that `mla-ops tune` wrote |
 
 `override()` replaces fields for one context (a thread or task), which is what tests and notebooks want.
 """
@@ -16,6 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
+from typing import Any
 
 from mla_ops.errors import InvalidSettingError
 
@@ -26,21 +28,25 @@ class Settings:
 
     # A gather that stays in the last-level cache is what makes chunking faster than one big gather, not only smaller.
     eager_workspace_mb: int = 8
+    tuned_rows: str = ""  # a path; read when a kernel is first launched
 
     def __post_init__(self) -> None:
         if type(self.eager_workspace_mb) is not int or self.eager_workspace_mb < 1:
             raise InvalidSettingError(f"eager_workspace_mb must be an integer >= 1, got {self.eager_workspace_mb!r}")
+        if type(self.tuned_rows) is not str:
+            raise InvalidSettingError(f"tuned_rows must be a path as a string, got {self.tuned_rows!r}")
 
 
 def _from_environment() -> Settings:
+    settings = Settings(tuned_rows=os.environ.get("MLA_OPS_TUNED_ROWS", ""))
     text = os.environ.get("MLA_OPS_EAGER_WORKSPACE_MB")
     if text is None:
-        return Settings()
+        return settings
     try:
         value = int(text)
     except ValueError:
         raise InvalidSettingError(f"MLA_OPS_EAGER_WORKSPACE_MB must be an integer >= 1, got {text!r}") from None
-    return Settings(eager_workspace_mb=value)
+    return replace(settings, eager_workspace_mb=value)
 
 
 # Frozen, so one object may be every context's default.
@@ -53,7 +59,7 @@ def current() -> Settings:
 
 
 @contextmanager
-def override(**fields: int) -> Iterator[Settings]:
+def override(**fields: Any) -> Iterator[Settings]:
     """Replace fields of the settings inside a `with` block; an unknown field raises `InvalidSettingError`."""
     known = Settings.__dataclass_fields__
     unknown = sorted(set(fields) - set(known))

@@ -6,12 +6,17 @@ import os
 import subprocess
 import sys
 import threading
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
 import mla_ops
 from mla_ops import settings
+from mla_ops.configs import backward_configs, forward_config
+from mla_ops.configs.launch import BwdConfig, FwdConfig
+from mla_ops.configs.tuned import TunedRow, write_rows
 from mla_ops.device import DeviceTraits
 from mla_ops.dispatch import BACKENDS, select
 from mla_ops.errors import InvalidSettingError
@@ -101,6 +106,7 @@ def test_explain_runs_nothing_and_prints_the_decision() -> None:
         "backend 'eager' (backend=\"auto\") for mla::sparse_attn on cpu",
         "  d_total=24 d_v=16 heads=4 kv_group=1 topk=16 fp32 kv_format=dense needs_grad=True",
         *[f"  {verdict}" for verdict in decision.verdicts],
+        "  rows are gathered in chunks of 8 MiB; nothing to warm",
     ]
     assert "  eager: runs it" in str(decision)
     with pytest.raises(mla_ops.InvalidInputError, match="d_v must be at most"):
@@ -121,6 +127,58 @@ def test_decision_is_logged_once_per_problem(caplog: pytest.LogCaptureFixture) -
         for _ in range(3):
             mla_ops.sparse_attn(inputs.q, inputs.kv, inputs.indices, **inputs.kwargs)
     assert len([r for r in caplog.records if "d_total=25" in r.getMessage()]) == 1
+
+
+def test_hints_choose_the_split_and_nothing_else() -> None:
+    problem = replace(NAM56R, needs_grad=True)
+    training = select(problem, H100, hints=Hints(batch=4, seq_q=4096, seq_kv=4096))
+    decode = select(problem, H100, hints=Hints(batch=1, seq_q=1, seq_kv=4096))
+    assert training.backend is decode.backend is select(problem, H100).backend
+    assert "split over 1 programs" in training.launch[0]
+    assert "split over 8 programs" in decode.launch[0]
+    assert training.launch[1].startswith("backward: BwdConfig")
+    assert all("not warm" in line for line in training.launch)
+    assert select(problem, H100).launch == ()
+
+
+# Tuned rows
+
+
+def tuned_file(path: Path, **fields: object) -> str:
+    row = TunedRow(arch=90, d_total=128, d_v=64, heads=28, element_size=2)
+    other = replace(row, heads=27, fwd=FwdConfig(16, 16, 16, 1, 1))
+    write_rows(path, {"device": "by hand"}, [other, replace(row, **fields)])
+    return str(path)
+
+
+def test_a_tuned_row_goes_first_where_it_is_for_this_problem(tmp_path: Path) -> None:
+    key, table = (90, 232448, 28, 128, 64, 2), forward_config(90, 232448, 28, 128, 64, 2)
+    fwd = FwdConfig(block_h=16, block_k=64, max_chunk=32, num_warps=2, num_stages=3, max_registers=96)
+    path = tuned_file(tmp_path / "rows.json", fwd=fwd)
+    assert forward_config(*key, path) == fwd != table
+    assert backward_configs(*key, path) == backward_configs(*key)  # was not tuned
+    for other in ((80, 166912, 28, 128, 64, 2), (90, 232448, 32, 128, 64, 2), (90, 232448, 28, 128, 64, 4)):
+        assert forward_config(*other, path) == forward_config(*other)
+    with settings.override(tuned_rows=path):
+        launch = select(NAM56R, H100, hints=Hints(batch=4, seq_q=4096, seq_kv=4096)).launch
+    assert str(fwd) in launch[0]
+
+
+def test_a_tuned_backward_is_shrunk_where_it_does_not_fit(tmp_path: Path) -> None:
+    huge = BwdConfig(block_h=32, block_k=128, max_chunk=64, num_warps=4, num_stages=8)
+    path = tuned_file(tmp_path / "rows.json", bwd=(huge,))
+    assert backward_configs(90, 232448, 28, 128, 64, 2, path) == (replace(huge, num_stages=1),)
+
+
+@pytest.mark.parametrize("text", [None, "rows", '{"rows": [{"arch": 90}]}', "[]"])
+def test_a_bad_file_of_tuned_rows_is_named(text: str | None, tmp_path: Path) -> None:
+    path = tmp_path / "rows.json"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(
+        InvalidSettingError, match=r"tuned_rows must name a file that mla-ops tune wrote, got .*rows\.json"
+    ):
+        forward_config(90, 232448, 28, 128, 64, 2, str(path))
 
 
 # Settings

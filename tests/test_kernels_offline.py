@@ -13,7 +13,15 @@ import pytest
 
 from mla_ops.configs import TABLES, backward_configs, forward_config
 from mla_ops.configs.head_dims import FAMILIES
-from mla_ops.configs.launch import BwdConfig, FwdConfig, Row, bwd_smem_bytes, chunk_widths, fwd_smem_bytes, launch_options
+from mla_ops.configs.launch import (
+    BwdConfig,
+    FwdConfig,
+    Row,
+    bwd_smem_bytes,
+    chunk_widths,
+    fwd_smem_bytes,
+    launch_options,
+)
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
 pytestmark = pytest.mark.skipif(
@@ -110,7 +118,12 @@ def compile_forward(
     from mla_ops.kernels.forward import _sparse_attn_fwd_kernel
 
     align = constants.pop("STRIDE_ALIGN", 16)
-    constants = {**shape_constants(config, heads, d_total, d_v, align), "IS_SPLIT": False, "IS_NEGATIVE_SCALE": False, **constants}
+    constants = {
+        **shape_constants(config, heads, d_total, d_v, align),
+        "IS_SPLIT": False,
+        "IS_NEGATIVE_SCALE": False,
+        **constants,
+    }
     return compile_kernel(_sparse_attn_fwd_kernel, arch, constants, config, element)
 
 

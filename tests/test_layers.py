@@ -32,7 +32,8 @@ LAYERS: dict[str, set[str]] = {
     "warmup": {"errors", "validation", "registration"},
     "adapters": {"errors", "problem", "device", "dispatch", "api"},
     "testing": {"errors", "problem", "reference", "api"},
-    "cli": {"errors", "problem", "device", "settings", "configs", "dispatch", "reference", "api", "adapters"},
+    # `tune` and `bench` launch kernels with configurations of their own, past dispatch.
+    "cli": {"errors", "problem", "device", "settings", "configs", "backends", "dispatch", "api", "adapters"},
 }
 # Users of the public names: they may import the package itself.
 PACKAGE_USERS = {"adapters", "cli", "testing"}

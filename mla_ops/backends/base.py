@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 
 from mla_ops.device import DeviceTraits
-from mla_ops.problem import SparseAttnProblem
+from mla_ops.problem import Hints, SparseAttnProblem
 
 
 class Backend(Protocol):
@@ -24,6 +24,13 @@ class Backend(Protocol):
 
     def auto_excluded_reason(self, problem: SparseAttnProblem, traits: DeviceTraits) -> str | None:
         """Why `backend="auto"` must not pick this backend although it could run, or None."""
+        ...
+
+    def describe_launch(self, problem: SparseAttnProblem, traits: DeviceTraits, hints: Hints) -> tuple[str, ...]:
+        """How `problem`, which this backend supports, would be launched at the sizes of `hints`: lines for a person.
+
+        They say of every kernel whether it is warm, that is, whether this process has launched it for this problem.
+        """
         ...
 
     def forward(

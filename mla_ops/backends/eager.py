@@ -21,7 +21,7 @@ import torch
 
 from mla_ops import settings
 from mla_ops.device import DeviceTraits
-from mla_ops.problem import SparseAttnProblem
+from mla_ops.problem import Hints, SparseAttnProblem
 
 _SUPPORTED_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
@@ -45,6 +45,10 @@ class EagerBackend:
         if traits.type == "cpu":
             return None
         return f'excluded from backend="auto" on {traits.type}; pass backend="eager" to accept chunked gathers'
+
+    def describe_launch(self, problem: SparseAttnProblem, traits: DeviceTraits, hints: Hints) -> tuple[str, ...]:
+        """See `Backend.describe_launch`."""
+        return (f"rows are gathered in chunks of {settings.current().eager_workspace_mb} MiB; nothing to warm",)
 
     def forward(
         self,

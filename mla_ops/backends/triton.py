@@ -18,7 +18,8 @@ from mla_ops.configs import MAX_D_TOTAL, backward_configs, forward_config
 from mla_ops.configs.launch import BwdConfig, FwdConfig, chunk_widths, launch_options
 from mla_ops.device import DeviceTraits, traits_of
 from mla_ops.errors import UnsupportedProblemError
-from mla_ops.problem import SparseAttnProblem
+from mla_ops.problem import Hints, SparseAttnProblem
+from mla_ops.settings import current
 
 # Bytes of the per-slot rows that a deterministic backward may hold at a time; queries are processed in chunks below it.
 DETERMINISTIC_WORKSPACE_BYTES = 1 << 30
@@ -27,6 +28,9 @@ DETERMINISTIC_WORKSPACE_BYTES = 1 << 30
 INT32_OFFSETS = 2**31
 
 _SUPPORTED_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+# What this process has launched, as (d_total, d_v, heads, kv_group, dtype, configuration); for `describe_launch`.
+_launched: set[tuple[object, ...]] = set()
 
 # Applied to a kernel before it is launched: nothing in eager, `torch.library.wrap_triton` in a trace.
 Wrap = Callable[[Any], Any]
@@ -66,12 +70,8 @@ class TritonBackend:
 
     def _shared_memory_reasons(self, problem: SparseAttnProblem, traits: DeviceTraits) -> list[str]:
         widths = (problem.d_total, problem.d_v, problem.dtype.itemsize)
-        key = (
-            traits.arch,
-            traits.smem_bytes,
-            max(1, problem.heads_per_group),
-            *widths,
-        )  # no heads: nothing is launched
+        heads = max(1, problem.heads_per_group)  # no heads: nothing is launched
+        key = (traits.arch, traits.smem_bytes, heads, *widths)
         sides = [("forward", forward_config)] + ([("backward", backward_configs)] if problem.needs_grad else [])
         return [
             f"no {side} configuration fits: the device has {traits.smem_bytes} B of shared memory per block, which is "
@@ -83,6 +83,24 @@ class TritonBackend:
     def auto_excluded_reason(self, problem: SparseAttnProblem, traits: DeviceTraits) -> str | None:
         """See `Backend.auto_excluded_reason`."""
         return None
+
+    def describe_launch(self, problem: SparseAttnProblem, traits: DeviceTraits, hints: Hints) -> tuple[str, ...]:
+        """See `Backend.describe_launch`."""
+        heads, widths = problem.heads_per_group, (problem.d_total, problem.d_v, problem.dtype.itemsize)
+        if heads == 0:
+            return ("no heads: nothing is launched",)
+        key = (traits.arch, traits.smem_bytes, heads, *widths, current().tuned_rows)
+        launches = []
+        fwd = forward_config(*key)
+        if fwd is not None:
+            programs = hints.batch * hints.seq_q * problem.kv_group * -(-heads // fwd.block_h)
+            splits = split_count(programs, problem.topk, fwd.block_k, traits.num_sms)
+            launches.append((f"forward: {fwd}, slots split over {splits} programs", fwd))
+        for bwd in (backward_configs(*key) or ()) if problem.needs_grad else ():
+            launches.append((f"backward: {bwd}", bwd))
+        sizes = (problem.d_total, problem.d_v, problem.heads, problem.kv_group, problem.dtype)
+        cold = "; not warm: mla_ops.warmup(...) compiles it ahead of the first call"
+        return tuple(text + ("; warm" if (*sizes, config) in _launched else cold) for text, config in launches)
 
     def forward(
         self,
@@ -172,6 +190,7 @@ def launch_forward(
         _alignment(strides), seq_kv * strides[4] >= INT32_OFFSETS, _input_precision(q), is_split, softmax_scale < 0,
         **launch_options(config),
     )  # fmt: skip
+    _launched.add((d_total, d_v, heads, kv_group, q.dtype, config))
     if is_split:
         from mla_ops.kernels.forward_split import _sparse_attn_merge_kernel
 
@@ -252,6 +271,7 @@ def launch_backward(
             config.is_key_major, config.is_ahead, deterministic,
             **launch_options(config),
         )  # fmt: skip
+        _launched.add((d_total, d_v, heads, kv_group, q.dtype, config))
 
     dq = q.new_empty(q.shape) if need_dq else None
     dkv = None
@@ -357,7 +377,8 @@ def _fitting(
     lookup: Callable[..., _Config | None], side: str, traits: DeviceTraits, heads: int, d_v: int, q: torch.Tensor
 ) -> _Config:
     """Return what `lookup` finds for a call; dispatch refuses problems for which it finds nothing."""
-    config = lookup(traits.arch, traits.smem_bytes, heads, q.shape[-1], d_v, q.element_size())
+    tuned = current().tuned_rows
+    config = lookup(traits.arch, traits.smem_bytes, heads, q.shape[-1], d_v, q.element_size(), tuned)
     if config is None:
         raise UnsupportedProblemError(f"no {side} configuration for d_total={q.shape[-1]} in {q.dtype} fits {traits}")
     return config

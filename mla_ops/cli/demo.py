@@ -7,7 +7,6 @@ length, which a graph with a symbolic length takes without recompiling.
 
 from __future__ import annotations
 
-import importlib
 import json
 import platform
 import sysconfig
@@ -22,9 +21,9 @@ from torch import Tensor
 
 import mla_ops
 from mla_ops.cli.model import LanguageModel, ModelConfig
+from mla_ops.cli.requirements import require
 from mla_ops.device import pick_device, traits_of
 from mla_ops.dispatch import select
-from mla_ops.errors import MissingExtraError
 from mla_ops.problem import SparseAttnProblem
 from mla_ops.settings import cxx_compiler
 
@@ -55,7 +54,7 @@ class Run:
 def run_demo(*, out: Path, steps: int, device: str, seed: int) -> int:
     """Train, print, and write `report.json` and `loss.png` to `out`; returns the exit status."""
     for module in ("tqdm", "matplotlib"):
-        _require(module)
+        require(module, "mla-ops demo")
     target = pick_device(device)
     compiler = _compile_backend(target)
     config = ModelConfig()
@@ -224,13 +223,6 @@ def _standard_library() -> Tensor:
 def _count(config: ModelConfig) -> int:
     with torch.device("meta"):
         return sum(parameter.numel() for parameter in LanguageModel(config).parameters())
-
-
-def _require(module: str) -> None:
-    try:
-        importlib.import_module(module)
-    except ImportError:
-        raise MissingExtraError("mla-ops demo", module, "demo") from None
 
 
 # Reporting

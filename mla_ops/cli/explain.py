@@ -9,15 +9,20 @@ import torch
 from mla_ops.device import pick_device, traits_of
 from mla_ops.dispatch import select
 from mla_ops.errors import InvalidInputError
-from mla_ops.problem import SparseAttnProblem
+from mla_ops.problem import Hints, SparseAttnProblem
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
 
 
-def run_explain(arguments: argparse.Namespace) -> int:
-    """Print the decision; the exit status is 0 when a backend runs the problem and 1 when none does."""
+def check_sizes(arguments: argparse.Namespace) -> None:
+    """Refuse sizes that no call could have."""
     if arguments.d_v > arguments.d_total:
         raise InvalidInputError(f"--d-v must be at most --d-total ({arguments.d_total}), got {arguments.d_v}")
+
+
+def run_explain(arguments: argparse.Namespace) -> int:
+    """Print the decision; the exit status is 0 when a backend runs the problem and 1 when none does."""
+    check_sizes(arguments)
     if arguments.heads % arguments.kv_group:
         raise InvalidInputError(
             f"--heads must be a multiple of --kv-group, got {arguments.heads} and {arguments.kv_group}"
@@ -31,6 +36,7 @@ def run_explain(arguments: argparse.Namespace) -> int:
         dtype=_DTYPES[arguments.dtype],
         needs_grad=not arguments.inference,
     )
-    decision = select(problem, traits_of(pick_device(arguments.device)), arguments.backend)
+    hints = Hints(batch=arguments.batch, seq_q=arguments.seq_q, seq_kv=arguments.seq_kv)
+    decision = select(problem, traits_of(pick_device(arguments.device)), arguments.backend, hints)
     print(decision)
     return 0 if decision.backend is not None else 1

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from mla_ops.cli.shapes import SHAPES, SWEEPS
 from mla_ops.errors import MlaOpsError
 
 
@@ -37,12 +38,35 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument("--json", action="store_true", help="print the same as JSON")
     doctor.set_defaults(run=_doctor)
 
+    bench = commands.add_parser("bench", help="time forward and backward on this GPU beside other formulations")
+    bench.add_argument(
+        "--shapes", type=_names(SHAPES), default=list(SHAPES), help=f"some of {','.join(SHAPES)}; or none"
+    )
+    bench.add_argument("--sweeps", type=_names(SWEEPS), default=[], help=f"some of {','.join(SWEEPS)}; or all, none")
+    bench.add_argument("--flash-libraries", type=Path, help="folder with FlashMLA's and FlashAttention-3's libraries")
+    bench.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder for the results")
+    bench.add_argument("--commit", help="what to record as the commit, where history is not at hand")
+    bench.set_defaults(run=_bench)
+
+    tune = commands.add_parser("tune", help="find the fastest launch configurations of one problem on this GPU")
+    for size in ("d-total", "d-v", "heads", "topk"):
+        tune.add_argument(f"--{size}", type=_positive, required=True)
+    tune.add_argument("--batch", type=_positive, default=1)
+    tune.add_argument("--seq-q", type=_positive, default=4096)
+    tune.add_argument("--seq-kv", type=_positive, default=8192)
+    tune.add_argument("--out", type=Path, default=Path("mla-ops-tuned.json"), help="file of rows; others in it stay")
+    tune.add_argument("--jobs", type=_positive, default=8, help="processes that compile")
+    tune.set_defaults(run=_tune)
+
     explain = commands.add_parser("explain", help="say which backend runs a problem on this machine, and why")
     explain.add_argument("--d-total", type=_positive, required=True)
     explain.add_argument("--d-v", type=_positive, required=True)
     explain.add_argument("--topk", type=_positive, required=True)
     explain.add_argument("--heads", type=_positive, required=True)
     explain.add_argument("--kv-group", type=_positive, default=1)
+    explain.add_argument("--batch", type=_positive, default=1)
+    explain.add_argument("--seq-q", type=_positive, default=4096)
+    explain.add_argument("--seq-kv", type=_positive, default=8192)
     explain.add_argument("--dtype", choices=("bf16", "fp16", "fp32", "fp64"), default="bf16")
     explain.add_argument("--inference", action="store_true", help="no gradient needed")
     explain.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
@@ -63,10 +87,41 @@ def _doctor(arguments: argparse.Namespace) -> int:
     return run_doctor(as_json=arguments.json)
 
 
+def _bench(arguments: argparse.Namespace) -> int:
+    from mla_ops.cli.bench import run_bench
+
+    return run_bench(
+        shapes=arguments.shapes,
+        sweeps=arguments.sweeps,
+        flash=arguments.flash_libraries,
+        out=arguments.out,
+        commit=arguments.commit,
+    )
+
+
+def _tune(arguments: argparse.Namespace) -> int:
+    from mla_ops.cli.tune import run_tune
+
+    return run_tune(arguments)
+
+
 def _explain(arguments: argparse.Namespace) -> int:
     from mla_ops.cli.explain import run_explain
 
     return run_explain(arguments)
+
+
+def _names(known: Mapping[str, object]) -> Callable[[str], list[str]]:
+    """Return a parser of comma-separated names out of `known`, or "all", or "none"."""
+
+    def parse(text: str) -> list[str]:
+        names = {"all": list(known), "none": []}.get(text, text.split(","))
+        unknown = [name for name in names if name not in known]
+        if unknown:
+            raise argparse.ArgumentTypeError(f"unknown {', '.join(unknown)}; expected some of {', '.join(known)}")
+        return names
+
+    return parse
 
 
 def _positive(text: str) -> int:

@@ -5,6 +5,8 @@ A problem takes, among the rows of its element size, the one nearest in log2(d_t
 group), summed; the first of equals. The row's head block is cut to the heads that exist, and the configuration is
 shrunk (one stage, then fewer keys, then fewer heads) until its shared memory fits the device. So a problem is refused
 only where 16 rows of q, of dout and of keys do not fit, and a better row changes what is near it and nothing else.
+
+A row that a user tuned (`tuned.py`) goes first where it is for exactly this problem.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from math import log2
 from mla_ops.configs import sm80, sm90, sm100, sm120
 from mla_ops.configs.head_dims import FAMILIES
 from mla_ops.configs.launch import BwdConfig, Config, FwdConfig, Row, bwd_smem_bytes, fwd_smem_bytes, shrink_to_fit
+from mla_ops.configs.tuned import tuned_row
 
 # The widest row the kernels are launched for: its query, its gradient and 16 keys still fit the registers of a block.
 MAX_D_TOTAL = 1024
@@ -46,20 +49,27 @@ def nearest_row(arch: int, heads: int, d_total: int, d_v: int, element_size: int
 
 @cache
 def forward_config(
-    arch: int, smem_bytes: int, heads: int, d_total: int, d_v: int, element_size: int
+    arch: int, smem_bytes: int, heads: int, d_total: int, d_v: int, element_size: int, tuned: str = ""
 ) -> FwdConfig | None:
-    """Return how to launch the forward of a problem with `heads` heads per group, or None when nothing fits."""
-    config = _cut_heads(nearest_row(arch, heads, d_total, d_v, element_size).fwd, heads)
+    """Return how to launch the forward of a problem with `heads` heads per group, or None when nothing fits.
+
+    `tuned` is the path of a file of tuned rows, if there is one.
+    """
+    own = tuned_row(tuned, arch, heads, d_total, d_v, element_size)
+    config = own.fwd if own is not None else None
+    config = _cut_heads(config or nearest_row(arch, heads, d_total, d_v, element_size).fwd, heads)
     return shrink_to_fit(config, smem_bytes, lambda c: fwd_smem_bytes(c, arch, d_total, d_v, element_size))
 
 
 @cache
 def backward_configs(
-    arch: int, smem_bytes: int, heads: int, d_total: int, d_v: int, element_size: int
+    arch: int, smem_bytes: int, heads: int, d_total: int, d_v: int, element_size: int, tuned: str = ""
 ) -> tuple[BwdConfig, ...] | None:
     """Return how to launch the backward: one pass, or a dq pass and a dkv pass; None when one of them does not fit."""
+    own = tuned_row(tuned, arch, heads, d_total, d_v, element_size)
+    configs = own.bwd if own is not None else None
     fitting = []
-    for config in nearest_row(arch, heads, d_total, d_v, element_size).bwd:
+    for config in configs or nearest_row(arch, heads, d_total, d_v, element_size).bwd:
         fitted = shrink_to_fit(
             _cut_heads(config, heads), smem_bytes, lambda c: bwd_smem_bytes(c, arch, d_total, d_v, element_size)
         )

@@ -1,0 +1,216 @@
+"""`mla-ops bench`: forward and backward on a GPU, beside other formulations and the hardware's floor.
+
+bf16, random distinct indices, medians of `triton.testing.do_bench`. A shape is timed only after its results match an
+fp32 gather on its first queries. Results go to one JSON file (`shape, direction, impl, dtype, ms, tflops, floor_ratio,
+error`), from which the plots are drawn.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mla_ops.cli.peers import Attention, flash_libraries, flash_peers, gather, ours, plain_peers
+from mla_ops.cli.plots import plot_sweeps
+from mla_ops.cli.provenance import write
+from mla_ops.cli.shapes import SHAPES, SOFTMAX_SCALE, SWEEPS, Shape
+from mla_ops.device import pick_device
+from mla_ops.errors import UnsupportedProblemError
+
+OURS = "mla_ops"
+DETERMINISTIC = "mla_ops, deterministic"
+Record = dict[str, Any]
+
+
+def run_bench(
+    *, shapes: Sequence[str], sweeps: Sequence[str], flash: Path | None, out: Path, commit: str | None
+) -> int:
+    """Measure, print a table, write the results and the plots; returns the exit status."""
+    device = pick_device("auto")
+    if device.type != "cuda":
+        raise UnsupportedProblemError("mla-ops bench needs a CUDA device, none was found; the CPU has nothing to time")
+    libraries = flash_libraries(flash) if flash else []
+    matmul = _matmul_flops_per_s()
+    print(f"bf16 matmul of this run: {matmul / 1e12:.0f} TFLOP/s")
+    print(f"{'shape':14}{'impl':26}{'direction':10}{'ms':>9}{'TFLOP/s':>9}{'floor/ms':>9}")
+    records: list[Record] = []
+    memory = {}
+    with _undonated_buffers():
+        for name in shapes:
+            shape = SHAPES[name]
+            peers = {**plain_peers(shape), **flash_peers(shape, libraries)}
+            records += _time_shape(name, shape, {OURS: ours, DETERMINISTIC: ours, **peers}, matmul)
+            memory[name] = _peak_memory(shape)
+    for sweep in sweeps:
+        for value, shape in SWEEPS[sweep][1].items():
+            records += _time_shape(f"{sweep}={value}", shape, {OURS: ours}, matmul)
+    host = _host_microseconds()
+    if memory:
+        print("peak memory over what the results need:", {name: m["ratio"] for name, m in memory.items()})
+    print("host time of one call, us:", host)
+    extra = {"matmul_flops_per_s": matmul, "memory": memory, "host_us": host}
+    path = write(out, "sparse-attn", device, records, commit, **extra)
+    print(f"wrote {path}")
+    if sweeps:
+        print(f"wrote {plot_sweeps(path)}")
+    return 0
+
+
+def _time_shape(name: str, shape: Shape, implementations: dict[str, Attention], matmul: float) -> list[Record]:
+    torch.manual_seed(0)
+    q, kv, indices, dout = shape.draw()
+    errors = _check(shape, q, kv, indices, dout)
+    leaves = [q.clone().requires_grad_(), kv.clone().requires_grad_()]
+    records = []
+    for impl, function in implementations.items():
+        record = {"shape": name, **asdict(shape), "impl": impl, "dtype": "bfloat16"}
+        torch.use_deterministic_algorithms(impl == DETERMINISTIC)
+        try:
+            for direction, ms in _milliseconds(function, q, kv, indices, dout, leaves):
+                timed = {
+                    **record,
+                    "direction": direction,
+                    "ms": round(ms, 4),
+                    "tflops": round(shape.flops(direction) / ms / 1e9, 1),
+                    "floor_ratio": round(1e3 * shape.floor_seconds(direction, matmul) / ms, 3),
+                    "error": errors if function is ours else None,
+                }
+                records.append(timed)
+                print(f"{name:14}{impl:26}{direction:10}{ms:9.3f}{timed['tflops']:9.1f}{timed['floor_ratio']:9.2f}")
+        except torch.OutOfMemoryError:
+            records.append({**record, "direction": "fwd_bwd", "error": "out of memory"})
+        except Exception as error:  # a peer's failure is a result of its own, whatever it raises
+            if function is ours:
+                raise
+            records.append({**record, "direction": "fwd", "error": f"{type(error).__name__}: {error}"[:200]})
+        finally:
+            torch.use_deterministic_algorithms(False)
+            torch.cuda.empty_cache()
+        if "ms" not in records[-1]:
+            print(f"{name:14}{impl:26}{records[-1]['error'][:60]}")
+    return records
+
+
+def _milliseconds(
+    function: Attention,
+    q: torch.Tensor,
+    kv: torch.Tensor,
+    indices: torch.Tensor,
+    dout: torch.Tensor,
+    leaves: list[torch.Tensor],
+) -> Iterator[tuple[str, float]]:
+    """Yield the median time of every direction; a kernel without a backward ends after the forward."""
+    d_v = dout.shape[-1]
+    with torch.no_grad():
+        yield "fwd", _median_ms(lambda: function(q, kv, indices, d_v))
+    out = function(leaves[0], leaves[1], indices, d_v)
+    if not out.requires_grad:
+        return
+    yield "bwd", _median_ms(lambda out=out: torch.autograd.grad(out, leaves, dout, retain_graph=True))
+    del out
+    yield "fwd_bwd", _median_ms(lambda: torch.autograd.grad(function(leaves[0], leaves[1], indices, d_v), leaves, dout))
+
+
+def _check(
+    shape: Shape, q: torch.Tensor, kv: torch.Tensor, indices: torch.Tensor, dout: torch.Tensor
+) -> dict[str, float]:
+    """Compare with an fp32 gather on the first queries; relative norms of the errors, at most 1 % (bf16 has 0.4 %)."""
+    few = max(1, 2**21 // (shape.topk * shape.d_total * shape.B))
+    q, indices, dout = q[:, :few].clone(), indices[:, :few], dout[:, :few]
+    results = []
+    for function, cast in ((ours, torch.bfloat16), (gather, torch.float32)):
+        leaves = [q.to(cast).requires_grad_(), kv.to(cast).requires_grad_()]
+        out = function(leaves[0], leaves[1], indices, shape.d_v)
+        results.append([out, *torch.autograd.grad(out, leaves, dout.to(cast))])
+    errors = {}
+    for name, actual, want in zip(("out", "dq", "dkv"), *results, strict=True):
+        errors[name] = float(((actual.float() - want).norm() / want.norm()).detach())
+        if not errors[name] < 1e-2:  # also when it is NaN
+            raise AssertionError(f"{name} is off by {errors[name]:.2e} at {shape}; nothing is timed that is wrong")
+    return errors
+
+
+def _peak_memory(shape: Shape) -> dict[str, float]:
+    """Return the peak of forward + backward over out + lse + delta + fp32 dkv + the gradients."""
+    q, kv, indices, dout = shape.draw()
+    leaves = [q.requires_grad_(), kv.requires_grad_()]
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    out, lse = torch.ops.mla.sparse_attn(*leaves, indices, shape.d_v, SOFTMAX_SCALE)
+    grads = torch.autograd.grad(out, leaves, dout)
+    peak = torch.cuda.max_memory_allocated() - before
+    needed = sum(t.numel() * t.element_size() for t in (out, lse, lse, *grads)) + kv.numel() * 4
+    return {"peak_bytes": peak, "needed_bytes": needed, "ratio": round(peak / needed, 3)}
+
+
+def _host_microseconds() -> dict[str, float]:
+    """Return the median host time of one small call: the operator, and a bare launch of the kernel it ends in."""
+    from mla_ops.backends.triton import launch_forward
+
+    q, kv, indices, _ = Shape(1, 2, 256, 28, 128, 64, 64).draw()
+    leaves = [q.clone().requires_grad_(), kv.clone().requires_grad_()]
+    launches: list[Callable[[], Any]] = []
+
+    class _Recorder:
+        """Stands where the kernel is launched, and keeps the launch to repeat it bare."""
+
+        def __init__(self, kernel: Any) -> None:
+            self.kernel = kernel
+
+        def __getitem__(self, grid: Any) -> Callable[..., None]:
+            def launch(*args: Any, **options: Any) -> None:
+                launches.append(lambda: self.kernel[grid](*args, **options))
+
+            return launch
+
+    launch_forward(q, kv, indices, 64, SOFTMAX_SCALE, None, None, num_splits=1, wrap=_Recorder)
+    with torch.no_grad():
+        operator = _host_median(lambda: ours(q, kv, indices, 64))
+    bare = _host_median(launches[0])
+    return {
+        "bare_launch": bare,
+        "operator": operator,
+        "operator_over_bare_launch": round(operator - bare, 1),
+        "operator_with_grad": _host_median(lambda: ours(leaves[0], leaves[1], indices, 64)),
+    }
+
+
+def _host_median(run: Callable[[], Any], calls: int = 2000) -> float:
+    for _ in range(50):
+        run()
+    torch.cuda.synchronize()
+    seconds = []
+    for call in range(calls):
+        start = time.perf_counter()
+        run()
+        seconds.append(time.perf_counter() - start)
+        if call % 100 == 99:  # the queue of launches must not fill up
+            torch.cuda.synchronize()
+    return round(sorted(seconds)[calls // 2] * 1e6, 1)
+
+
+def _matmul_flops_per_s() -> float:
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    return 2 * 8192**3 / _median_ms(lambda: a @ b) * 1e3
+
+
+def _median_ms(run: Callable[[], Any]) -> float:
+    import triton.testing
+
+    return float(triton.testing.do_bench(run, warmup=20, rep=100, return_mode="median"))
+
+
+@contextmanager
+def _undonated_buffers() -> Iterator[None]:
+    """Let a compiled peer's backward be timed on one graph again and again, which donated buffers forbid."""
+    from torch._functorch import config
+
+    with config.patch(donated_buffer=False):
+        yield
