@@ -1,4 +1,4 @@
-"""What `mla-ops bench` and `tune` rest on, without a GPU: compared formulations agree, plots and candidates are sound."""
+"""What `mla-ops bench` and `tune` rest on, without a GPU: formulations that agree, plots, candidates that fit."""
 
 from __future__ import annotations
 
