@@ -7,8 +7,9 @@ error`), from which the plots are drawn.
 
 from __future__ import annotations
 
+import argparse
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -28,36 +29,39 @@ DETERMINISTIC = "mla_ops, deterministic"
 Record = dict[str, Any]
 
 
-def run_bench(
-    *, shapes: Sequence[str], sweeps: Sequence[str], flash: Path | None, out: Path, commit: str | None
-) -> int:
-    """Measure, print a table, write the results and the plots; returns the exit status."""
+def run_bench(arguments: argparse.Namespace) -> int:
+    """Measure, print a table, write the results after every shape and the plots; returns the exit status."""
     device = pick_device("auto")
     if device.type != "cuda":
         raise UnsupportedProblemError("mla-ops bench needs a CUDA device, none was found; the CPU has nothing to time")
-    libraries = flash_libraries(flash) if flash else []
+    wanted, folder = arguments.peers, arguments.flash_libraries
+    libraries = flash_libraries(folder) if folder and "flash" in wanted else []
     matmul = _matmul_flops_per_s()
     print(f"bf16 matmul of this run: {matmul / 1e12:.0f} TFLOP/s")
     print(f"{'shape':14}{'impl':26}{'direction':10}{'ms':>9}{'TFLOP/s':>9}{'floor/ms':>9}")
+    host = _host_microseconds()
+    print("host time of one call, us:", host)
     records: list[Record] = []
-    memory = {}
-    with _undonated_buffers():
-        for name in shapes:
-            shape = SHAPES[name]
-            peers = {**plain_peers(shape), **flash_peers(shape, libraries)}
+    memory: dict[str, dict[str, float]] = {}
+
+    def save() -> Path:
+        extra = {"matmul_flops_per_s": matmul, "memory": memory, "host_us": host}
+        return write(arguments.out, arguments.name, device, records, arguments.commit, **extra)
+
+    for name in arguments.shapes:
+        shape = SHAPES[name]
+        peers = {**plain_peers(shape, wanted), **flash_peers(shape, libraries)}
+        with _undonated_buffers():
             records += _time_shape(name, shape, {OURS: ours, DETERMINISTIC: ours, **peers}, matmul)
-            memory[name] = _peak_memory(shape)
-    for sweep in sweeps:
+        memory[name] = _peak_memory(shape)
+        print(f"{name:14}peak memory over what the results need: {memory[name]['ratio']}", flush=True)
+        save()
+    for sweep in arguments.sweeps:
         for value, shape in SWEEPS[sweep][1].items():
             records += _time_shape(f"{sweep}={value}", shape, {OURS: ours}, matmul)
-    host = _host_microseconds()
-    if memory:
-        print("peak memory over what the results need:", {name: m["ratio"] for name, m in memory.items()})
-    print("host time of one call, us:", host)
-    extra = {"matmul_flops_per_s": matmul, "memory": memory, "host_us": host}
-    path = write(out, "sparse-attn", device, records, commit, **extra)
+    path = save()
     print(f"wrote {path}")
-    if sweeps:
+    if arguments.sweeps:
         print(f"wrote {plot_sweeps(path)}")
     return 0
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
+from mla_ops.cli.peers import PEERS
 from mla_ops.cli.shapes import SHAPES, SWEEPS
 from mla_ops.errors import MlaOpsError
 
@@ -43,8 +44,10 @@ def _parser() -> argparse.ArgumentParser:
         "--shapes", type=_names(SHAPES), default=list(SHAPES), help=f"some of {','.join(SHAPES)}; or none"
     )
     bench.add_argument("--sweeps", type=_names(SWEEPS), default=[], help=f"some of {','.join(SWEEPS)}; or all, none")
+    bench.add_argument("--peers", type=_names(PEERS), default=list(PEERS), help=f"some of {','.join(PEERS)}; or none")
     bench.add_argument("--flash-libraries", type=Path, help="folder with FlashMLA's and FlashAttention-3's libraries")
     bench.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder for the results")
+    bench.add_argument("--name", default="sparse-attn", help="what the results file is called after date and device")
     bench.add_argument("--commit", help="what to record as the commit, where history is not at hand")
     bench.set_defaults(run=_bench)
 
@@ -90,13 +93,7 @@ def _doctor(arguments: argparse.Namespace) -> int:
 def _bench(arguments: argparse.Namespace) -> int:
     from mla_ops.cli.bench import run_bench
 
-    return run_bench(
-        shapes=arguments.shapes,
-        sweeps=arguments.sweeps,
-        flash=arguments.flash_libraries,
-        out=arguments.out,
-        commit=arguments.commit,
-    )
+    return run_bench(arguments)
 
 
 def _tune(arguments: argparse.Namespace) -> int:
@@ -111,7 +108,7 @@ def _explain(arguments: argparse.Namespace) -> int:
     return run_explain(arguments)
 
 
-def _names(known: Mapping[str, object]) -> Callable[[str], list[str]]:
+def _names(known: Collection[str]) -> Callable[[str], list[str]]:
     """Return a parser of comma-separated names out of `known`, or "all", or "none"."""
 
     def parse(text: str) -> list[str]:

@@ -6,7 +6,7 @@ build it inside: with a learned indexer the indices are new in every step.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import torch
@@ -17,7 +17,10 @@ from mla_ops.errors import InvalidInputError
 
 Attention = Callable[[Tensor, Tensor, Tensor, int], Tensor]
 
-# What a formulation that gathers or masks holds at once must leave room for its gradients.
+# By which names peers are asked for; "flash" is what `flash_libraries` finds.
+PEERS = ("gather", "sdpa", "flex", "flash")
+
+# What a formulation that gathers holds at once must leave room for its gradients.
 _LARGEST_BYTES = 12 * 2**30
 
 # The file names in which FlashMLA and FlashAttention-3 are shipped as operators; see `flash_libraries`.
@@ -63,14 +66,15 @@ def flex(q: Tensor, kv: Tensor, indices: Tensor, d_v: int) -> Tensor:
     return out.transpose(1, 2)
 
 
-def plain_peers(shape: Shape) -> dict[str, Attention]:
-    """Return the formulations in plain PyTorch that fit the device, those to be compiled compiled for `shape` alone."""
+def plain_peers(shape: Shape, names: Collection[str]) -> dict[str, Attention]:
+    """Return the formulations in plain PyTorch among `names`, those to be compiled compiled for `shape` alone."""
     peers: dict[str, Attention] = {}
     torch.compiler.reset()
-    if shape.slots * shape.d_total * 2 < _LARGEST_BYTES:
+    if "gather" in names and shape.slots * shape.d_total * 2 < _LARGEST_BYTES:
         peers["gather + torch.compile"] = torch.compile(gather)
-    if shape.B * shape.H * shape.Sq * shape.Skv < _LARGEST_BYTES:
+    if "sdpa" in names:
         peers["SDPA with mask"] = masked_sdpa
+    if "flex" in names:
         peers["flex_attention with mask"] = torch.compile(flex)
     return peers
 
@@ -102,11 +106,13 @@ def flash_peers(shape: Shape, libraries: list[str]) -> dict[str, Attention]:
     return peers
 
 
+@torch.no_grad()  # forward only
 def _flash_mla(q: Tensor, kv: Tensor, indices: Tensor, d_v: int) -> Tensor:
     result = torch.ops._flashmla_C.sparse_prefill_fwd(q[0], kv[0], indices[0], SOFTMAX_SCALE, d_v, None, None, None)
     return result[0][None]  # type: ignore[no-any-return]
 
 
+@torch.no_grad()  # forward only
 def _flash_attention_3(q: Tensor, kv: Tensor, indices: Tensor, d_v: int) -> Tensor:
     """Paged attention with pages of one row: the page table is the list of selected rows."""
     seq_q, topk = indices.shape[1], indices.shape[3]
