@@ -128,6 +128,7 @@ def plan_positions(
     cp_size: int = 1,
     device: torch.device | None = None,
     rotary_pos_emb: object = None,
+    check: bool = True,
 ) -> PositionPlan:
     """Plan the rotary table of a layer from sizes alone, before any rotary call.
 
@@ -141,6 +142,7 @@ def plan_positions(
         device: of `positions`; default: that of `packed`, else the CPU.
         rotary_pos_emb: what a generic builder hands every layer. MLA rotates its rope columns only and makes its own
             table, so anything but None is refused.
+        check: in eager, hold the totals of `packed` against `rows`; this reads them on the host.
 
     Raises:
         MLALayoutError: layout, batch and packed sequence disagree, or a finished rotary embedding came along.
@@ -164,7 +166,8 @@ def plan_positions(
         raise MLALayoutError(
             f"a packed batch has no batch dimension, got batch={batch}; concatenate the rows and their cu_seqlens"
         )
-    packed.check(rows * cp_size)
+    if check:
+        packed.check(rows * cp_size)
     rotary_len = max(packed.max_seqlen_q, packed.max_seqlen_kv)
     segment = positions = None
     if cp_size == 1:
