@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from mla_ops.adapters.seam import MLALayerMeta, Origin, PackedSeq, normalize_call, plan_positions
+from mla_ops.adapters.seam import Layout, MLALayerMeta, Origin, PackedSeq, normalize_call, plan_positions
 from mla_ops.api import sparse_attn
 from mla_ops.errors import MLALayoutError, MLAMetadataError
 
@@ -161,7 +161,7 @@ class MLASparseAttention(nn.Module):
             wanted = "[batch, rows, hidden_size]" if packed is None else "[rows, hidden_size] (it is packed)"
             raise MLALayoutError(f"hidden must be {wanted}, got {list(hidden.shape)}")
         if positions is None:
-            layout = "bshd" if packed is None else "thd"
+            layout: Layout = "bshd" if packed is None else "thd"
             plan = plan_positions(
                 meta, layout, hidden.shape[-2], packed, device=hidden.device, check=self.check_indices
             )
