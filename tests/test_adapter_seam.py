@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import mla_ops
 from mla_ops.adapters.seam import (
@@ -388,6 +389,14 @@ def test_unchecked_bad_indices_name_no_key() -> None:
         normalize_call(query, key, None, indices, **options)
 
 
+def test_unchecked_totals_never_index_past_the_last_segment() -> None:
+    query, key, _, _ = draw(META, 1, 10)
+    short = replace(PACKED, cu_seqlens_q=torch.tensor([0, 4, 8]), cu_seqlens_kv=torch.tensor([0, 4, 8]))
+    options = {"meta": META, "layout": "thd", "packed": short, "invalid": "sentinel", "check": False}
+    call = normalize_call(query[0], key[0], None, torch.arange(10).unsqueeze(1), **options)
+    assert call.indices.flatten().tolist() == [*range(8), -1, -1]
+
+
 def test_a_group_list_differs_from_a_shared_one() -> None:
     meta = replace(META, kv_group=2)
     query, key, _, indices = draw(meta, 2, 10, kv_group=2)
@@ -409,13 +418,78 @@ def test_gradients_reach_the_callers_tensors() -> None:
         torch.testing.assert_close(ours.grad, theirs.grad.transpose(0, 1), rtol=0, atol=1e-11)
 
 
-def test_nothing_is_read_where_it_cannot_be() -> None:
-    query, key, _, indices = (t if t is None else t.to("meta") for t in draw(META, 2, 10))
-    call = normalize_call(query, key, None, indices, meta=META, layout="bshd", invalid="sentinel")
-    assert call.indices.shape == (2, 10, 1, 6)
-    cu_seqlens = torch.tensor([0, 99], device="meta")
-    packed = PackedSeq(cu_seqlens_q=cu_seqlens, cu_seqlens_kv=cu_seqlens, max_seqlen_q=5, max_seqlen_kv=5)
-    assert plan_positions(META, "thd", 10, packed).positions.shape == (10,)
+@pytest.mark.parametrize("fake", [False, True], ids=["meta", "fake"])
+def test_nothing_is_read_where_there_is_nothing_to_read(fake: bool) -> None:
+    with FakeTensorMode() if fake else torch.device("meta"):
+        query, key, indices = torch.empty(10, 4, 56), torch.empty(10, 1, 56), torch.empty(10, 6, dtype=torch.int64)
+        cu_seqlens = torch.zeros(2, dtype=torch.int64)  # with values, a total that would be refused
+        packed = PackedSeq(cu_seqlens_q=cu_seqlens, cu_seqlens_kv=cu_seqlens, max_seqlen_q=5, max_seqlen_kv=5)
+        options = {"meta": META, "layout": "thd", "packed": packed, "invalid": "sentinel"}
+        assert normalize_call(query, key, None, indices, **options).indices.shape == (1, 10, 1, 6)
+        assert plan_positions(META, "thd", 10, packed).positions.shape == (10,)
+
+
+def some_policy(policy: str, rows: int) -> dict[str, Any]:
+    """A call with bad indices under one policy, on the CPU."""
+    generator = torch.Generator().manual_seed(rows)
+    query, key = torch.randn(2, rows, 4, 56), torch.randn(2, rows, 1, 56)
+    indices = torch.randint(-3, rows + 3, (2, rows, 6), generator=generator)
+    call = {"query": query, "key": key, "indices": indices, "layout": "bshd", "invalid": policy}
+    if policy == "mask":
+        call["mask"] = torch.rand(2, rows, rows, generator=generator) < 0.5
+    elif policy == "length":
+        call["topk_length"] = torch.randint(0, 7, (2, rows), generator=generator)
+    elif policy in ("global", "segment"):
+        cu_seqlens = torch.tensor([0, 4, rows])
+        packed = PackedSeq(cu_seqlens_q=cu_seqlens, cu_seqlens_kv=cu_seqlens, max_seqlen_q=rows, max_seqlen_kv=rows)
+        call = {"query": query[0], "key": key[0], "indices": indices[0], "layout": "thd"}
+        call |= {"packed": packed, "invalid": "sentinel", "origin": policy}
+    return call
+
+
+POLICIES = ["sentinel", "mask", "length", "global", "segment"]
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+@pytest.mark.parametrize("policy", POLICIES)
+def test_one_graph_per_policy_reads_nothing_and_drops_bad_indices(policy: str) -> None:
+    def canonical(**arguments: Any) -> torch.Tensor:
+        return normalize_call(**arguments, value=None, meta=META).indices
+
+    compiled = torch.compile(canonical, fullgraph=True, dynamic=True, backend="eager")
+    for rows in (10, 13, 18):
+        call = some_policy(policy, rows)
+        with pytest.raises(MLALayoutError, match="outside"):
+            canonical(**call)
+        assert torch.equal(compiled(**call), canonical(**call, check=False))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_captured_call_reads_nothing_and_replays_other_indices(policy: str) -> None:
+    calls = []
+    for rows in (10, 10):
+        call = some_policy(policy, rows)
+        if calls:
+            call["indices"] = call["indices"].flip(-2)
+        packed = call.get("packed")
+        if packed is not None:
+            cu_seqlens = packed.cu_seqlens_q.cuda()
+            call["packed"] = replace(packed, cu_seqlens_q=cu_seqlens, cu_seqlens_kv=cu_seqlens)
+        calls.append({name: t.cuda() if isinstance(t, torch.Tensor) else t for name, t in call.items()})
+
+    def result(call: dict[str, Any], **options: Any) -> torch.Tensor:
+        return run(normalize_call(**call, **options, value=None, meta=META))
+
+    result(calls[0], check=False)  # compiles the kernel
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = result(calls[0])  # with its bad indices: a check would read them, and break the capture
+    for call in calls:
+        calls[0]["indices"].copy_(call["indices"])
+        graph.replay()
+        torch.testing.assert_close(out, result(calls[0], check=False))
 
 
 # Question 2: the broken forms of a packed batch, each refused before a rotary call or a kernel

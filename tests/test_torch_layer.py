@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from mla_ops.adapters.seam import PackedSeq, resolve_layer_meta
 from mla_ops.adapters.torch_layer import MLASparseAttention, absorb_q, project_v, rotate
 from mla_ops.errors import MLALayoutError, MLAMetadataError, UnsupportedProblemError
+from mla_ops.testing import assert_within_budget
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
@@ -43,11 +45,11 @@ def causal_indices(*lead: int, topk: int = 5) -> torch.Tensor:
 
 
 def rotate_as_complex_numbers(x: torch.Tensor, positions: torch.Tensor, theta: float) -> torch.Tensor:
-    pairs = torch.complex(*x.chunk(2, dim=-1))
+    pairs = torch.complex(*x.double().chunk(2, dim=-1))
     half = pairs.shape[-1]
     angle = positions.double()[:, None, None] * theta ** (-torch.arange(half, dtype=torch.float64) / half)
     turned = pairs * torch.polar(torch.ones_like(angle), angle)
-    return torch.cat([turned.real, turned.imag], dim=-1)
+    return torch.cat([turned.real, turned.imag], dim=-1).to(x.dtype)
 
 
 def expanded_dense(layer: MLASparseAttention, hidden: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
@@ -166,6 +168,47 @@ def test_one_graph_serves_every_length_and_equals_eager(is_packed: bool) -> None
         for eager, graph in zip(*results, strict=True):
             torch.testing.assert_close(graph, eager, rtol=1e-5, atol=1e-5)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+def test_exported_lengths_stay_symbolic() -> None:
+    layer = make_layer(torch.float32)
+    sizes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("rows")}
+    example = (hidden_states(2, 12, dtype=torch.float32), causal_indices(2, 12))
+    program = torch.export.export(layer, example, dynamic_shapes=(sizes, sizes))
+    hidden, indices = hidden_states(3, 17, dtype=torch.float32), causal_indices(3, 17)
+    torch.testing.assert_close(program.module()(hidden, indices), layer(hidden, indices))
+
+
+@pytest.mark.parametrize("how", ["weights", "autocast"])
+@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")  # RMSNorm under torch's autocast
+def test_bf16_errs_no_more_than_the_expanded_formulation_in_bf16(how: str) -> None:
+    layer, hidden, indices = make_layer(), hidden_states(2, 12), causal_indices(2, 12)
+    exact = layer(hidden, indices)
+    low_layer, low_hidden = copy.deepcopy(layer).bfloat16(), hidden.bfloat16()
+    low = expanded_dense(low_layer, low_hidden, indices)
+    if how == "weights":
+        out = low_layer(low_hidden, indices)
+    else:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            out = layer.float()(hidden.float(), indices)
+    assert out.dtype == torch.bfloat16
+    assert_within_budget(out, exact, low, terms=HIDDEN + META.d_total)
+
+
+@pytest.mark.gpu
+def test_compiled_layer_on_a_gpu_equals_the_cpu() -> None:
+    layer = make_layer(torch.float32)
+    hidden, indices = hidden_states(2, 12, dtype=torch.float32), causal_indices(2, 12)
+    results = []
+    for device in ("cpu", "cuda"):
+        layer = layer.to(device)
+        function = layer if device == "cpu" else torch.compile(layer, fullgraph=True, dynamic=True)
+        leaf = hidden.to(device).requires_grad_()
+        out = function(leaf, indices.to(device))
+        out.square().sum().backward()
+        results.append((out.cpu(), leaf.grad.cpu()))
+    for cpu, gpu in zip(*results, strict=True):
+        torch.testing.assert_close(gpu, cpu, rtol=1e-4, atol=1e-4)
 
 
 def test_a_compiled_bad_index_names_no_key_where_eager_raises() -> None:

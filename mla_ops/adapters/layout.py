@@ -92,7 +92,8 @@ def normalize_call(
     q, kv = _rows(_to_bshd(query, layout), _to_bshd(key, layout), value, meta, layout, check)
     if q.shape[0] != kv.shape[0]:
         raise MLALayoutError(f"query and key have batch {q.shape[0]} and {kv.shape[0]}; they must agree")
-    if kv.shape[1] >= 2**31:
+    # Eager only: in a graph this would narrow the range of a symbolic length.
+    if not torch.compiler.is_compiling() and kv.shape[1] >= 2**31:
         raise MLALayoutError(f"key must have fewer than 2**31 rows, got {kv.shape[1]}: indices are brought to int32")
     if packed is not None:
         if packed.cu_seqlens_kv.device != indices.device:
