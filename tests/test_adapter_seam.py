@@ -21,6 +21,7 @@ from mla_ops.adapters.seam import (
     resolve_backend,
     resolve_layer_meta,
 )
+from mla_ops.device import DeviceTraits
 from mla_ops.errors import MLALayoutError, MLAMetadataError, UnknownBackendError, UnsupportedBackendError
 from mla_ops.reference import sparse_attn_reference
 
@@ -554,6 +555,12 @@ def test_totals_that_do_not_describe_the_rows_are_refused(change: dict[str, Any]
             refuse()
 
 
+def test_totals_on_another_device_than_the_indices_are_refused() -> None:
+    elsewhere = torch.zeros(3, dtype=torch.int32, device="meta")
+    with pytest.raises(MLALayoutError, match=r"cu_seqlens must be on the device of indices \(cpu\), got meta"):
+        thd_call(packed=replace(PACKED, cu_seqlens_q=elsewhere, cu_seqlens_kv=elsewhere))
+
+
 def test_key_totals_are_held_against_the_key() -> None:
     with pytest.raises(MLALayoutError, match="cu_seqlens_kv ends at 9 but key has 10 rows"):
         thd_call(packed=replace(PACKED, cu_seqlens_kv=torch.tensor([0, 4, 9])))
@@ -585,6 +592,7 @@ def test_a_rotary_table_that_spans_the_wrong_rows_is_refused() -> None:
             "cu_seqlens_kv must be an int32 or int64 tensor, got torch.float",
         ),
         ({"cu_seqlens_kv": torch.tensor([0, 10])}, r"as long as cu_seqlens_q, got \[2\] and \[3\]"),
+        ({"cu_seqlens_kv": torch.zeros(3, dtype=torch.int32, device="meta")}, "on the device of cu_seqlens_q"),
         ({"max_seqlen_q": True}, "max_seqlen_q=True, needs an int"),
     ],
 )
@@ -714,6 +722,20 @@ def test_auto_raises_where_nothing_fits() -> None:
         backend(kv_format="fp8")
     assert "eager: kv_format is 'fp8'" in str(info.value)
     assert "Choose" not in str(info.value)
+
+
+def test_auto_keeps_to_what_it_may_choose_and_names_what_a_caller_could(monkeypatch: pytest.MonkeyPatch) -> None:
+    h100 = DeviceTraits(type="cuda", arch=90, smem_bytes=232448, num_sms=132, name="H100")
+    monkeypatch.setattr("mla_ops.adapters.backend_plan.traits_of", lambda device: h100)
+    with pytest.raises(UnsupportedBackendError) as info:
+        backend(meta=EXPANDED, dtype=torch.float64)  # no fused path, and no quiet detour to the eager one
+    lines = str(info.value).splitlines()
+    assert "d_total=48 d_v=24 heads=4 kv_group=4" in lines[0]
+    assert lines[1].startswith("  triton: dtype")
+    assert lines[2].startswith("  eager: ")
+    assert "fits" not in lines[2]
+    assert lines[3:] == ["  Choose backend='eager'."]
+    assert backend("eager", EXPANDED, dtype=torch.float64).name == "eager"
 
 
 def test_a_refusal_is_caught_as_the_operators_own() -> None:

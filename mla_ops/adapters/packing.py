@@ -45,6 +45,10 @@ class PackedSeq:
             if not isinstance(cu_seqlens, torch.Tensor) or cu_seqlens.dtype not in (torch.int32, torch.int64):
                 got = cu_seqlens.dtype if isinstance(cu_seqlens, torch.Tensor) else type(cu_seqlens).__name__
                 raise MLALayoutError(f"{name} must be an int32 or int64 tensor, got {got}")
+            if cu_seqlens.device != first.device:
+                raise MLALayoutError(
+                    f"{name} must be on the device of cu_seqlens_q ({first.device}), got {cu_seqlens.device}"
+                )
             if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2 or cu_seqlens.shape != first.shape:
                 raise MLALayoutError(
                     f"{name} must be [segments + 1] with at least one segment and as long as cu_seqlens_q, got "
@@ -74,7 +78,8 @@ class PackedSeq:
         self._check_side("kv", "key", rows_kv, self.max_seqlen_kv)
 
     def _check_side(self, side: Literal["q", "kv"], what: str, rows: int | None, longest: int) -> None:
-        name = f"cu_seqlens_{side}"
+        is_padded = (self.cu_seqlens_q_padded if side == "q" else self.cu_seqlens_kv_padded) is not None
+        name = f"cu_seqlens_{side}_padded" if is_padded else f"cu_seqlens_{side}"
         bounds = self._bounds(side).tolist()
         lengths = self.start_and_length(side)[1].tolist()
         if rows is not None and bounds[-1] != rows:
@@ -85,7 +90,7 @@ class PackedSeq:
         if bounds[0] != 0 or min(lengths) < 0:
             raise MLALayoutError(f"{name} must start at 0 and never fall, got {bounds}")
         if any(length > end - start for length, start, end in zip(lengths, bounds, bounds[1:], strict=False)):
-            raise MLALayoutError(f"{name}_padded leaves too little room: lengths {lengths}, starts {bounds[:-1]}")
+            raise MLALayoutError(f"{name} leaves too little room: lengths {lengths}, starts {bounds[:-1]}")
         if max(lengths) > longest:
             raise MLALayoutError(
                 f"max_seqlen_{side} is {longest} but the longest segment has {max(lengths)} rows: the rotary table "
