@@ -43,6 +43,13 @@ def _cuda_traits(index: int) -> DeviceTraits:
     )
 
 
+def is_readable(tensor: torch.Tensor) -> bool:
+    """Whether the host may look at the values of `tensor` now: not while compiling or capturing, nor without data."""
+    if torch.compiler.is_compiling() or tensor.is_meta or type(tensor).__module__.startswith("torch._subclasses."):
+        return False
+    return not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
 def pick_device(name: str) -> torch.device:
     """Resolve "auto" to the CUDA device if there is one, else the CPU; other names are torch's own."""
     if name != "auto":

@@ -27,11 +27,35 @@ class DoubleBackwardError(MlaOpsError, NotImplementedError):
 
 
 class MissingExtraError(MlaOpsError, ImportError):
-    """A feature needs an optional dependency that is not installed; the message holds the pip line."""
+    """A feature needs an optional dependency that cannot be imported; the message says why and holds the pip line."""
 
-    def __init__(self, feature: str, package: str, extra: str) -> None:
-        super().__init__(f"{feature} needs {package}, which is not installed; pip install 'mla_ops[{extra}]'")
+    def __init__(self, feature: str, package: str, extra: str, *, problem: str = "is not installed") -> None:
+        super().__init__(f"{feature} needs {package}, which {problem}; pip install 'mla_ops[{extra}]'")
 
 
 class InvalidSettingError(MlaOpsError, ValueError):
     """An environment variable or an override of `mla_ops.settings` has a value it cannot take."""
+
+
+class MLAAdapterError(MlaOpsError):
+    """Base of what the adapter seam raises: always before a kernel, an allocation of its size or a rotary call."""
+
+
+class MLAMetadataError(MLAAdapterError, ValueError):
+    """A layer's description lacks fields or has impossible ones; all of them are named at once."""
+
+    def __init__(
+        self, message: str, *, missing: tuple[str, ...] = (), bad: tuple[str, ...] = (), source: str = ""
+    ) -> None:
+        super().__init__(message)
+        self.missing = missing  # field names, in the source's own spelling
+        self.bad = bad  # one sentence per impossible field
+        self.source = source  # where the description came from
+
+
+class MLALayoutError(MLAAdapterError, ValueError):
+    """Tensors, layout, packed sequence or indices disagree with each other or with the layer's description."""
+
+
+class UnsupportedBackendError(MLAAdapterError, UnsupportedProblemError):
+    """No backend (or not the named one) runs a layer; the message holds every backend's reasons and what to choose."""

@@ -32,9 +32,13 @@ LAYERS: dict[str, set[str]] = {
     "warmup": {"errors", "validation", "registration"},
     "adapters": {"errors", "problem", "device", "dispatch", "api"},
     "testing": {"errors", "problem", "reference", "api"},
-    # `tune` and `bench` launch kernels with configurations of their own, past dispatch.
+    # adapters: the demo's model is built from the plain PyTorch layer. backends: `tune` and `bench` launch kernels with
+    # configurations of their own, past dispatch.
     "cli": {"errors", "problem", "device", "settings", "configs", "backends", "dispatch", "api", "adapters"},
 }
+# The seam and its parts know no framework and no operator: callers pass what they return to whichever front door.
+SEAM = tuple(f"mla_ops/adapters/{name}.py" for name in ("seam", "metadata", "packing", "layout", "backend_plan"))
+SEAM_IMPORTS = {"errors", "problem", "device", "dispatch"}
 # Users of the public names: they may import the package itself.
 PACKAGE_USERS = {"adapters", "cli", "testing"}
 # Who else may say a name that has one owner: (file, name) with the reason.
@@ -126,6 +130,11 @@ def excused(use: Use, name: str) -> bool:
     return (use.file, name) in EXCEPTIONS
 
 
+def is_seam_import(name: str) -> bool:
+    module = name.rpartition(".")[0]
+    return layer_of(module) in SEAM_IMPORTS or f"{module.replace('.', '/')}.py" in SEAM
+
+
 def broken_rules(path: Path) -> list[str]:
     broken = []
     for use in uses(path):
@@ -139,6 +148,8 @@ def broken_rules(path: Path) -> list[str]:
                 broken.append(f"{where}: layer {own!r} imports the package itself ({use.name}); import the layer")
             elif target not in (None, own, *LAYERS[own]) and not excused(use, f"mla_ops.{target}"):
                 broken.append(f"{where}: layer {own!r} may not import {target!r} ({use.name})")
+            if use.file in SEAM and not is_seam_import(use.name):
+                broken.append(f"{where}: the seam may not import {use.name}; it knows no framework and no operator")
             if own == target == "backends" and "backends.base" not in use.name:
                 broken.append(f"{where}: backends never import one another ({use.name})")
         for name, owners in OWNERS.items():
@@ -174,6 +185,9 @@ def test_layers_only_point_down() -> None:
         ("registration/impl.py", "def f():\n    import torch._inductor.ir", "torch._inductor belongs to lowering/"),
         ("mla_ops/reference.py", "import torch\ntorch.cuda.get_device_name()", "belongs to mla_ops/device.py"),
         ("mla_ops/dispatch.py", "from mla_ops import sparse_attn", "imports the package itself"),
+        ("mla_ops/dispatch.py", "from mla_ops.adapters.seam import x", "layer 'dispatch' may not import 'adapters'"),
+        ("mla_ops/adapters/layout.py", "from mla_ops.api import sparse_attn", "the seam may not import mla_ops.api"),
+        ("mla_ops/adapters/seam.py", "from mla_ops.adapters.torch_layer import x", "the seam may not import"),
         ("mla_ops/api.py", "from mla_ops.testing import Case", "layer 'api' may not import 'testing'"),
     ],
 )
@@ -197,7 +211,8 @@ def test_import_is_light() -> None:
     program = """
 import sys, mla_ops
 heavy = ("torch._inductor", "torch._dynamo", "torch.distributed.tensor", "mla_ops.lowering", "mla_ops.testing",
-         "mla_ops.kernels", "mla_ops.cli", "transformers", "megatron", "matplotlib", "registration", "lowering")
+         "mla_ops.kernels", "mla_ops.cli", "mla_ops.adapters", "transformers", "megatron", "matplotlib", "registration",
+         "lowering")
 print([m for m in sys.modules if any(m == h or m.startswith(h + ".") for h in heavy)])
 """
     assert run_python(program) == "[]"

@@ -1,7 +1,7 @@
 """A small decoder-only language model around the operator: absorbed MLA over keys that a learned indexer selects.
 
-Read it top to bottom: `Indexer` picks `topk` past tokens per query, `SparseMLA` attends to them through
-`torch.ops.mla.sparse_attn`, `LanguageModel` stacks layers. Sizes in comments: B batch, S sequence, H heads, K topk.
+Read it top to bottom: `Indexer` picks `topk` past tokens per query, `IndexedMLA` attends to them through the package's
+plain PyTorch layer, `LanguageModel` stacks layers. Sizes in comments: B batch, S sequence, H heads, K topk.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import mla_ops  # noqa: F401  (registers torch.ops.mla)
+from mla_ops.adapters.seam import resolve_layer_meta
+from mla_ops.adapters.torch_layer import MLASparseAttention
 
 
 @dataclass(frozen=True)
@@ -30,21 +31,6 @@ class ModelConfig:
     topk: int = 32
     index_heads: int = 2
     index_head_dim: int = 32
-
-    @property
-    def softmax_scale(self) -> float:
-        """The trained head's scale. `d_total ** -0.5` would be wrong: absorption widens the row, not the head."""
-        return float((self.qk_nope_head_dim + self.qk_rope_head_dim) ** -0.5)
-
-
-def rotate(x: Tensor) -> Tensor:
-    """Apply rotary position embedding to `[B, S, heads, rope]`."""
-    half = x.shape[-1] // 2
-    frequency = 10000.0 ** (-torch.arange(half, device=x.device, dtype=torch.float32) / half)
-    angle = torch.arange(x.shape[1], device=x.device, dtype=torch.float32)[:, None, None] * frequency  # [S, 1, half]
-    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
-    first, second = x[..., :half], x[..., half:]
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 
 
 class Indexer(nn.Module):
@@ -70,36 +56,20 @@ class Indexer(nn.Module):
         return indices.to(torch.int32).unsqueeze(2), best.log_softmax(dim=-1)
 
 
-class SparseMLA(nn.Module):
-    """Multi-head latent attention in absorbed form: queries move into the latent space, keys and values stay there."""
+class IndexedMLA(nn.Module):
+    """Multi-head latent attention over the tokens that a learned indexer selects."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        c = self.config = config
-        self.q_proj = nn.Linear(c.hidden_size, c.heads * (c.qk_nope_head_dim + c.qk_rope_head_dim), bias=False)
-        self.kv_proj = nn.Linear(c.hidden_size, c.kv_lora_rank + c.qk_rope_head_dim, bias=False)
-        self.kv_norm = nn.RMSNorm(c.kv_lora_rank)
-        self.k_up = nn.Parameter(torch.randn(c.heads, c.qk_nope_head_dim, c.kv_lora_rank) * c.kv_lora_rank**-0.5)
-        self.v_up = nn.Parameter(torch.randn(c.heads, c.kv_lora_rank, c.v_head_dim) * c.kv_lora_rank**-0.5)
-        self.out_proj = nn.Linear(c.heads * c.v_head_dim, c.hidden_size, bias=False)
+        self.mla = MLASparseAttention(config.hidden_size, resolve_layer_meta(config, form="absorbed"))
         self.indexer = Indexer(config)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return the attention output `[B, S, hidden]` and the indexer's loss."""
-        c = self.config
-        q = self.q_proj(x).unflatten(-1, (c.heads, -1))
-        q_nope, q_rope = q.split([c.qk_nope_head_dim, c.qk_rope_head_dim], dim=-1)
-        latent, k_rope = self.kv_proj(x).split([c.kv_lora_rank, c.qk_rope_head_dim], dim=-1)
-
-        # Absorption: <q_nope, k_up^T latent> = <k_up q_nope, latent>, so the key never leaves its latent row.
-        q = torch.cat([torch.einsum("bshn,hnl->bshl", q_nope, self.k_up), rotate(q_rope)], dim=-1)  # [B, S, H, 128]
-        kv = torch.cat([self.kv_norm(latent).unsqueeze(2), rotate(k_rope.unsqueeze(2))], dim=-1)  # [B, S, 1, 128]
-
+        q, kv = self.mla.project(x)  # [B, S, H, 128], [B, S, 1, 128]
         indices, index_logprob = self.indexer(x)
-        out, lse = torch.ops.mla.sparse_attn(q, kv, indices, c.kv_lora_rank, c.softmax_scale)
-        index_loss = self.index_loss(q, kv, indices, lse, index_logprob)
-        out = torch.einsum("bshl,hlv->bshv", out, self.v_up).flatten(2)
-        return self.out_proj(out), index_loss
+        out, lse = self.mla.attend(q, kv, indices)
+        return out, self.index_loss(q, kv, indices, lse, index_logprob)
 
     def index_loss(self, q: Tensor, kv: Tensor, indices: Tensor, lse: Tensor, index_logprob: Tensor) -> Tensor:
         """KL divergence from the indexer's distribution to the attention weights on the selected keys, detached."""
@@ -107,7 +77,7 @@ class SparseMLA(nn.Module):
         indices = indices.squeeze(2).long()
         batch = torch.arange(q.shape[0], device=q.device)[:, None, None]
         rows = kv[batch, indices.clamp_min(0)]  # [B, S, K, 128]
-        logits = self.config.softmax_scale * torch.einsum("bshd,bskd->bshk", q, rows)
+        logits = self.mla.meta.softmax_scale * torch.einsum("bshd,bskd->bshk", q, rows)
         unused = (indices < 0).unsqueeze(2)
         weights = torch.exp(logits - lse.unsqueeze(-1)).masked_fill(unused, 0.0).mean(dim=2)  # heads agree on one list
         log_weights = weights.clamp_min(1e-9).log()
@@ -122,7 +92,7 @@ class Layer(nn.Module):
         super().__init__()
         h = config.hidden_size
         self.attn_norm, self.ffn_norm = nn.RMSNorm(h), nn.RMSNorm(h)
-        self.attn = SparseMLA(config)
+        self.attn = IndexedMLA(config)
         self.gate, self.up, self.down = (nn.Linear(h, 3 * h), nn.Linear(h, 3 * h), nn.Linear(3 * h, h))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
