@@ -36,8 +36,9 @@ Results = dict[str, torch.Tensor]
 def run(inputs: Inputs, *, use_dout: bool = True, use_dlse: bool = True, fwd: Any = None, bwd: Any = None) -> Results:
     """Forward and backward; `fwd` and `bwd` are keyword arguments of the launchers."""
     out, lse = backend.launch_forward(*inputs.args, traits=TRAITS, **(fwd or {}))
+    _, max_logits = backend.launch_forward(*inputs.args, traits=TRAITS, max_logits_only=True, **(fwd or {}))
     grads = run_backward(inputs, out, lse, use_dout=use_dout, use_dlse=use_dlse, bwd=bwd)
-    return {"out": out, "lse": lse, **grads}
+    return {"out": out, "lse": lse, "max_logits": max_logits, **grads}
 
 
 def run_backward(
@@ -158,6 +159,7 @@ def test_nan_in_unselected_and_empty_rows_stays_there() -> None:
     assert_same(actual, expected)
     assert (actual["dkv"][:, 0] == 0).all()
     assert torch.isneginf(actual["lse"][:, 0]).all()
+    assert torch.isneginf(actual["max_logits"][:, 0]).all()
     for name in ("out", "dq"):
         assert (actual[name][:, 0] == 0).all()
 
@@ -168,6 +170,13 @@ def test_nan_in_a_selected_row_reaches_the_output() -> None:
     out, lse = backend.launch_forward(*inputs.args, traits=TRAITS)
     assert out[0, 0, 0].isnan().all()
     assert lse[0, 0, 0].isnan()
+    for num_splits in (1, 2):
+        config = FwdConfig(block_h=16, block_k=16, max_chunk=64, num_warps=4, num_stages=2)
+        _, max_logits = backend.launch_forward(
+            *inputs.args, traits=TRAITS, max_logits_only=True, num_splits=num_splits, config=config
+        )
+        assert max_logits[0, 0, 0].isnan()
+        assert max_logits[1].isfinite().all()
 
 
 def test_a_very_negative_logit_outweighs_padding() -> None:
@@ -218,6 +227,7 @@ def test_empty_and_single_sizes(sizes: dict[str, Any]) -> None:
     if 0 in sizes.values():
         assert all((results[name] == 0).all() for name in ("out", "dq", "dkv", "dsink"))
         assert torch.isneginf(results["lse"]).all()
+        assert torch.isneginf(results["max_logits"]).all()
     else:
         check(make_inputs(replace(SMALL, **sizes), torch.float32, DEVICE, attn_sink=True))
 
