@@ -58,6 +58,8 @@ OWNERS = {
     "torch.cuda.get_device_name": ("mla_ops/device.py",),
     "megatron": ("mla_ops/adapters/megatron.py",),
     "transformers": ("mla_ops/adapters/transformers.py",),
+    "torchao": (),
+    "transformer_engine": (),
 }
 # Slow or optional: imported inside functions only, except by the kernels, which are themselves imported lazily.
 LAZY = ("triton", "torch._inductor", "torch._dynamo", "megatron", "transformers", "matplotlib", "tqdm")
@@ -198,7 +200,7 @@ def test_import_is_light() -> None:
     program = """
 import sys, mla_ops
 heavy = ("torch._inductor", "torch._dynamo", "torch.distributed.tensor", "mla_ops.lowering", "mla_ops.testing",
-         "mla_ops.kernels", "mla_ops.cli", "transformers", "megatron", "matplotlib", "registration", "lowering")
+         "mla_ops.kernels", "mla_ops.cli", "transformers", "megatron", "torchao", "matplotlib", "registration", "lowering")
 print([m for m in sys.modules if any(m == h or m.startswith(h + ".") for h in heavy)])
 """
     assert run_python(program) == "[]"

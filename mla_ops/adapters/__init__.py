@@ -1,0 +1,1 @@
+"""Frameworks' views of the operator; nothing here is imported by the library itself."""
