@@ -106,4 +106,5 @@ def sparse_attn_max_logits(
         InvalidInputError, UnknownBackendError, UnsupportedProblemError: as `sparse_attn` would.
     """
     check_argument_types(q, kv, indices, d_v, softmax_scale, topk_length, None, backend)
-    return SPARSE_ATTN_MAX_LOGITS(q, kv, indices, d_v, softmax_scale, topk_length, backend)
+    max_logits: torch.Tensor = SPARSE_ATTN_MAX_LOGITS(q, kv, indices, d_v, softmax_scale, topk_length, backend)
+    return max_logits

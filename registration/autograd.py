@@ -66,7 +66,7 @@ def _refuse_double_backward(ctx: Any, *grads: torch.Tensor | None) -> None:
     )
 
 
-def _max_logits_without_grad(*args: Any) -> torch.Tensor:
+def _max_logits_without_grad(*args: Any) -> Any:
     # Not differentiable, and said so: without a kernel at this key torch warns, and only when a backward passes.
     with torch._C._AutoDispatchBelowAutograd():
         return SPARSE_ATTN_MAX_LOGITS(*args)

@@ -44,9 +44,7 @@ def _vmap_sparse_attn(
     return results, (0, 0)
 
 
-def _vmap_sparse_attn_max_logits(
-    info: Any, in_dims: tuple[int | None, ...], *args: Any
-) -> tuple[torch.Tensor, int]:
+def _vmap_sparse_attn_max_logits(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[torch.Tensor, int]:
     (result,) = _vmap_by_folding(SPARSE_ATTN_MAX_LOGITS, info, in_dims, args)
     return result, 0
 

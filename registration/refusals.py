@@ -31,7 +31,9 @@ def refuse_wrapper(*classes: type) -> None:
     """
     for cls in classes:
         if not (isinstance(cls, type) and issubclass(cls, torch.Tensor) and is_wrapper(cls)):
-            raise InvalidInputError(f"classes must be tensor subclasses with a __torch_dispatch__ of their own, got {cls}")
+            raise InvalidInputError(
+                f"classes must be tensor subclasses with a __torch_dispatch__ of their own, got {cls}"
+            )
     for cls in classes:
         if cls in _refused:
             continue

@@ -200,7 +200,8 @@ def test_import_is_light() -> None:
     program = """
 import sys, mla_ops
 heavy = ("torch._inductor", "torch._dynamo", "torch.distributed.tensor", "mla_ops.lowering", "mla_ops.testing",
-         "mla_ops.kernels", "mla_ops.cli", "transformers", "megatron", "torchao", "matplotlib", "registration", "lowering")
+         "mla_ops.kernels", "mla_ops.cli", "mla_ops.adapters", "transformers", "megatron", "torchao", "matplotlib",
+         "registration", "lowering")
 print([m for m in sys.modules if any(m == h or m.startswith(h + ".") for h in heavy)])
 """
     assert run_python(program) == "[]"

@@ -156,7 +156,7 @@ def test_a_wrapper_without_a_way_back_is_refused_either_way() -> None:
 
     kv = torch.Tensor._make_wrapper_subclass(Opaque, INPUTS.kv.shape, dtype=torch.bfloat16)
     for quantized in ("error", "dequantize"):
-        with pytest.raises(InvalidInputError, match="wrapper subclass Opaque, .*convert it yourself first") as info:
+        with pytest.raises(InvalidInputError, match=r"wrapper subclass Opaque, .*convert it yourself first") as info:
             mla_ops.sparse_attn(INPUTS.q, kv, INPUTS.indices, **CALL, quantized=quantized)
         assert not isinstance(info.value, QuantizedInputError)
 

@@ -13,7 +13,7 @@ from mla_ops.problem import Hints, SparseAttnProblem
 class Backend(Protocol):
     """One way to run the operator. Support is declared, never discovered by trying.
 
-    Arguments of `forward`, `max_logits` and `backward` have passed `validation`; tensors have any strides. Results are contiguous.
+    Arguments of the calls have passed `validation`; tensors have any strides. Results are contiguous.
     """
 
     name: str
