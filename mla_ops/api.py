@@ -87,7 +87,8 @@ def sparse_attn_max_logits(
     """Return the largest scaled logit that each query and head meets in `sparse_attn`; QK-clip needs no more.
 
     The same operator as `torch.ops.mla.sparse_attn_max_logits`. It gathers the rows and multiplies them with the query
-    as the forward does and stops there. Not differentiable: the result never requires a gradient.
+    as the forward does and stops there. Not differentiable: the result never requires a gradient. `warmup` leaves its
+    kernel out: where a CUDA-graph capture must not wait for a compiler, call it once before.
 
     Args:
         q: as in `sparse_attn`, as are all arguments.
@@ -99,8 +100,8 @@ def sparse_attn_max_logits(
         backend: see there.
 
     Returns:
-        `[batch, seq_q, heads]` in fp32, shape of `lse`: the maximum over the valid slots, any `attn_sink` excluded, and
-        never above the `lse` of the same call. `-inf` for a query without a valid slot; NaN where a logit is NaN.
+        `[batch, seq_q, heads]` in fp32, the shape of `lse`: the maximum over the valid slots, any `attn_sink` excluded.
+        `-inf` for a query without a valid slot; NaN where the logit of a valid slot is NaN.
 
     Raises:
         InvalidInputError, UnknownBackendError, UnsupportedProblemError: as `sparse_attn` would.
