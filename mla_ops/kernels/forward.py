@@ -108,8 +108,9 @@ def _sparse_attn_fwd_kernel(
         row_max = new_max
 
     if out_ptr is None:
-        # Scaled as lse is, so that it never exceeds lse; a scale of 0 is exact, and leaves an empty row at -inf.
-        lse = tl.where((softmax_scale == 0) & (row_max > -float("inf")), 0.0, row_max * logit_scale * LN_2)
+        # Rounded as lse is, so that it never exceeds lse; a scale of 0 is exact, and leaves an empty row at -inf.
+        unit = tl.where(softmax_scale == 0, 0.0, LN_2)
+        lse = tl.where(row_max == -float("inf"), row_max, row_max * logit_scale * unit)
         lse = tl.where(row_sum == 0.0, lse, float("nan"))
     else:
         # Empty is the sum being 0, not "not positive": a NaN in a selected row must reach the output.
