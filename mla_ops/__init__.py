@@ -12,16 +12,18 @@ __version__ = "0.1.0"
 if not (_Path(__file__).parent / "registration").is_dir():
     __path__.append(str(_Path(__file__).parent.parent))
 
-from mla_ops.api import SparseAttnOutput, sparse_attn
+from mla_ops.api import SparseAttnOutput, sparse_attn, sparse_attn_max_logits
 from mla_ops.dispatch import backend_names, explain
 from mla_ops.errors import (
     DoubleBackwardError,
     InvalidInputError,
     MissingExtraError,
     MlaOpsError,
+    QuantizedInputError,
     UnknownBackendError,
     UnsupportedProblemError,
 )
+from mla_ops.registration import refuse_wrapper
 from mla_ops.warmup import warmup
 
 __all__ = [
@@ -29,12 +31,15 @@ __all__ = [
     "InvalidInputError",
     "MissingExtraError",
     "MlaOpsError",
+    "QuantizedInputError",
     "SparseAttnOutput",
     "UnknownBackendError",
     "UnsupportedProblemError",
     "__version__",
     "backend_names",
     "explain",
+    "refuse_wrapper",
     "sparse_attn",
+    "sparse_attn_max_logits",
     "warmup",
 ]

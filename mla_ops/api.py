@@ -1,4 +1,4 @@
-"""The Python front door; its docstring is the documentation of record."""
+"""The Python front door; its docstrings are the documentation of record."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ from typing import NamedTuple
 
 import torch
 
-from mla_ops.registration import SPARSE_ATTN
+from mla_ops.registration import SPARSE_ATTN, SPARSE_ATTN_MAX_LOGITS
 from mla_ops.validation import check_argument_types
+from mla_ops.wrappers import dequantized
 
 
 class SparseAttnOutput(NamedTuple):
@@ -27,6 +28,7 @@ def sparse_attn(
     topk_length: torch.Tensor | None = None,
     attn_sink: torch.Tensor | None = None,
     backend: str = "auto",
+    quantized: str = "error",
 ) -> SparseAttnOutput:
     """Attend each query to the KV rows its indices name: token-level sparse MLA in absorbed form.
 
@@ -50,6 +52,8 @@ def sparse_attn(
         attn_sink: `[heads]`, fp32 logit that joins the softmax denominator only. `-inf` has no effect, `+inf` makes
             the output exactly 0.
         backend: "auto", or a name from `mla_ops.backend_names()`; a named backend never falls back.
+        quantized: what to do with a `q` or `kv` that is a quantised wrapper tensor (Transformer Engine, torchao):
+            "error" raises, "dequantize" calls the wrapper's own method first. There is no fused fp8 path yet.
 
     Returns:
         `out` `[batch, seq_q, heads, d_v]` in `q.dtype`, contiguous, and `lse` `[batch, seq_q, heads]` in fp32, the
@@ -58,11 +62,50 @@ def sparse_attn(
 
     Raises:
         InvalidInputError: an argument breaks a rule above; raised before any work, at trace time in compiled code.
+        QuantizedInputError: an argument is a quantised wrapper tensor; one of the above.
         UnknownBackendError: `backend` is no known name.
         UnsupportedProblemError: no backend runs it, or not the named one; the message lists each one's reasons.
         DoubleBackwardError: a gradient of a gradient was asked for (eager; torch refuses it in compiled code).
 
     Reference: DeepSeek-V3.2 technical report, DeepSeek Sparse Attention; `mla_ops/reference.py` is the definition.
     """
+    q, kv = dequantized(q, quantized), dequantized(kv, quantized)
     check_argument_types(q, kv, indices, d_v, softmax_scale, topk_length, attn_sink, backend)
     return SparseAttnOutput(*SPARSE_ATTN(q, kv, indices, d_v, softmax_scale, topk_length, attn_sink, backend))
+
+
+def sparse_attn_max_logits(
+    q: torch.Tensor,
+    kv: torch.Tensor,
+    indices: torch.Tensor,
+    *,
+    d_v: int,
+    softmax_scale: float,
+    topk_length: torch.Tensor | None = None,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """Return the largest scaled logit that each query and head meets in `sparse_attn`; QK-clip needs no more.
+
+    The same operator as `torch.ops.mla.sparse_attn_max_logits`. It gathers the rows and multiplies them with the query
+    as the forward does and stops there. Not differentiable: the result never requires a gradient. `warmup` leaves its
+    kernel out: where a CUDA-graph capture must not wait for a compiler, call it once before.
+
+    Args:
+        q: as in `sparse_attn`, as are all arguments.
+        kv: see there.
+        indices: see there.
+        d_v: see there; it does not change the result. The call runs wherever `sparse_attn` with this `d_v` runs.
+        softmax_scale: see there. The maximum is that of the scaled logits: a negative scale picks the smallest product.
+        topk_length: see there.
+        backend: see there.
+
+    Returns:
+        `[batch, seq_q, heads]` in fp32, the shape of `lse`: the maximum over the valid slots, any `attn_sink` excluded.
+        `-inf` for a query without a valid slot; NaN where the logit of a valid slot is NaN.
+
+    Raises:
+        InvalidInputError, UnknownBackendError, UnsupportedProblemError: as `sparse_attn` would.
+    """
+    check_argument_types(q, kv, indices, d_v, softmax_scale, topk_length, None, backend)
+    max_logits: torch.Tensor = SPARSE_ATTN_MAX_LOGITS(q, kv, indices, d_v, softmax_scale, topk_length, backend)
+    return max_logits

@@ -14,6 +14,10 @@ class InvalidInputError(MlaOpsError, ValueError):
     """An argument breaks a rule of the operator's contract, whatever the device."""
 
 
+class QuantizedInputError(InvalidInputError, TypeError):
+    """A quantised wrapper tensor came where a plain tensor must; nothing is dequantised unless asked for."""
+
+
 class UnknownBackendError(MlaOpsError, ValueError):
     """`backend=` names no backend; the message lists the known ones."""
 

@@ -29,6 +29,44 @@ def sparse_attn_reference(
         out, lse = sparse_attn_reference(q[None], kv[None], indices[None], d_v, softmax_scale, length, attn_sink)
         return out[0], lse[0]
 
+    logits, rows, valid = _logits(q, kv, indices, softmax_scale, topk_length)
+    kv_group, topk = indices.shape[-2:]
+
+    # An empty row has no maximum and no weights: its lse is log(0) = -inf, its output 0. Replacing its logits by 0
+    # before the softmax, not its result after it, is what keeps its gradient 0 instead of 0 * NaN.
+    empty = ~valid.any(dim=-1, keepdim=True)  # [B, Sq, G, 1, 1]
+    lse = torch.logsumexp(logits.masked_fill(empty, 0.0), dim=-1, keepdim=True) if topk else logits.sum(-1, True)
+    weights = torch.exp(logits - lse).masked_fill(~valid, 0.0)
+    if attn_sink is not None:
+        # Adding exp(sink) to the denominator scales every weight by exp(lse) / (exp(lse) + exp(sink)).
+        sink = attn_sink.to(q.dtype).view(kv_group, -1, 1)
+        weights = weights * torch.sigmoid(lse - sink)
+    out = torch.einsum("bsghk,bsgkd->bsghd", weights, rows[..., :d_v]).masked_fill(empty, 0.0)
+    lse = lse.masked_fill(empty, -torch.inf).squeeze(-1)
+    return out.flatten(2, 3), lse.flatten(2, 3)
+
+
+def sparse_attn_max_logits_reference(
+    q: torch.Tensor,
+    kv: torch.Tensor,
+    indices: torch.Tensor,
+    softmax_scale: float,
+    topk_length: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Compute the maximum of the scaled logits over the valid slots, `-inf` where there are none, in `q.dtype`."""
+    if q.dim() == 3:
+        length = None if topk_length is None else topk_length[None]
+        return sparse_attn_max_logits_reference(q[None], kv[None], indices[None], softmax_scale, length)[0]
+    logits, _, _ = _logits(q, kv, indices, softmax_scale, topk_length)
+    if logits.shape[-1] == 0:
+        return torch.full_like(q[..., 0], -torch.inf)
+    return logits.amax(dim=-1).flatten(2, 3)
+
+
+def _logits(
+    q: torch.Tensor, kv: torch.Tensor, indices: torch.Tensor, softmax_scale: float, topk_length: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return scaled logits `[B, Sq, G, heads, topk]` (-inf where invalid), the rows they are of, which are valid."""
     batch, _, heads, d_total = q.shape
     seq_kv, kv_group = kv.shape[1], kv.shape[2]
     topk = indices.shape[-1]
@@ -49,20 +87,7 @@ def sparse_attn_reference(
     q_grouped = q.unflatten(2, (kv_group, heads // kv_group))  # head h reads group h // (heads // kv_group)
     logits = softmax_scale * torch.einsum("bsghd,bsgkd->bsghk", q_grouped, rows)
     valid = valid[:, :, :, None, :]
-    logits = logits.masked_fill(~valid, -torch.inf)
-
-    # An empty row has no maximum and no weights: its lse is log(0) = -inf, its output 0. Replacing its logits by 0
-    # before the softmax, not its result after it, is what keeps its gradient 0 instead of 0 * NaN.
-    empty = ~valid.any(dim=-1, keepdim=True)  # [B, Sq, G, 1, 1]
-    lse = torch.logsumexp(logits.masked_fill(empty, 0.0), dim=-1, keepdim=True) if topk else logits.sum(-1, True)
-    weights = torch.exp(logits - lse).masked_fill(~valid, 0.0)
-    if attn_sink is not None:
-        # Adding exp(sink) to the denominator scales every weight by exp(lse) / (exp(lse) + exp(sink)).
-        sink = attn_sink.to(q.dtype).view(kv_group, -1, 1)
-        weights = weights * torch.sigmoid(lse - sink)
-    out = torch.einsum("bsghk,bsgkd->bsghd", weights, rows[..., :d_v]).masked_fill(empty, 0.0)
-    lse = lse.masked_fill(empty, -torch.inf).squeeze(-1)
-    return out.flatten(2, 3), lse.flatten(2, 3)
+    return logits.masked_fill(~valid, -torch.inf), rows, valid
 
 
 def sparse_attn_bwd_reference(

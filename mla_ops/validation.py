@@ -13,6 +13,7 @@ from collections.abc import Callable
 import torch
 
 from mla_ops.errors import InvalidInputError
+from mla_ops.wrappers import is_wrapper, wrapper_error
 
 _FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _INDEX_DTYPES = (torch.int32, torch.int64)
@@ -47,11 +48,8 @@ def check_argument_types(
         ("topk_length", topk_length),
         ("attn_sink", attn_sink),
     ):
-        if isinstance(value, torch.Tensor) and _is_wrapper(type(value)):
-            raise InvalidInputError(
-                f"{name} must be a plain tensor, got the wrapper subclass {type(value).__name__}, whose reported dtype "
-                "may not be what it stores; convert it yourself first (for a quantised tensor: dequantize())"
-            )
+        if isinstance(value, torch.Tensor) and is_wrapper(type(value)):
+            raise wrapper_error(name, type(value))
     if isinstance(d_v, bool) or not isinstance(d_v, (int, torch.SymInt)):
         raise InvalidInputError(f"d_v must be an int, got {type(d_v).__name__}; use int(d_v)")
     if isinstance(softmax_scale, bool) or not isinstance(softmax_scale, (int, float, torch.SymFloat, torch.SymInt)):
@@ -150,14 +148,6 @@ def check_bwd_inputs(
         _check_rank(name, value, len(shape), "[..., heads, d_v]" if len(shape) == q.dim() else "[..., heads]")
         for dim, size in enumerate(shape):
             _require_size(name, value, dim, size, f"size {dim} of the forward's result")
-
-
-def _is_wrapper(cls: type) -> bool:
-    """Whether tensors of `cls` answer operators themselves; torch's own tracing tensors do, and are what they say."""
-    if cls is torch.Tensor or cls is torch.nn.Parameter:
-        return False
-    answers_itself = getattr(cls, "__torch_dispatch__", None) is not torch.Tensor.__torch_dispatch__
-    return answers_itself and not cls.__module__.startswith("torch._subclasses.")
 
 
 def _check_storage(**tensors: torch.Tensor | None) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from mla_ops.errors import DoubleBackwardError
-from mla_ops.registration.schema import SPARSE_ATTN_BWD
+from mla_ops.registration.schema import SPARSE_ATTN_BWD, SPARSE_ATTN_MAX_LOGITS
 
 # Positions of the differentiable arguments in the schema of mla::sparse_attn.
 _Q, _KV, _ATTN_SINK = 0, 1, 6
@@ -66,7 +66,14 @@ def _refuse_double_backward(ctx: Any, *grads: torch.Tensor | None) -> None:
     )
 
 
+def _max_logits_without_grad(*args: Any) -> Any:
+    # Not differentiable, and said so: without a kernel at this key torch warns, and only when a backward passes.
+    with torch._C._AutoDispatchBelowAutograd():
+        return SPARSE_ATTN_MAX_LOGITS(*args)
+
+
 def register(library: torch.library.Library) -> None:
     """Attach the formulas to the operators of `library`."""
     torch.library.register_autograd("mla::sparse_attn", _backward, setup_context=_setup_context, lib=library)
     torch.library.register_autograd("mla::sparse_attn_bwd", _refuse_double_backward, lib=library)
+    library.impl("sparse_attn_max_logits", _max_logits_without_grad, "Autograd")

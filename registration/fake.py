@@ -53,7 +53,23 @@ def sparse_attn_bwd_fake(
     return dq, dkv, dsink
 
 
+def sparse_attn_max_logits_fake(
+    q: torch.Tensor,
+    kv: torch.Tensor,
+    indices: torch.Tensor,
+    d_v: int,
+    softmax_scale: float,
+    topk_length: torch.Tensor | None = None,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """Fake of `mla::sparse_attn_max_logits`."""
+    check_backend_name(backend)
+    check_inputs(q, kv, indices, d_v, softmax_scale, topk_length, None)
+    return q.new_empty(q.shape[:-1], dtype=torch.float32)
+
+
 def register(library: torch.library.Library) -> None:
     """Attach the fakes to the operators of `library`."""
     torch.library.register_fake("mla::sparse_attn", sparse_attn_fake, lib=library)
     torch.library.register_fake("mla::sparse_attn_bwd", sparse_attn_bwd_fake, lib=library)
+    torch.library.register_fake("mla::sparse_attn_max_logits", sparse_attn_max_logits_fake, lib=library)

@@ -65,6 +65,22 @@ def sparse_attn_bwd_impl(
     )
 
 
+def sparse_attn_max_logits_impl(
+    q: torch.Tensor,
+    kv: torch.Tensor,
+    indices: torch.Tensor,
+    d_v: int,
+    softmax_scale: float,
+    topk_length: torch.Tensor | None = None,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """Kernel of `mla::sparse_attn_max_logits` for every device."""
+    check_inputs(q, kv, indices, d_v, softmax_scale, topk_length, None)
+    problem = SparseAttnProblem.from_tensors(q, kv, indices, d_v)
+    runner = select(problem, traits_of(q.device), backend).require_backend()
+    return runner.max_logits(q, kv, indices, d_v, softmax_scale, topk_length)
+
+
 def register(library: torch.library.Library) -> None:
     """Attach the kernels to the operators of `library`, under the key that every device and layout falls back to.
 
@@ -73,3 +89,4 @@ def register(library: torch.library.Library) -> None:
     """
     library.impl("sparse_attn", sparse_attn_impl, "CompositeExplicitAutograd")
     library.impl("sparse_attn_bwd", sparse_attn_bwd_impl, "CompositeExplicitAutograd")
+    library.impl("sparse_attn_max_logits", sparse_attn_max_logits_impl, "CompositeExplicitAutograd")

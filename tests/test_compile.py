@@ -86,6 +86,29 @@ def test_one_graph_serves_all_widths(training: bool) -> None:
     assert counter.frame_count == 1
 
 
+def test_max_logits_ride_along_in_the_one_graph_of_all_widths() -> None:
+    counter = CompileCounterWithBackend("aot_eager")
+
+    def clipped(q: torch.Tensor, kv: torch.Tensor, indices: torch.Tensor, d_v: int) -> tuple[torch.Tensor, ...]:
+        max_logits = mla_ops.sparse_attn_max_logits(q, kv, indices, d_v=d_v, softmax_scale=0.5)
+        return *core(q, kv, indices, d_v), max_logits
+
+    compiled = torch.compile(clipped, fullgraph=True, dynamic=True, backend=counter)
+    for d_total, d_v in WIDTHS:
+        inputs = make_inputs(replace(DISTINCT, d_total=d_total, d_v=d_v))
+        results = []
+        for function in (compiled, clipped):
+            leaves = inputs.requires_grad()
+            torch._dynamo.mark_dynamic(leaves.q, 3)
+            torch._dynamo.mark_dynamic(leaves.kv, 3)
+            out, lse, max_logits = function(*leaves.args[:4])
+            assert not max_logits.requires_grad
+            grads = torch.autograd.grad([out, lse], [leaves.q, leaves.kv], [inputs.dout, inputs.dlse])
+            results.append([out, lse, max_logits, *grads])
+        assert_bitwise(*results)
+    assert counter.frame_count == 1
+
+
 @pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
 def test_one_graph_serves_all_lengths(training: bool) -> None:
     counter = CompileCounterWithBackend("aot_eager")

@@ -38,7 +38,12 @@ def run(inputs: Inputs, target: Target, *, use_dout: bool = True, use_dlse: bool
     out, lse = mla_ops.sparse_attn(leaves.q, leaves.kv, leaves.indices, **leaves.kwargs, backend=target.backend)
     pairs = [(out, inputs.dout)] * use_dout + [(lse, inputs.dlse)] * use_dlse
     grads = torch.autograd.grad([p[0] for p in pairs], leaves.differentiable, [p[1] for p in pairs])
-    return name_results(out, lse, grads)
+    return {**name_results(out, lse, grads), "max_logits": max_logits_of(leaves, target)}
+
+
+def max_logits_of(inputs: Inputs, target: Target) -> torch.Tensor:
+    kwargs = {name: value for name, value in inputs.kwargs.items() if name != "attn_sink"}
+    return mla_ops.sparse_attn_max_logits(inputs.q, inputs.kv, inputs.indices, **kwargs, backend=target.backend)
 
 
 def skip_unsupported(inputs: Inputs, target: Target) -> None:
@@ -136,6 +141,7 @@ def test_empty_row_gives_zeros_and_minus_inf_and_taints_nothing(dtype: torch.dty
     actual = run(inputs, target)
     assert (actual["out"][:, 0] == 0).all()
     assert (actual["lse"][:, 0] == -torch.inf).all()
+    assert (actual["max_logits"][:, 0] == -torch.inf).all()
     assert (actual["dq"][:, 0] == 0).all()
     for name, result in actual.items():
         assert torch.equal(result, clean[name]), name
@@ -255,6 +261,36 @@ def test_two_halves_merged_by_lse_equal_one_call(target: Target) -> None:
     torch.testing.assert_close(grads, expected, rtol=1e-4, atol=1e-5)
 
 
+# The largest logit
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_max_logits_never_exceed_lse_and_equal_it_for_one_key(dtype: torch.dtype, target: Target) -> None:
+    inputs = make_inputs(SMALL, dtype, target.device)
+    many, one = (run(i, target) for i in (inputs, replace(inputs, indices=inputs.indices[..., :1].contiguous())))
+    assert (many["max_logits"] <= many["lse"]).all()
+    assert torch.equal(one["max_logits"], one["lse"])
+
+
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf], ids=str)
+def test_a_poisoned_selected_row_reaches_the_max_logits(poison: float, target: Target) -> None:
+    inputs = make_inputs(SMALL, device=target.device, invalid=False)
+    inputs.q[:] = inputs.q.abs()
+    inputs.kv[0, inputs.indices[0, 0, 0, 2].item(), 0, 0] = poison
+    max_logits = max_logits_of(inputs, target)
+    expected = run_reference(inputs, torch.float64)["max_logits"]
+    assert torch.equal(max_logits.isnan(), expected.isnan())
+    assert torch.equal(max_logits.isposinf(), expected.isposinf())
+    assert not max_logits[0, 0].isfinite().any()
+    assert max_logits[1].isfinite().all()
+
+
+def test_max_logits_carry_no_gradient(target: Target) -> None:
+    leaves = make_inputs(SMALL, device=target.device).requires_grad()
+    assert not max_logits_of(leaves, target).requires_grad
+    assert torch.equal(max_logits_of(leaves, target), max_logits_of(make_inputs(SMALL, device=target.device), target))
+
+
 # Sink
 
 
@@ -310,10 +346,18 @@ def test_non_contiguous_inputs_give_the_same_bits(dtype: torch.dtype, target: Ta
     grads = torch.autograd.grad(
         [out, lse], leaves.differentiable, [strided_twin(inputs.dout), strided_twin(inputs.dlse)]
     )
-    for name, result in name_results(out, lse, grads).items():
+    max_logits = mla_ops.sparse_attn_max_logits(
+        strided_twin(inputs.q),
+        strided_twin(inputs.kv),
+        strided_twin(inputs.indices),
+        d_v=inputs.d_v,
+        softmax_scale=inputs.softmax_scale,
+        topk_length=transposed_length,
+        backend=target.backend,
+    )
+    for name, result in {**name_results(out, lse, grads), "max_logits": max_logits}.items():
         assert torch.equal(result, expected[name]), name
-    assert out.is_contiguous()
-    assert lse.is_contiguous()
+        assert name in ("dq", "dkv", "dsink") or result.is_contiguous()
 
 
 @pytest.mark.usefixtures("deterministic")
@@ -336,6 +380,7 @@ def test_zero_sizes(field: str, target: Target) -> None:
     actual = run(inputs, target)
     assert (actual["out"] == 0).all()
     assert (actual["lse"] == -torch.inf).all()
+    assert (actual["max_logits"] == -torch.inf).all()
     for name, source in (("dq", inputs.q), ("dkv", inputs.kv), ("dsink", inputs.attn_sink)):
         assert actual[name].shape == source.shape
         assert (actual[name] == 0).all()
@@ -376,6 +421,7 @@ def test_no_operator_reads_data_or_shapes_from_it(target: Target) -> None:
     backend = select(problem, traits_of(inputs.q.device), target.backend).require_backend()
     with Watch():
         out, lse = backend.forward(*inputs.args)
+        backend.max_logits(*inputs.args[:-1])
         q, kv, indices, *rest = inputs.args
         backend.backward(inputs.dout, inputs.dlse, q, kv, indices, out, lse, *rest, True, True)
 

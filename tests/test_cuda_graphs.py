@@ -95,6 +95,20 @@ def test_captured_training_step_replays_with_new_values(
         assert_same(results, step(fresh.requires_grad()), note)
 
 
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_captured_max_logits_replay_with_new_values(case: Case) -> None:
+    static = draw(case, 0)
+    torch.ops.mla.sparse_attn_max_logits(*static.args[:-1])
+    with no_host_sync():
+        torch.ops.mla.sparse_attn_max_logits(*static.args[:-1])
+    graph, (max_logits,) = capture(lambda: [torch.ops.mla.sparse_attn_max_logits(*static.args[:-1])])
+    for note, fresh in new_values(case):
+        overwrite(static, fresh)
+        max_logits.fill_(-7)
+        graph.replay()
+        assert torch.equal(max_logits, torch.ops.mla.sparse_attn_max_logits(*fresh.args[:-1])), note
+
+
 def test_capture_without_warmup_compiles_inside_it() -> None:
     case = Case(d_total=80, d_v=48, topk=40, heads=5, seq_q=9, seq_kv=64)  # sizes that no other test compiles
     static = draw(case, 0).requires_grad()

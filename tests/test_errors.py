@@ -153,6 +153,10 @@ WRAPPERS = [
 ]
 
 
+# The rules of mla::sparse_attn_max_logits are those of mla::sparse_attn for the arguments it takes.
+SHARED_RULES = [rule for rule in TENSOR_RULES if "attn_sink" not in rule.values[0]]
+
+
 def spoil(change: dict[str, Callable]) -> dict[str, Any]:
     arguments = good_call()
     return {**arguments, **{name: make(arguments) for name, make in change.items()}}
@@ -166,6 +170,16 @@ def front_door(arguments: dict[str, Any]) -> Any:
 
 def raw_operator(arguments: dict[str, Any]) -> Any:
     return torch.ops.mla.sparse_attn(**arguments)
+
+
+def max_logits_front_door(arguments: dict[str, Any]) -> Any:
+    arguments = {name: value for name, value in arguments.items() if name != "attn_sink"}
+    tensors = [arguments.pop(name) for name in ("q", "kv", "indices")]
+    return mla_ops.sparse_attn_max_logits(*tensors, **arguments)
+
+
+def raw_max_logits(arguments: dict[str, Any]) -> Any:
+    return torch.ops.mla.sparse_attn_max_logits(**{n: value for n, value in arguments.items() if n != "attn_sink"})
 
 
 def values(arguments: dict[str, Any]) -> list[torch.Tensor]:
@@ -196,6 +210,26 @@ def test_the_good_call_is_good() -> None:
 @pytest.mark.parametrize(("change", "message"), TENSOR_RULES)
 def test_tensor_rules_in_eager(change: dict, message: str, call: Callable) -> None:
     eager_error(call, change, message)
+
+
+@pytest.mark.parametrize("call", [max_logits_front_door, raw_max_logits])
+@pytest.mark.parametrize(("change", "message"), SHARED_RULES)
+def test_max_logits_refuse_in_the_same_words(change: dict, message: str, call: Callable) -> None:
+    assert eager_error(call, change, message) == eager_error(front_door, change, message)
+
+
+@pytest.mark.parametrize(("change", "message"), [r for r in TYPE_RULES if "attn_sink" not in r.values[0]])
+def test_type_rules_of_max_logits(change: dict, message: str) -> None:
+    assert eager_error(max_logits_front_door, change, message) == eager_error(front_door, change, message)
+
+
+def test_max_logits_refuse_at_trace_time_in_the_same_words() -> None:
+    change = {"kv": lambda a: a["kv"][..., :20]}
+    words = eager_error(front_door, change, "size -1 of kv")
+    for call in (max_logits_front_door, raw_max_logits):
+        with pytest.raises(RuntimeError) as info:
+            torch.compile(call, fullgraph=True, backend="eager", dynamic=False)(spoil(change))
+        assert words in unescaped(str(info.value))
 
 
 @pytest.mark.parametrize(("change", "message"), SPARSE_RULES)

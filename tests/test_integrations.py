@@ -44,6 +44,13 @@ def test_flops_without_batch() -> None:
     assert counter.get_total_flops() == 2 * 5 * 4 * 6 * (24 + 16)
 
 
+def test_flops_of_max_logits() -> None:
+    inputs = make_inputs(CASE)
+    with FlopCounterMode(display=False) as counter:
+        torch.ops.mla.sparse_attn_max_logits(*inputs.args[:5])
+    assert counter.get_total_flops() == 2 * 2 * 5 * 4 * 6 * 24
+
+
 # Autocast
 
 
@@ -94,6 +101,15 @@ def test_autocast_inside_a_compiled_graph() -> None:
         assert torch.equal(eager, compiled)
 
 
+def test_autocast_casts_for_max_logits_too() -> None:
+    inputs = make_inputs(CASE)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        actual = torch.ops.mla.sparse_attn_max_logits(*inputs.args[:5])
+    low = inputs.to(torch.bfloat16)
+    assert torch.equal(actual, torch.ops.mla.sparse_attn_max_logits(*low.args[:5]))
+    assert not torch.equal(actual, torch.ops.mla.sparse_attn_max_logits(*inputs.args[:5]))
+
+
 # vmap
 
 
@@ -129,6 +145,20 @@ def test_vmap_over_queries_with_shared_kv_and_inner_dims(batch: int | None) -> N
     expected = torch.stack([one(c.q, c.indices) for c in calls], dim=1)
     q, indices = torch.stack([c.q for c in calls], dim=1), torch.stack([c.indices for c in calls], dim=-1)
     assert torch.equal(torch.vmap(one, in_dims=(1, -1), out_dims=1)(q, indices), expected)
+
+
+@pytest.mark.parametrize("batch", [None, 2], ids=["3d", "4d"])
+@pytest.mark.parametrize("optional", [False, True], ids=["plain", "length"])
+def test_vmap_of_max_logits(batch: int | None, optional: bool) -> None:
+    calls = stack(lambda seed: make_inputs(replace(CASE, batch=batch), seed=seed, topk_length=optional))
+    shared = calls[0]
+
+    def one(q: torch.Tensor, indices: torch.Tensor, *length: torch.Tensor) -> torch.Tensor:
+        return torch.ops.mla.sparse_attn_max_logits(q, shared.kv, indices, 16, 0.5, *length)
+
+    tensors = [[c.q, c.indices, *([c.topk_length] if optional else [])] for c in calls]
+    stacked = [torch.stack(column) for column in zip(*tensors, strict=True)]
+    assert torch.equal(torch.vmap(one)(*stacked), torch.stack([one(*arguments) for arguments in tensors]))
 
 
 def test_batched_gradients_run_the_backward_under_vmap() -> None:

@@ -40,6 +40,10 @@ def run(inputs: Inputs, *, use_dout: bool = True, use_dlse: bool = True, fwd: An
     return {"out": out, "lse": lse, **grads}
 
 
+def max_logits_of(inputs: Inputs, **fwd: Any) -> torch.Tensor:
+    return backend.launch_forward(*inputs.args, traits=TRAITS, max_logits_only=True, **fwd)[1]
+
+
 def run_backward(
     inputs: Inputs,
     out: torch.Tensor,
@@ -59,7 +63,7 @@ def run_backward(
 
 
 def check(inputs: Inputs, *, fwd: Any = None, bwd: Any = None, **uses: bool) -> Results:
-    actual = run(inputs, fwd=fwd, bwd=bwd, **uses)
+    actual = {**run(inputs, fwd=fwd, bwd=bwd, **uses), "max_logits": max_logits_of(inputs, **(fwd or {}))}
     assert_matches_oracle(actual, inputs, **uses)
     return actual
 
@@ -158,6 +162,9 @@ def test_nan_in_unselected_and_empty_rows_stays_there() -> None:
     assert_same(actual, expected)
     assert (actual["dkv"][:, 0] == 0).all()
     assert torch.isneginf(actual["lse"][:, 0]).all()
+    max_logits = max_logits_of(replace(inputs, kv=kv))
+    assert torch.equal(max_logits, max_logits_of(inputs))
+    assert torch.isneginf(max_logits[:, 0]).all()
     for name in ("out", "dq"):
         assert (actual[name][:, 0] == 0).all()
 
@@ -168,6 +175,11 @@ def test_nan_in_a_selected_row_reaches_the_output() -> None:
     out, lse = backend.launch_forward(*inputs.args, traits=TRAITS)
     assert out[0, 0, 0].isnan().all()
     assert lse[0, 0, 0].isnan()
+    for num_splits in (1, 2):
+        config = FwdConfig(block_h=16, block_k=16, max_chunk=64, num_warps=4, num_stages=2)
+        max_logits = max_logits_of(inputs, num_splits=num_splits, config=config)
+        assert max_logits[0, 0, 0].isnan()
+        assert max_logits[1].isfinite().all()
 
 
 def test_a_very_negative_logit_outweighs_padding() -> None:
@@ -198,6 +210,7 @@ def test_strided_inputs_give_the_contiguous_result(dtype: torch.dtype) -> None:
         dout=sliced(inputs.dout, 1), dlse=sliced(inputs.dlse, -1), topk_length=sliced(inputs.topk_length, 1),
     )  # fmt: skip
     assert_same(run(strided), expected)
+    assert torch.equal(max_logits_of(strided), max_logits_of(inputs))
     transposed = replace(inputs, q=inputs.q.mT.contiguous().mT, kv=inputs.kv.mT.contiguous().mT)
     assert_same(run(transposed), expected)
     odd_rows = replace(inputs, **{name: padded(getattr(inputs, name)) for name in ("q", "kv", "dout")})
@@ -218,6 +231,7 @@ def test_empty_and_single_sizes(sizes: dict[str, Any]) -> None:
     if 0 in sizes.values():
         assert all((results[name] == 0).all() for name in ("out", "dq", "dkv", "dsink"))
         assert torch.isneginf(results["lse"]).all()
+        assert torch.isneginf(max_logits_of(make_inputs(replace(SMALL, **sizes), torch.float32, DEVICE))).all()
     else:
         check(make_inputs(replace(SMALL, **sizes), torch.float32, DEVICE, attn_sink=True))
 
@@ -259,9 +273,10 @@ def test_deterministic_dkv_in_chunks(workspace_bytes: int, monkeypatch: pytest.M
 
 def test_wide_offsets_give_the_same_result(monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = make_inputs(SMALL, torch.float32, DEVICE)
-    expected = run(inputs)
+    expected, max_logits = run(inputs), max_logits_of(inputs)
     monkeypatch.setattr(backend, "INT32_OFFSETS", 1)
     assert_same(run(inputs), expected)
+    assert torch.equal(max_logits_of(inputs), max_logits)
 
 
 def test_512_unit_contributions_sum_to_exactly_512() -> None:
@@ -310,7 +325,8 @@ def test_kv_rows_beyond_2_to_31_elements() -> None:
         ids = indices.expand(2, 1, 8).contiguous()
         out, lse = backend.launch_forward(q, rows, ids, 512, 0.05, None, None)
         dq, dkv, _ = backend.launch_backward(dout, None, q, rows, ids, out, lse, 512, 0.05, None, None, True, True)
-        grads.append((out, lse, dq, dkv[indices]))
+        _, max_logits = backend.launch_forward(q, rows, ids, 512, 0.05, None, None, max_logits_only=True)
+        grads.append((out, lse, max_logits, dq, dkv[indices]))
     for wide, narrow in zip(*grads, strict=True):
         torch.testing.assert_close(wide, narrow, rtol=2e-2, atol=1e-3)
 

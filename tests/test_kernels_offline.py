@@ -219,6 +219,19 @@ def test_backward_variants_compile(constants: dict[str, Any]) -> None:
     assert compile_backward(config, 90, 16, 128, 64, **constants).stack_bytes == 0
 
 
+@pytest.mark.parametrize(("d_total", "d_v", "heads", "is_split"), [(128, 64, 32, False), (576, 512, 16, True)])
+@pytest.mark.parametrize("arch", SMEM_BYTES, ids=lambda arch: f"sm{arch}")
+def test_max_logits_stop_at_the_logits_and_do_not_spill(
+    arch: int, d_total: int, d_v: int, heads: int, is_split: bool
+) -> None:
+    config = forward_config(arch, SMEM_BYTES[arch], heads, d_total, d_v, 2)
+    options = {"IS_SPLIT": is_split, "out_ptr": None, "attn_sink_ptr": None}
+    compiled = compile_forward(config, arch, heads, d_total, d_v, **options)
+    assert compiled.stack_bytes == 0
+    assert compiled.shared_bytes <= fwd_smem_bytes(config, arch, d_total, d_v, 2)
+    assert compiled.count(r"ex2\.approx") == 0  # no weights, so no product with the values
+
+
 def test_split_forward_merge_and_ordered_sum_compile() -> None:
     from mla_ops.kernels.backward_reduce import _sum_slot_rows_kernel
     from mla_ops.kernels.forward_split import _sparse_attn_merge_kernel

@@ -79,6 +79,20 @@ def test_backward(size: str, present: str, needs: tuple[bool, bool]) -> None:
         assert (actual.shape, actual.stride(), actual.dtype) == (fake.shape, fake.stride(), fake.dtype)
 
 
+@pytest.mark.parametrize("grads", ["no-grad", "all"])
+@pytest.mark.parametrize("size", SIZES)
+def test_max_logits(size: str, grads: str) -> None:
+    inputs = make_inputs(SIZES[size], topk_length=grads == "all").requires_grad(q=grads == "all", kv=grads == "all")
+    q, kv, indices, d_v, softmax_scale, topk_length, _ = inputs.args
+    for q_, kv_ in ((q, kv), (strided_twin(q), strided_twin(kv))):
+        args = (q_, kv_, indices, d_v, softmax_scale, topk_length)
+        torch.library.opcheck(torch.ops.mla.sparse_attn_max_logits.default, args, test_utils=ALL_UTILITIES)
+        actual = torch.ops.mla.sparse_attn_max_logits(*args)
+        fake = torch.ops.mla.sparse_attn_max_logits(*(a.to("meta") if isinstance(a, torch.Tensor) else a for a in args))
+        assert (actual.shape, actual.stride(), actual.dtype) == (fake.shape, fake.stride(), fake.dtype)
+        assert not actual.requires_grad
+
+
 def backward_on_meta(args: tuple) -> tuple[torch.Tensor, ...]:
     return torch.ops.mla.sparse_attn_bwd(*(a.to("meta") if isinstance(a, torch.Tensor) else a for a in args))
 

@@ -1,4 +1,4 @@
-"""The protocol of a backend: what it declares, and the two calls it answers."""
+"""The protocol of a backend: what it declares, and the calls it answers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mla_ops.problem import Hints, SparseAttnProblem
 class Backend(Protocol):
     """One way to run the operator. Support is declared, never discovered by trying.
 
-    Arguments of `forward` and `backward` have passed `validation`; tensors have any strides. Results are contiguous.
+    Arguments of the calls have passed `validation`; tensors have any strides. Results are contiguous.
     """
 
     name: str
@@ -44,6 +44,18 @@ class Backend(Protocol):
         attn_sink: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return `(out, lse)` as `mla_ops.sparse_attn` documents them."""
+        ...
+
+    def max_logits(
+        self,
+        q: torch.Tensor,
+        kv: torch.Tensor,
+        indices: torch.Tensor,
+        d_v: int,
+        softmax_scale: float,
+        topk_length: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Return what `mla_ops.sparse_attn_max_logits` documents."""
         ...
 
     def backward(

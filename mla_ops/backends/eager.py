@@ -77,6 +77,25 @@ class EagerBackend:
             lse_rows[chunk.span] = row_lse
         return out, lse
 
+    def max_logits(
+        self,
+        q: torch.Tensor,
+        kv: torch.Tensor,
+        indices: torch.Tensor,
+        d_v: int,
+        softmax_scale: float,
+        topk_length: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """See `Backend.max_logits`."""
+        max_logits = q.new_empty(q.shape[:-1], dtype=torch.float32)
+        rows = _Rows.of(q, kv, indices, topk_length)
+        if rows.is_empty:
+            return max_logits.fill_(-torch.inf)
+        max_rows = rows.by_head(max_logits)
+        for chunk in rows.chunks():
+            max_rows[chunk.span] = chunk.logits(softmax_scale).amax(dim=2, keepdim=True)
+        return max_logits
+
     def backward(
         self,
         dout: torch.Tensor | None,
@@ -157,9 +176,13 @@ class _Chunk:
     empty: torch.Tensor  # [rows, 1, 1] bool, rows without a valid slot
     scatter_to: torch.Tensor  # [rows * topk] destination row of each slot's gradient
 
+    def logits(self, scale: float) -> torch.Tensor:
+        """Return scaled logits `[rows, heads, topk]`, -inf at invalid slots."""
+        return torch.bmm(self.queries, self.keys.transpose(1, 2)).mul_(scale).masked_fill_(self.invalid, -torch.inf)
+
     def softmax(self, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
         """Return weights `[rows, heads, topk]` (exactly 0 at invalid slots, no sink) and lse `[rows, heads, 1]`."""
-        logits = torch.bmm(self.queries, self.keys.transpose(1, 2)).mul_(scale).masked_fill_(self.invalid, -torch.inf)
+        logits = self.logits(scale)
         peak = logits.amax(dim=2, keepdim=True)
         peak.masked_fill_(peak == -torch.inf, 0.0)  # exp(-inf - 0) = 0, where exp(-inf + inf) would be NaN
         weights = logits.sub_(peak).exp_()

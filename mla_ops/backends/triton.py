@@ -115,6 +115,18 @@ class TritonBackend:
         """See `Backend.forward`."""
         return launch_forward(q, kv, indices, d_v, softmax_scale, topk_length, attn_sink)
 
+    def max_logits(
+        self,
+        q: torch.Tensor,
+        kv: torch.Tensor,
+        indices: torch.Tensor,
+        d_v: int,
+        softmax_scale: float,
+        topk_length: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """See `Backend.max_logits`."""
+        return launch_forward(q, kv, indices, d_v, softmax_scale, topk_length, None, max_logits_only=True)[1]
+
     def backward(
         self,
         dout: torch.Tensor | None,
@@ -146,6 +158,7 @@ def launch_forward(
     topk_length: torch.Tensor | None,
     attn_sink: torch.Tensor | None,
     *,
+    max_logits_only: bool = False,
     num_splits: int | None = None,
     config: FwdConfig | None = None,
     traits: DeviceTraits | None = None,
@@ -153,7 +166,8 @@ def launch_forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Run the forward kernel, and the merge kernel when a row's slots are shared out over `num_splits` programs.
 
-    The keyword arguments replace what is derived otherwise (`num_splits` must be given when sizes are symbolic);
+    With `max_logits_only` the second result is the largest logit of each head instead of lse, and the first is empty.
+    The other keyword arguments replace what is derived otherwise (`num_splits` must be given when sizes are symbolic);
     `wrap` is applied to every kernel that is launched.
     """
     from mla_ops.kernels.forward import _sparse_attn_fwd_kernel
@@ -164,7 +178,7 @@ def launch_forward(
     seq_kv, kv_group = kv.shape[-3:-1]
     topk = indices.shape[-1]
     rows = seq_q if q.dim() == 3 else q.shape[0] * seq_q
-    out = q.new_empty((*q.shape[:-1], d_v))
+    out = q.new_empty(0 if max_logits_only else (*q.shape[:-1], d_v))
     lse = q.new_empty(q.shape[:-1], dtype=torch.float32)
     if rows == 0 or heads == 0:
         return out, lse
@@ -175,9 +189,10 @@ def launch_forward(
         num_splits = split_count(programs, topk, config.block_k, traits.num_sms)
     is_split = num_splits > 1
     slots_per_split = -(-topk // (num_splits * config.block_k)) * config.block_k if is_split else topk
-    kernel_out, kernel_lse = out, lse
+    kernel_out, kernel_lse = (None if max_logits_only else out), lse
     if is_split:
-        kernel_out = q.new_empty((rows, num_splits, heads, d_v), dtype=torch.float32)
+        if not max_logits_only:
+            kernel_out = q.new_empty((rows, num_splits, heads, d_v), dtype=torch.float32)
         kernel_lse = q.new_empty((rows, num_splits, heads), dtype=torch.float32)
 
     strides = (*_outer_strides(q), *_outer_strides(kv))
@@ -190,6 +205,8 @@ def launch_forward(
         _alignment(strides), seq_kv * strides[4] >= INT32_OFFSETS, _input_precision(q), is_split, softmax_scale < 0,
         **launch_options(config),
     )  # fmt: skip
+    if max_logits_only:
+        return out, kernel_lse.amax(1).view(lse.shape) if is_split else lse
     _launched.add((d_total, d_v, heads, kv_group, q.dtype, config))
     if is_split:
         from mla_ops.kernels.forward_split import _sparse_attn_merge_kernel

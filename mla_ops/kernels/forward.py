@@ -3,6 +3,9 @@
 One program holds BLOCK_H heads of one (batch, query) pair and walks its slots BLOCK_K at a time with an online softmax.
 For a short grid (decode) the slots of a row are shared out over grid.y; then each program stores fp32 partial results
 that `forward_split.py` merges.
+
+Without `out_ptr` the kernel stops at the logits: it makes no weights and no value product, and stores each head's
+largest logit where lse would be.
 """
 
 import triton
@@ -32,7 +35,8 @@ def _sparse_attn_fwd_kernel(
     kv_ptr, stride_kv_b, stride_kv_s, stride_kv_g,
     indices_ptr, stride_i_b, stride_i_s, stride_i_g,
     topk_length_ptr, attn_sink_ptr,  # None when the call has none
-    out_ptr, lse_ptr,  # [rows, heads, d_v] and [rows, heads]; split: fp32, [rows, splits, heads, ...]
+    # [rows, heads, d_v] or None, and [rows, heads]; split: fp32, [rows, splits, heads, ...]
+    out_ptr, lse_ptr,
     softmax_scale, seq_q, seq_kv, topk, slots_per_split,
     HEADS: tl.constexpr, KV_GROUP: tl.constexpr, D_TOTAL: tl.constexpr, D_V: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_DT: tl.constexpr,
@@ -90,21 +94,31 @@ def _sparse_attn_fwd_kernel(
         logits = tl.where(valid[None, :], logits, -float("inf"))
 
         new_max = tl.maximum(row_max, tl.max(logits, 1))
-        # While no slot was valid the maximum is -inf, and -inf - (-inf) would be NaN.
-        finite_max = tl.where(new_max == -float("inf"), 0.0, new_max * logit_scale)
-        weights = tl.exp2(logits * logit_scale - finite_max[:, None])
-        rescale = tl.exp2(row_max * logit_scale - finite_max)
-        row_sum = row_sum * rescale + tl.sum(weights, 1)
+        if out_ptr is None:
+            # tl.max passes over NaN, and a NaN in a selected row must reach the result: this sum counts them.
+            row_sum += tl.sum(tl.where(logits != logits, 1.0, 0.0), 1)
+        else:
+            # While no slot was valid the maximum is -inf, and -inf - (-inf) would be NaN.
+            finite_max = tl.where(new_max == -float("inf"), 0.0, new_max * logit_scale)
+            weights = tl.exp2(logits * logit_scale - finite_max[:, None])
+            rescale = tl.exp2(row_max * logit_scale - finite_max)
+            row_sum = row_sum * rescale + tl.sum(weights, 1)
+            acc = scale_rows(acc, rescale, NUM_DV)
+            acc = add_weighted_rows(acc, weights.to(kv_ptr.dtype.element_ty), kv_tiles, NUM_DV, INPUT_PRECISION)
         row_max = new_max
-        acc = scale_rows(acc, rescale, NUM_DV)
-        acc = add_weighted_rows(acc, weights.to(kv_ptr.dtype.element_ty), kv_tiles, NUM_DV, INPUT_PRECISION)
 
-    # Empty is the sum being 0, not "not positive": a NaN in a selected row must reach the output.
-    is_empty = row_sum == 0.0
-    factor = tl.where(is_empty, 0.0, 1.0 / row_sum)
-    lse = tl.where(is_empty, -float("inf"), (row_max * logit_scale + tl.log2(row_sum)) * LN_2)
-    if attn_sink_ptr is not None and not IS_SPLIT:
-        factor *= sink_keep(lse, tl.load(attn_sink_ptr + offs_h, mask=head_mask, other=0.0))
-    out_offsets = (out_row * HEADS + offs_h) * D_V
-    store_chunks(out_ptr, out_offsets, head_mask, scale_rows(acc, factor, NUM_DV), 0, BLOCK_DV, NUM_DV, D_V)
+    if out_ptr is None:
+        # Rounded as lse is, so that it never exceeds lse; a scale of 0 is exact, and leaves an empty row at -inf.
+        unit = tl.where(softmax_scale == 0, 0.0, LN_2)
+        lse = tl.where(row_max == -float("inf"), row_max, row_max * logit_scale * unit)
+        lse = tl.where(row_sum == 0.0, lse, float("nan"))
+    else:
+        # Empty is the sum being 0, not "not positive": a NaN in a selected row must reach the output.
+        is_empty = row_sum == 0.0
+        factor = tl.where(is_empty, 0.0, 1.0 / row_sum)
+        lse = tl.where(is_empty, -float("inf"), (row_max * logit_scale + tl.log2(row_sum)) * LN_2)
+        if attn_sink_ptr is not None and not IS_SPLIT:
+            factor *= sink_keep(lse, tl.load(attn_sink_ptr + offs_h, mask=head_mask, other=0.0))
+        out_offsets = (out_row * HEADS + offs_h) * D_V
+        store_chunks(out_ptr, out_offsets, head_mask, scale_rows(acc, factor, NUM_DV), 0, BLOCK_DV, NUM_DV, D_V)
     tl.store(lse_ptr + out_row * HEADS + offs_h, lse, mask=head_mask)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from mla_ops.reference import sparse_attn_bwd_reference, sparse_attn_reference
+from mla_ops.reference import sparse_attn_bwd_reference, sparse_attn_max_logits_reference, sparse_attn_reference
 from mla_ops.testing.closeness import assert_within_budget
 from mla_ops.testing.inputs import Inputs
 
@@ -12,11 +12,16 @@ from mla_ops.testing.inputs import Inputs
 def run_reference(
     inputs: Inputs, dtype: torch.dtype, *, use_dout: bool = True, use_dlse: bool = True
 ) -> dict[str, torch.Tensor]:
-    """Compute `out`, `lse`, `dq`, `dkv` and, with a sink, `dsink` in `dtype`; `use_*` choose what the loss is of."""
+    """Compute `out`, `lse`, `max_logits`, `dq`, `dkv` and, with a sink, `dsink` in `dtype`.
+
+    `use_*` choose which of the first two the loss is of.
+    """
     cast = inputs.to(dtype)
     out, lse = sparse_attn_reference(*cast.args)
+    max_logits = sparse_attn_max_logits_reference(cast.q, cast.kv, cast.indices, cast.softmax_scale, cast.topk_length)
     grads = sparse_attn_bwd_reference(cast.dout if use_dout else None, cast.dlse if use_dlse else None, *cast.args)
-    results = zip(("out", "lse", "dq", "dkv", "dsink"), (out, lse, *grads), strict=True)
+    names = ("out", "lse", "max_logits", "dq", "dkv", "dsink")
+    results = zip(names, (out, lse, max_logits, *grads), strict=True)
     return {name: result for name, result in results if result is not None}
 
 

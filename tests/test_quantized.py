@@ -1,0 +1,319 @@
+"""Quantised wrapper tensors: refused by default, dequantised on request only, opened without a copy."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from torch._subclasses import FakeTensorMode
+
+import mla_ops
+from mla_ops.adapters.flash_mla import flash_mla_sparse_fwd, sparse_mla
+from mla_ops.adapters.quantized import as_scaled
+from mla_ops.errors import InvalidInputError, QuantizedInputError
+from mla_ops.testing import Case, make_inputs
+from mla_ops.wrappers import is_wrapper
+
+torchao = pytest.importorskip("torchao", reason="torchao is not installed: pip install 'mla_ops[torchao]'")
+from torchao.float8.float8_training_tensor import Float8TrainingTensor, hp_tensor_and_scale_to_float8  # noqa: E402
+from torchao.quantization import Float8Tensor, PerRow, PerTensor  # noqa: E402
+
+INPUTS = make_inputs(Case(d_total=32, d_v=16, batch=None), torch.bfloat16)
+CALL = {"d_v": 16, "softmax_scale": 0.5}
+
+
+class TeLike(torch.Tensor):
+    """Transformer Engine's convention: bytes and an inverse scale, and an unknown operator dequantises everything."""
+
+    dequantised: ClassVar[list[str]] = []
+    _fp8_dtype = "DType.kFloat8E4M3"
+
+    @staticmethod
+    def __new__(cls, data: torch.Tensor) -> TeLike:
+        self = torch.Tensor._make_wrapper_subclass(cls, data.shape, dtype=torch.bfloat16, device=data.device)
+        self._scale_inv = (data.abs().amax() / 448).float()
+        self._data = (data / self._scale_inv).to(torch.float8_e4m3fn).view(torch.uint8)
+        return self
+
+    def __repr__(self) -> str:
+        return type(self).__name__
+
+    def dequantize(self) -> torch.Tensor:
+        TeLike.dequantised.append("dequantize")
+        return (self._data.view(torch.float8_e4m3fn).float() * self._scale_inv).bfloat16()
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        plain = [a.dequantize() if isinstance(a, TeLike) else a for a in args]
+        return func(*plain, **(kwargs or {}))
+
+
+class DerivedFromTeLike(TeLike):
+    """What a training stack makes of its base class."""
+
+
+def torchao_inference(t: torch.Tensor) -> torch.Tensor:
+    return Float8Tensor.from_hp(t, granularity=PerRow())
+
+
+def torchao_training(t: torch.Tensor) -> torch.Tensor:
+    return hp_tensor_and_scale_to_float8(t, 448 / t.abs().amax().float(), torch.float8_e4m3fn)
+
+
+QUANTISE = {f.__name__: f for f in (TeLike, DerivedFromTeLike, torchao_inference, torchao_training)}
+FRONT_DOORS: dict[str, Callable[..., Any]] = {
+    "sparse_attn": lambda q, kv, i: mla_ops.sparse_attn(q, kv, i, **CALL),
+    "sparse_attn_max_logits": lambda q, kv, i: mla_ops.sparse_attn_max_logits(q, kv, i, **CALL),
+    "warmup": lambda q, kv, i: mla_ops.warmup(q, kv, i, **CALL),
+    "explain": lambda q, kv, i: mla_ops.explain(q, kv, i, **CALL),
+    "flash_mla_sparse_fwd": lambda q, kv, i: flash_mla_sparse_fwd(q, kv, i, 0.5, 16),
+    "sparse_mla": lambda q, kv, i: sparse_mla(q, kv, i, 0.5, 16),
+}
+every_class = pytest.mark.parametrize("quantise", QUANTISE.values(), ids=QUANTISE)
+
+
+@pytest.fixture(autouse=True)
+def dequantisations(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Every dequantisation by any of the classes, however it came about."""
+    count = TeLike.dequantised
+    count.clear()
+    for cls, name in ((Float8Tensor, "dequantize"), (Float8TrainingTensor, "to_original_precision")):
+        original = getattr(cls, name)
+
+        def counted(self: torch.Tensor, *args: Any, original: Any = original, **kwargs: Any) -> torch.Tensor:
+            count.append(type(self).__name__)
+            return original(self, *args, **kwargs)
+
+        monkeypatch.setattr(cls, name, counted)
+    return count
+
+
+def raw(q: torch.Tensor, kv: torch.Tensor) -> Any:
+    return torch.ops.mla.sparse_attn(q, kv, INPUTS.indices, 16, 0.5)
+
+
+# The front door
+
+
+@every_class
+@pytest.mark.parametrize("call", FRONT_DOORS.values(), ids=FRONT_DOORS)
+@pytest.mark.parametrize("argument", ["q", "kv"])
+def test_every_front_door_refuses(argument: str, call: Callable, quantise: Callable, dequantisations: list) -> None:
+    arguments = {"q": INPUTS.q, "kv": INPUTS.kv}
+    arguments[argument] = quantise(arguments[argument])
+    name = type(arguments[argument]).__name__
+    with pytest.raises(
+        QuantizedInputError,
+        match=rf"{argument} must be a plain tensor, got the wrapper subclass {name}, .*there is no fused fp8 path yet",
+    ) as info:
+        call(arguments["q"], arguments["kv"], INPUTS.indices)
+    assert isinstance(info.value, (ValueError, TypeError))
+    assert dequantisations == []
+
+
+@every_class
+def test_dequantize_is_the_wrappers_own_and_happens_once_each(quantise: Callable, dequantisations: list) -> None:
+    q, kv = quantise(INPUTS.q), quantise(INPUTS.kv)
+    actual = mla_ops.sparse_attn(q, kv, INPUTS.indices, **CALL, quantized="dequantize")
+    assert len(dequantisations) == 2
+    plain = [t.to_original_precision() if isinstance(t, Float8TrainingTensor) else t.dequantize() for t in (q, kv)]
+    expected = mla_ops.sparse_attn(*plain, INPUTS.indices, **CALL)
+    assert torch.equal(actual.out, expected.out)
+    assert torch.equal(actual.lse, expected.lse)
+    mixed = mla_ops.sparse_attn(INPUTS.q, kv, INPUTS.indices, **CALL, quantized="dequantize")
+    assert torch.equal(mixed.lse, mla_ops.sparse_attn(INPUTS.q, plain[1], INPUTS.indices, **CALL).lse)
+
+
+def test_dequantize_changes_nothing_for_plain_tensors(dequantisations: list) -> None:
+    actual = mla_ops.sparse_attn(*INPUTS.args[:3], **CALL, quantized="dequantize")
+    assert torch.equal(actual.out, mla_ops.sparse_attn(*INPUTS.args[:3], **CALL).out)
+    assert dequantisations == []
+
+
+def test_gradients_reach_what_was_quantised() -> None:
+    kv = INPUTS.kv.detach().clone().requires_grad_()
+    out = mla_ops.sparse_attn(INPUTS.q, torchao_training(kv), INPUTS.indices, **CALL, quantized="dequantize").out
+    out.float().sum().backward()
+    plain = torchao_training(INPUTS.kv).to_original_precision().requires_grad_()
+    mla_ops.sparse_attn(INPUTS.q, plain, INPUTS.indices, **CALL).out.float().sum().backward()
+    assert torch.equal(kv.grad, plain.grad)
+
+
+def test_other_values_of_quantized_raise_and_name_the_missing_path() -> None:
+    for value in ("fp8", "", None, True):
+        with pytest.raises(InvalidInputError, match=r'quantized must be "error" or "dequantize", got .*no fused fp8'):
+            mla_ops.sparse_attn(*INPUTS.args[:3], **CALL, quantized=value)
+
+
+def test_a_wrapper_without_a_way_back_is_refused_either_way() -> None:
+    class Opaque(torch.Tensor):
+        @classmethod
+        def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            raise AssertionError("reached")
+
+    kv = torch.Tensor._make_wrapper_subclass(Opaque, INPUTS.kv.shape, dtype=torch.bfloat16)
+    for quantized in ("error", "dequantize"):
+        with pytest.raises(InvalidInputError, match=r"wrapper subclass Opaque, .*convert it yourself first") as info:
+            mla_ops.sparse_attn(INPUTS.q, kv, INPUTS.indices, **CALL, quantized=quantized)
+        assert not isinstance(info.value, QuantizedInputError)
+
+
+def test_what_is_no_quantised_wrapper_passes() -> None:
+    class Named(torch.Tensor):
+        pass
+
+    named = INPUTS.kv.clone().as_subclass(Named)
+    for kv in (torch.nn.Parameter(INPUTS.kv.clone()), named, torch.nn.Buffer(INPUTS.kv.clone()), INPUTS.kv[:0]):
+        assert mla_ops.sparse_attn(INPUTS.q, kv, INPUTS.indices, **CALL).out.shape == (5, 4, 16)
+    with FakeTensorMode() as mode:
+        fakes = [mode.from_tensor(t) for t in INPUTS.args[:3]]
+        assert mla_ops.sparse_attn(*fakes, **CALL).out.shape == (5, 4, 16)
+    from torch.distributed.tensor import DTensor
+
+    assert not is_wrapper(DTensor)
+
+
+def test_compiled_front_door_refuses_and_dequantises_as_eager_does() -> None:
+    kv = torchao_inference(INPUTS.kv)
+
+    def call(kv: torch.Tensor, quantized: str) -> torch.Tensor:
+        return mla_ops.sparse_attn(INPUTS.q, kv, INPUTS.indices, **CALL, quantized=quantized).out
+
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(kv, "dequantize"), call(kv, "dequantize"))
+    with pytest.raises(RuntimeError, match="wrapper subclass Float8Tensor"):
+        compiled(kv, "error")
+
+
+# Raw operator calls
+
+
+def test_a_raw_call_dequantises_silently_until_its_class_is_refused(dequantisations: list) -> None:
+    class Unnamed(TeLike):
+        pass
+
+    raw(INPUTS.q, Unnamed(INPUTS.kv))
+    assert len(dequantisations) == 1  # the trap: nobody asked for it
+    dequantisations.clear()
+    mla_ops.refuse_wrapper(Unnamed)
+    mla_ops.refuse_wrapper(Unnamed)  # again is nothing new
+    out, lse = raw(INPUTS.q, INPUTS.kv)
+    calls: dict[str, Callable[[torch.Tensor], Any]] = {
+        "kv": lambda w: raw(INPUTS.q, w),
+        "q": lambda w: torch.ops.mla.sparse_attn_max_logits(w, INPUTS.kv, INPUTS.indices, d_v=16, softmax_scale=0.5),
+        "dout": lambda w: torch.ops.mla.sparse_attn_bwd(
+            w, None, INPUTS.q, INPUTS.kv, INPUTS.indices, out, lse, 16, 0.5
+        ),
+    }
+    for name, call in calls.items():
+        tensor = INPUTS.dout if name == "dout" else getattr(INPUTS, name)
+        with pytest.raises(QuantizedInputError, match=f"{name} must be a plain tensor, got the wrapper subclass Unn"):
+            call(Unnamed(tensor))
+    with pytest.raises(QuantizedInputError, match="kv must be a plain tensor"):
+        raw(INPUTS.q.detach().requires_grad_(), Unnamed(INPUTS.kv))
+    assert dequantisations == []
+
+
+def test_a_refusal_is_for_one_exact_class(dequantisations: list) -> None:
+    class Base(TeLike):
+        pass
+
+    class Derived(Base):
+        pass
+
+    mla_ops.refuse_wrapper(Base)
+    raw(INPUTS.q, Derived(INPUTS.kv))
+    assert len(dequantisations) == 1
+    dequantisations.clear()
+    mla_ops.refuse_wrapper(Derived)
+    with pytest.raises(QuantizedInputError):
+        raw(INPUTS.q, Derived(INPUTS.kv))
+    assert dequantisations == []
+
+
+@pytest.mark.parametrize("quantise", [torchao_inference, torchao_training])
+def test_raw_calls_with_torchao_tensors_are_refused_in_our_words(quantise: Callable, dequantisations: list) -> None:
+    kv = quantise(INPUTS.kv)
+    mla_ops.refuse_wrapper(type(kv))
+    with pytest.raises(QuantizedInputError, match=f"kv must be a plain tensor, .*{type(kv).__name__}"):
+        raw(INPUTS.q, kv)
+    assert dequantisations == []
+
+
+def test_only_wrapper_classes_can_be_refused() -> None:
+    for cls in (torch.Tensor, torch.nn.Parameter, int, "Float8Tensor"):
+        with pytest.raises(InvalidInputError, match="classes must be tensor subclasses with a __torch_dispatch__"):
+            mla_ops.refuse_wrapper(cls)
+
+
+# as_scaled
+
+
+@pytest.mark.parametrize(
+    ("quantise", "payload", "is_per_row"),
+    [
+        (TeLike, "_data", False),
+        (DerivedFromTeLike, "_data", False),
+        (torchao_inference, "qdata", True),
+        (lambda t: Float8Tensor.from_hp(t, granularity=PerTensor()), "qdata", False),
+        (torchao_training, "_data", False),
+    ],
+    ids=["te-like", "derived", "torchao-row", "torchao-tensor", "torchao-training"],
+)
+def test_as_scaled_shares_the_payload_and_means_the_same_numbers(
+    quantise: Callable, payload: str, is_per_row: bool, dequantisations: list
+) -> None:
+    wrapper = quantise(INPUTS.kv)
+    scaled = as_scaled(wrapper)
+    assert dequantisations == []
+    assert scaled.data.data_ptr() == getattr(wrapper, payload).data_ptr()
+    assert type(scaled.data) is type(scaled.scale) is torch.Tensor
+    assert (scaled.data.dtype, scaled.data.shape) == (torch.float8_e4m3fn, INPUTS.kv.shape)
+    assert (scaled.logical_dtype, scaled.is_per_row) == (torch.bfloat16, is_per_row)
+    own = wrapper.to_original_precision() if isinstance(wrapper, Float8TrainingTensor) else wrapper.dequantize()
+    torch.testing.assert_close(scaled.dequantize(), own)
+    assert (scaled.dequantize() - INPUTS.kv).abs().max() <= INPUTS.kv.abs().max() / 16  # e4m3 keeps 3 bits
+
+
+def spoiled(**attributes: Any) -> torch.Tensor:
+    wrapper = TeLike(INPUTS.kv)
+    for name, value in attributes.items():
+        setattr(wrapper, name, value)
+    return wrapper
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: INPUTS.kv, r"must hold a payload and a scale named as one of \(qdata, scale\), .*got Tensor"),
+        (lambda: spoiled(_data=None), r"got TeLike whose _data is None; quantise it row-wise"),
+        (lambda: spoiled(_fp8_dtype="DType.kFloat8E5M2"), r"must hold an e4m3 payload .*with torch.uint8"),
+        (lambda: spoiled(_data=torch.zeros(3, dtype=torch.float8_e4m3fn)), r"of its own shape \[24, 1, 32\], .*\[3\]"),
+        (lambda: spoiled(_scale_inv=torch.ones(2)), r"one float32 scale or one per row, .*torch.float32 \[2\]"),
+        (lambda: spoiled(_scale_inv=torch.ones((), dtype=torch.float16)), r"one float32 scale .*torch.float16"),
+        (
+            lambda: Float8Tensor.from_hp(INPUTS.kv, float8_dtype=torch.float8_e5m2),
+            r"must hold an e4m3 payload .*got Float8Tensor with torch.float8_e5m2",
+        ),
+    ],
+)
+def test_as_scaled_refuses_what_it_cannot_mean(make: Callable[[], torch.Tensor], message: str) -> None:
+    with pytest.raises(QuantizedInputError, match=message):
+        as_scaled(make())
+
+
+def test_as_scaled_warns_once_of_an_untested_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    from mla_ops.adapters import quantized
+
+    quantized._warn_if_untested.cache_clear()
+    monkeypatch.setattr(torchao, "__version__", "0.99.1")
+    wrapper = torchao_inference(INPUTS.kv)
+    with pytest.warns(RuntimeWarning, match=r"torchao 0.99.1, which is not tested; tested: torchao 0.18"):
+        as_scaled(wrapper)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        as_scaled(wrapper)
+    quantized._warn_if_untested.cache_clear()
