@@ -16,7 +16,7 @@ endif
 # With an NVIDIA GPU, what `pip install torch` gives (it brings its triton); without one, the pair that CI pins.
 TORCH := $(if $(shell command -v nvidia-smi),torch,torch==2.13.0 triton==3.7.1)
 
-.PHONY: demo test gpu-test bench lint clean
+.PHONY: demo test gpu-test memcheck bench lint clean
 
 demo: $(READY)  ## train a small sparse-MLA language model on real text; writes mla-ops-demo/
 	$(PYTHON) -m mla_ops demo
@@ -26,6 +26,12 @@ test: $(READY)  ## the CPU suite
 
 gpu-test: $(READY)  ## the whole contract on a CUDA device
 	$(PYTHON) -m pytest -m gpu
+
+# Compiled first: under the sanitizer ptxas would take minutes. Only kernels of this package are checked.
+MEMCHECK = -m gpu -q tests/test_kernels_gpu.py -k "unusual_widths or nan or strided or split_slots or in_chunks"
+memcheck: $(READY)  ## representative GPU tests under compute-sanitizer
+	$(PYTHON) -m pytest $(MEMCHECK)
+	compute-sanitizer --tool memcheck --kernel-regex kns=_s --error-exitcode 9 $(PYTHON) -m pytest $(MEMCHECK)
 
 bench: $(READY)  ## forward and backward on the GPU beside other formulations; writes benchmarks/results/
 	$(PYTHON) $(if $(shell command -v nvidia-smi),-m mla_ops bench --sweeps all,benchmarks/cpu_operator.py)

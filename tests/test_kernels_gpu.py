@@ -343,3 +343,19 @@ def test_tf32_only_where_torch_asks_for_it() -> None:
         torch.backends.cuda.matmul.fp32_precision = before
     oracle = sparse_attn_reference(*inputs.to(torch.float64).args)[0]
     assert (exact - oracle).abs().max() < (rounded - oracle).abs().max()
+
+
+@on_gpu_only
+@pytest.mark.parametrize(("d_total", "d_v", "heads", "topk"), [(128, 64, 28, 256), (576, 512, 64, 512)])
+def test_memory_is_what_the_results_need(d_total: int, d_v: int, heads: int, topk: int) -> None:
+    case = Case(d_total=d_total, d_v=d_v, heads=heads, topk=topk, batch=1, seq_q=2048, seq_kv=4096)
+    inputs = make_inputs(case, torch.bfloat16, DEVICE)
+    leaves = [inputs.q.requires_grad_(), inputs.kv.requires_grad_()]
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    out, lse = torch.ops.mla.sparse_attn(*inputs.args)
+    grads = torch.autograd.grad(out, leaves, inputs.dout)
+    peak = torch.cuda.max_memory_allocated() - before
+    needed = sum(t.numel() * t.element_size() for t in (out, lse, lse, *grads)) + 4 * inputs.kv.numel()
+    assert needed <= peak <= 1.1 * needed

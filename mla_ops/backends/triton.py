@@ -90,7 +90,7 @@ class TritonBackend:
         if heads == 0:
             return ("no heads: nothing is launched",)
         key = (traits.arch, traits.smem_bytes, heads, *widths, current().tuned_rows)
-        launches = []
+        launches: list[tuple[str, object]] = []
         fwd = forward_config(*key)
         if fwd is not None:
             programs = hints.batch * hints.seq_q * problem.kv_group * -(-heads // fwd.block_h)

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -116,7 +117,7 @@ def _milliseconds(
     out = function(leaves[0], leaves[1], indices, d_v)
     if not out.requires_grad:
         return
-    yield "bwd", _median_ms(lambda out=out: torch.autograd.grad(out, leaves, dout, retain_graph=True))
+    yield "bwd", _median_ms(partial(torch.autograd.grad, out, leaves, dout, retain_graph=True))
     del out
     yield "fwd_bwd", _median_ms(lambda: torch.autograd.grad(function(leaves[0], leaves[1], indices, d_v), leaves, dout))
 

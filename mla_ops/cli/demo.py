@@ -11,8 +11,9 @@ import json
 import platform
 import sysconfig
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,9 @@ from torch import Tensor
 
 import mla_ops
 from mla_ops.cli.model import LanguageModel, ModelConfig
+from mla_ops.cli.peers import Attention, masked_sdpa, ours
 from mla_ops.cli.requirements import require
+from mla_ops.cli.shapes import SHAPES
 from mla_ops.device import pick_device, traits_of
 from mla_ops.dispatch import select
 from mla_ops.problem import SparseAttnProblem
@@ -65,8 +68,8 @@ def run_demo(*, out: Path, steps: int, device: str, seed: int) -> int:
     print(f"operator backend: {op_backend}")
     print(f"text: {len(text):,} bytes of the standard library's source; model: {_count(config):,} parameters")
 
-    counter = _GraphCounter(compiler)
-    compiled, model = _train("compiled", training, config, target, steps, seed, counter)
+    compiled, model = _train("compiled", training, config, target, steps, seed, _compile_options(target, compiler))
+    graphs, graph_breaks = _count_graphs()
     eager, _ = _train("eager", training, config, target, steps, seed, None)
 
     report = {
@@ -77,15 +80,16 @@ def run_demo(*, out: Path, steps: int, device: str, seed: int) -> int:
         "operator_backend": op_backend,
         "compile_backend": compiler,
         "fullgraph": True,
-        "graphs": counter.graphs,
-        "graph_breaks": counter.graph_breaks(),
-        "recompiles": counter.graphs - 1,
+        "graphs": graphs,
+        "graph_breaks": graph_breaks,
+        "recompiles": graphs - 1,
         "sequence_lengths": list(SEQUENCE_LENGTHS),
         "steps": steps,
         "config": asdict(config),
         "validation_loss": _validate(model, validation, target),
         "largest_loss_difference": max(abs(a - b) for a, b in zip(compiled.losses, eager.losses, strict=True)),
         "runs": {run.name: {**asdict(run), "final_loss": run.final_loss} for run in (compiled, eager)},
+        "over_dense_attention": _speed_over_dense_attention() if target.type == "cuda" else None,
         "sample": _sample(model, b"import os\n\nclass ", 200, target, seed),
     }
     out.mkdir(parents=True, exist_ok=True)
@@ -105,7 +109,7 @@ def _train(
     device: torch.device,
     steps: int,
     seed: int,
-    compiler: Callable[..., Any] | None,
+    compile_options: dict[str, str] | None,
 ) -> tuple[Run, LanguageModel]:
     from tqdm import tqdm
 
@@ -113,14 +117,16 @@ def _train(
     model = LanguageModel(config).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.05, total_iters=steps)
-    losses = model.losses if compiler is None else torch.compile(model.losses, fullgraph=True, backend=compiler)
+    losses = model.losses
+    if compile_options is not None:
+        losses = torch.compile(model.losses, fullgraph=True, **compile_options)  # type: ignore[call-overload]
     run = Run(name)
     tokens, started, rate_from = 0, time.perf_counter(), 0.0
-    label = f"{name:8}" if compiler is None else f"{name:8} (the first step compiles)"
+    label = f"{name:8}" if compile_options is None else f"{name:8} (the first step compiles)"
     with tqdm(_batches(text, steps, seed), total=steps, desc=label, unit="step", dynamic_ncols=True) as progress:
         for batch in progress:
             batch = batch.to(device)
-            if compiler is not None:
+            if compile_options is not None:
                 torch._dynamo.maybe_mark_dynamic(batch, 1)
             loss, index_loss = losses(batch)
             (loss + index_loss).backward()
@@ -171,27 +177,34 @@ def _sample(model: LanguageModel, prompt: bytes, count: int, device: torch.devic
     return bytes(tokens[length - len(prompt) :]).decode("utf-8", errors="replace")
 
 
+def _speed_over_dense_attention() -> dict[str, Any]:
+    """Time attention alone at training size: the operator against all keys under a mask, forward + backward."""
+    import triton.testing
+
+    shape = SHAPES["NAM28"]
+    q, kv, indices, dout = shape.draw()
+    leaves = [q.requires_grad_(), kv.requires_grad_()]
+
+    def step(attention: Attention) -> None:
+        torch.autograd.grad(attention(q, kv, indices, shape.d_v), leaves, dout)
+
+    ms = [triton.testing.do_bench(partial(step, attention), return_mode="median") for attention in (ours, masked_sdpa)]
+    return {"shape": asdict(shape), "dtype": "bfloat16", "speed_up": ms[1] / ms[0]}
+
+
 # What the machine offers
 
 
-class _GraphCounter:
-    """A torch.compile backend that counts the graphs it is given and passes them on to another one."""
+def _compile_options(device: torch.device, compiler: str) -> dict[str, str]:
+    """On CUDA the compiled step is recorded as CUDA graphs, once for each sequence length."""
+    return {"mode": "reduce-overhead"} if device.type == "cuda" else {"backend": compiler}
 
-    def __init__(self, backend: str) -> None:
-        self.backend = backend
-        self.graphs = 0
 
-    def __call__(self, graph: torch.fx.GraphModule, example_inputs: list[Any]) -> Any:
-        from torch._dynamo.backends.registry import lookup_backend
+def _count_graphs() -> tuple[int, int]:
+    """Return how many graphs were compiled so far, and how many graph breaks there were."""
+    from torch._dynamo.utils import counters
 
-        self.graphs += 1
-        return lookup_backend(self.backend)(graph, example_inputs)
-
-    @staticmethod
-    def graph_breaks() -> int:
-        from torch._dynamo.utils import counters
-
-        return sum(counters["graph_break"].values())
+    return counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())
 
 
 def _operator_backend(config: ModelConfig, device: torch.device) -> str:
@@ -260,5 +273,9 @@ def _print_report(report: dict[str, Any], out: Path) -> None:
         f"graphs: {report['graphs']}, graph breaks: {report['graph_breaks']}, recompiles over sequence lengths "
         f"{lengths}: {report['recompiles']}"
     )
+    if report["over_dense_attention"] is not None:
+        dense = report["over_dense_attention"]
+        sizes = ", ".join(f"{name}={size}" for name, size in dense["shape"].items())
+        print(f"attention alone, forward + backward: {dense['speed_up']:.1f}x dense attention under a mask ({sizes})")
     print(f"sampled text:\n{'-' * 72}\n{report['sample']}\n{'-' * 72}")
     print(f"wrote {out / 'report.json'} and {out / 'loss.png'}")

@@ -29,7 +29,7 @@ _FLASH_LIBRARIES = {"FlashMLA": "_flashmla_C.abi3.so", "FlashAttention-3": "_vll
 
 def ours(q: Tensor, kv: Tensor, indices: Tensor, d_v: int) -> Tensor:
     """The operator of this package."""
-    out, _ = torch.ops.mla.sparse_attn(q, kv, indices, d_v, SOFTMAX_SCALE)
+    out: Tensor = torch.ops.mla.sparse_attn(q, kv, indices, d_v, SOFTMAX_SCALE)[0]
     return out
 
 
@@ -45,7 +45,7 @@ def masked_sdpa(q: Tensor, kv: Tensor, indices: Tensor, d_v: int) -> Tensor:
     """Scatter the indices into a boolean mask and attend to all keys."""
     k = kv.transpose(1, 2).expand(-1, q.shape[2], -1, -1)
     mask = _selected(indices, kv.shape[1])[:, None]
-    out = torch.nn.functional.scaled_dot_product_attention(
+    out: Tensor = torch.nn.functional.scaled_dot_product_attention(
         q.transpose(1, 2), k, k[..., :d_v], mask, scale=SOFTMAX_SCALE
     )
     return out.transpose(1, 2)

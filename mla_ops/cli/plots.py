@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from mla_ops.cli.requirements import require
 from mla_ops.cli.shapes import SWEEPS
@@ -18,7 +19,7 @@ def plot_sweeps(results: Path) -> Path:
     from matplotlib import pyplot
 
     data = json.loads(results.read_text())
-    points: dict[str, list[tuple[int, dict[str, float]]]] = {}
+    points: dict[str, list[tuple[int, dict[str, Any]]]] = {}
     for record in data["records"]:
         sweep, _, value = record["shape"].partition("=")
         if value and "ms" in record:

@@ -11,6 +11,7 @@ import multiprocessing
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from functools import partial
 from itertools import product
 from typing import TypeVar
 
@@ -159,9 +160,7 @@ def _fastest(side: str, candidates: list[Config], run: Callable[[Config], tuple[
             if not all(_close(a, b) for a, b in zip(run(config), expected, strict=True)):
                 progress.write(f"{side}: {config} gives other results than the table's configuration; left out")
                 continue
-            ms = float(
-                triton.testing.do_bench(lambda config=config: run(config), warmup=10, rep=50, return_mode="median")
-            )
+            ms = float(triton.testing.do_bench(partial(run, config), warmup=10, rep=50, return_mode="median"))
             first_ms = ms if config == candidates[0] else first_ms
             if ms < best_ms:
                 best, best_ms = config, ms
