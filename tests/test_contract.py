@@ -175,7 +175,8 @@ def test_invalid_slots_are_masked_by_value(target: Target) -> None:
     inputs.kv[:] = -1e4 / 24
     inputs.indices[..., 1:] = -1
     out = mla_ops.sparse_attn(inputs.q, inputs.kv, inputs.indices, d_v=16, softmax_scale=1.0, backend=target.backend)
-    assert torch.equal(out.out, inputs.kv[:, :1, :1, :16].expand_as(out.out))
+    # Not bitwise: a kernel may scale the logits inside the exponential, where the one weight is 1 but for a rounding.
+    torch.testing.assert_close(out.out, inputs.kv[:, :1, :1, :16].expand_as(out.out))
     torch.testing.assert_close(out.lse, torch.full_like(out.lse, -1e4))
 
 

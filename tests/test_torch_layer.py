@@ -207,7 +207,7 @@ def test_compiled_layer_on_a_gpu_equals_the_cpu() -> None:
     for device in ("cpu", "cuda"):
         layer = layer.to(device)
         function = layer if device == "cpu" else torch.compile(layer, fullgraph=True, dynamic=True)
-        leaf = hidden.to(device).requires_grad_()
+        leaf = hidden.detach().to(device, copy=True).requires_grad_()
         out = function(leaf, indices.to(device))
         out.square().sum().backward()
         results.append((out.cpu(), leaf.grad.cpu()))

@@ -93,15 +93,16 @@ def _sparse_attn_fwd_kernel(
             logits = -logits
         logits = tl.where(valid[None, :], logits, -float("inf"))
 
-        new_max = tl.maximum(row_max, tl.max(logits, 1))
+        new_max = tl.maximum(row_max, tl.max(logits, 1) * logit_scale)
         if out_ptr is None:
             # tl.max passes over NaN, and a NaN in a selected row must reach the result: this sum counts them.
             row_sum += tl.sum(tl.where(logits != logits, 1.0, 0.0), 1)
         else:
-            # While no slot was valid the maximum is -inf, and -inf - (-inf) would be NaN.
-            finite_max = tl.where(new_max == -float("inf"), 0.0, new_max * logit_scale)
+            # While no slot was valid the maximum is -inf, and -inf - (-inf) would be NaN. Kept in scaled units, rounded
+            # once: the weights of all blocks are then relative to the very same number.
+            finite_max = tl.maximum(new_max, -3.4e38)
             weights = tl.exp2(logits * logit_scale - finite_max[:, None])
-            rescale = tl.exp2(row_max * logit_scale - finite_max)
+            rescale = tl.exp2(row_max - finite_max)
             row_sum = row_sum * rescale + tl.sum(weights, 1)
             acc = scale_rows(acc, rescale, NUM_DV)
             acc = add_weighted_rows(acc, weights.to(kv_ptr.dtype.element_ty), kv_tiles, NUM_DV, INPUT_PRECISION)
@@ -110,13 +111,13 @@ def _sparse_attn_fwd_kernel(
     if out_ptr is None:
         # Rounded as lse is, so that it never exceeds lse; a scale of 0 is exact, and leaves an empty row at -inf.
         unit = tl.where(softmax_scale == 0, 0.0, LN_2)
-        lse = tl.where(row_max == -float("inf"), row_max, row_max * logit_scale * unit)
+        lse = tl.where(row_max == -float("inf"), row_max, row_max * unit)
         lse = tl.where(row_sum == 0.0, lse, float("nan"))
     else:
         # Empty is the sum being 0, not "not positive": a NaN in a selected row must reach the output.
         is_empty = row_sum == 0.0
         factor = tl.where(is_empty, 0.0, 1.0 / row_sum)
-        lse = tl.where(is_empty, -float("inf"), (row_max * logit_scale + tl.log2(row_sum)) * LN_2)
+        lse = tl.where(is_empty, -float("inf"), (row_max + tl.log2(row_sum)) * LN_2)
         if attn_sink_ptr is not None and not IS_SPLIT:
             factor *= sink_keep(lse, tl.load(attn_sink_ptr + offs_h, mask=head_mask, other=0.0))
         out_offsets = (out_row * HEADS + offs_h) * D_V

@@ -58,10 +58,9 @@ def known_multiple(stride, STRIDE_ALIGN: tl.constexpr):
 
 @triton.jit
 def check_positions(position, offs_k, end_slot, seq_kv, USE_INT64_OFFSETS: tl.constexpr):
-    """Return the KV positions of one block of slots (0 where invalid, never to be read) and which slots are valid."""
+    """Return the KV positions of one block of slots (anything where invalid, never to be read) and which are valid."""
     # Compared before it is narrowed: 2**40 is not position 0.
     valid = (offs_k < end_slot) & (position >= 0) & (position < seq_kv)
-    position = tl.where(valid, position, 0)
     return position.to(tl.int64 if USE_INT64_OFFSETS else tl.int32), valid
 
 
