@@ -21,6 +21,7 @@ from mla_ops.errors import (
     MlaOpsError,
     UnknownBackendError,
     UnsupportedProblemError,
+    UnsupportedShardingError,
 )
 from mla_ops.warmup import warmup
 
@@ -32,6 +33,7 @@ __all__ = [
     "SparseAttnOutput",
     "UnknownBackendError",
     "UnsupportedProblemError",
+    "UnsupportedShardingError",
     "__version__",
     "backend_names",
     "explain",

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 from mla_ops.registration import SPARSE_ATTN
-from mla_ops.validation import check_argument_types
+from mla_ops.validation import check_argument_types, check_inputs, is_dtensor
 
 
 class SparseAttnOutput(NamedTuple):
@@ -32,7 +32,7 @@ def sparse_attn(
 
     The same operator as `torch.ops.mla.sparse_attn`, with Python types checked. Differentiable once in `q`, `kv` and
     `attn_sink`, through `out` and through `lse`. Every tensor may drop its leading `batch` dimension (all of them
-    together), and may have any strides.
+    together), and may have any strides. All of them may be DTensors, sharded on batch, query rows or heads.
 
     Args:
         q: `[batch, seq_q, heads, d_total]`, absorbed queries; bf16, fp16 or fp32 (fp64 on the eager backend).
@@ -60,9 +60,13 @@ def sparse_attn(
         InvalidInputError: an argument breaks a rule above; raised before any work, at trace time in compiled code.
         UnknownBackendError: `backend` is no known name.
         UnsupportedProblemError: no backend runs it, or not the named one; the message lists each one's reasons.
+        UnsupportedShardingError: DTensors are placed as no sharding rule serves.
         DoubleBackwardError: a gradient of a gradient was asked for (eager; torch refuses it in compiled code).
 
     Reference: DeepSeek-V3.2 technical report, DeepSeek Sparse Attention; `mla_ops/reference.py` is the definition.
     """
     check_argument_types(q, kv, indices, d_v, softmax_scale, topk_length, attn_sink, backend)
+    if is_dtensor(q) and not torch.compiler.is_compiling():
+        # DTensor's dispatcher would run these rules in the fake and wrap what they raise in a RuntimeError.
+        check_inputs(q, kv, indices, d_v, softmax_scale, topk_length, attn_sink)
     return SparseAttnOutput(*SPARSE_ATTN(q, kv, indices, d_v, softmax_scale, topk_length, attn_sink, backend))

@@ -40,17 +40,18 @@ def check_argument_types(
     for name, value in (("topk_length", topk_length), ("attn_sink", attn_sink)):
         if value is not None and not isinstance(value, torch.Tensor):
             raise InvalidInputError(f"{name} must be a torch.Tensor or None, got {type(value).__name__}")
-    for name, value in (
-        ("q", q),
-        ("kv", kv),
-        ("indices", indices),
-        ("topk_length", topk_length),
-        ("attn_sink", attn_sink),
-    ):
+    tensors = {"q": q, "kv": kv, "indices": indices, "topk_length": topk_length, "attn_sink": attn_sink}
+    distributed = [name for name, value in tensors.items() if is_dtensor(value)]
+    for name, value in tensors.items():
         if isinstance(value, torch.Tensor) and _is_wrapper(type(value)):
             raise InvalidInputError(
                 f"{name} must be a plain tensor, got the wrapper subclass {type(value).__name__}, whose reported dtype "
                 "may not be what it stores; convert it yourself first (for a quantised tensor: dequantize())"
+            )
+        if distributed and value is not None and name not in distributed:
+            raise InvalidInputError(
+                f"{name} must be a DTensor because {distributed[0]} is one, got a plain tensor; if every rank has the "
+                f"same, use DTensor.from_local({name}, mesh, [Replicate()])"
             )
     if isinstance(d_v, bool) or not isinstance(d_v, (int, torch.SymInt)):
         raise InvalidInputError(f"d_v must be an int, got {type(d_v).__name__}; use int(d_v)")
@@ -152,12 +153,17 @@ def check_bwd_inputs(
             _require_size(name, value, dim, size, f"size {dim} of the forward's result")
 
 
+def is_dtensor(value: object) -> bool:
+    """Whether `value` is a DTensor; by name, because asking must not import torch.distributed.tensor."""
+    return type(value).__name__ == "DTensor" and type(value).__module__.startswith("torch.distributed.tensor")
+
+
 def _is_wrapper(cls: type) -> bool:
-    """Whether tensors of `cls` answer operators themselves; torch's own tracing tensors do, and are what they say."""
+    """Whether tensors of `cls` answer operators themselves without being what they say, as torch's own tensors are."""
     if cls is torch.Tensor or cls is torch.nn.Parameter:
         return False
     answers_itself = getattr(cls, "__torch_dispatch__", None) is not torch.Tensor.__torch_dispatch__
-    return answers_itself and not cls.__module__.startswith("torch._subclasses.")
+    return answers_itself and not cls.__module__.startswith(("torch._subclasses.", "torch.distributed."))
 
 
 def _check_storage(**tensors: torch.Tensor | None) -> None:
