@@ -22,6 +22,7 @@ from mla_ops.errors import (
     QuantizedInputError,
     UnknownBackendError,
     UnsupportedProblemError,
+    UnsupportedShardingError,
 )
 from mla_ops.registration import refuse_wrapper
 from mla_ops.warmup import warmup
@@ -35,6 +36,7 @@ __all__ = [
     "SparseAttnOutput",
     "UnknownBackendError",
     "UnsupportedProblemError",
+    "UnsupportedShardingError",
     "__version__",
     "backend_names",
     "explain",

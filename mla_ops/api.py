@@ -7,8 +7,8 @@ from typing import NamedTuple
 import torch
 
 from mla_ops.registration import SPARSE_ATTN, SPARSE_ATTN_MAX_LOGITS
-from mla_ops.validation import check_argument_types
-from mla_ops.wrappers import dequantized
+from mla_ops.validation import check_argument_types, check_inputs
+from mla_ops.wrappers import dequantized, is_dtensor
 
 
 class SparseAttnOutput(NamedTuple):
@@ -34,7 +34,7 @@ def sparse_attn(
 
     The same operator as `torch.ops.mla.sparse_attn`, with Python types checked. Differentiable once in `q`, `kv` and
     `attn_sink`, through `out` and through `lse`. Every tensor may drop its leading `batch` dimension (all of them
-    together), and may have any strides.
+    together), and may have any strides. All of them may be DTensors, sharded on batch, query rows or heads.
 
     Args:
         q: `[batch, seq_q, heads, d_total]`, absorbed queries; bf16, fp16 or fp32 (fp64 on the eager backend).
@@ -65,12 +65,16 @@ def sparse_attn(
         QuantizedInputError: an argument is a quantised wrapper tensor; one of the above.
         UnknownBackendError: `backend` is no known name.
         UnsupportedProblemError: no backend runs it, or not the named one; the message lists each one's reasons.
+        UnsupportedShardingError: DTensors are placed as no sharding rule serves.
         DoubleBackwardError: a gradient of a gradient was asked for (eager; torch refuses it in compiled code).
 
     Reference: DeepSeek-V3.2 technical report, DeepSeek Sparse Attention; `mla_ops/reference.py` is the definition.
     """
     q, kv = dequantized(q, quantized), dequantized(kv, quantized)
     check_argument_types(q, kv, indices, d_v, softmax_scale, topk_length, attn_sink, backend)
+    if is_dtensor(q) and not torch.compiler.is_compiling():
+        # DTensor's dispatcher would run these rules in the fake and wrap what they raise in a RuntimeError.
+        check_inputs(q, kv, indices, d_v, softmax_scale, topk_length, attn_sink)
     return SparseAttnOutput(*SPARSE_ATTN(q, kv, indices, d_v, softmax_scale, topk_length, attn_sink, backend))
 
 

@@ -26,6 +26,13 @@ class UnsupportedProblemError(MlaOpsError, NotImplementedError):
     """The call is valid but no backend (or not the named one) runs it; the message holds every backend's reasons."""
 
 
+class UnsupportedShardingError(MlaOpsError, NotImplementedError):
+    """DTensor arguments are placed as no sharding rule serves; raised on every rank, before any communication.
+
+    `NotImplementedError` is also the one exception that DTensor's dispatcher passes on as it is.
+    """
+
+
 class DoubleBackwardError(MlaOpsError, NotImplementedError):
     """A gradient of a gradient was asked for; the operator is differentiable once."""
 

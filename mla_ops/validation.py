@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 
 from mla_ops.errors import InvalidInputError
-from mla_ops.wrappers import is_wrapper, wrapper_error
+from mla_ops.wrappers import is_dtensor, is_wrapper, wrapper_error
 
 _FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _INDEX_DTYPES = (torch.int32, torch.int64)
@@ -41,15 +41,16 @@ def check_argument_types(
     for name, value in (("topk_length", topk_length), ("attn_sink", attn_sink)):
         if value is not None and not isinstance(value, torch.Tensor):
             raise InvalidInputError(f"{name} must be a torch.Tensor or None, got {type(value).__name__}")
-    for name, value in (
-        ("q", q),
-        ("kv", kv),
-        ("indices", indices),
-        ("topk_length", topk_length),
-        ("attn_sink", attn_sink),
-    ):
+    tensors = {"q": q, "kv": kv, "indices": indices, "topk_length": topk_length, "attn_sink": attn_sink}
+    distributed = [name for name, value in tensors.items() if is_dtensor(value)]
+    for name, value in tensors.items():
         if isinstance(value, torch.Tensor) and is_wrapper(type(value)):
             raise wrapper_error(name, type(value))
+        if distributed and value is not None and name not in distributed:
+            raise InvalidInputError(
+                f"{name} must be a DTensor because {distributed[0]} is one, got a plain tensor; if every rank has the "
+                f"same, use DTensor.from_local({name}, mesh, [Replicate()])"
+            )
     if isinstance(d_v, bool) or not isinstance(d_v, (int, torch.SymInt)):
         raise InvalidInputError(f"d_v must be an int, got {type(d_v).__name__}; use int(d_v)")
     if isinstance(softmax_scale, bool) or not isinstance(softmax_scale, (int, float, torch.SymFloat, torch.SymInt)):

@@ -11,8 +11,8 @@ import torch
 
 from mla_ops.errors import InvalidInputError, QuantizedInputError
 
-# Modules of torch whose wrappers are what they say: tracing tensors and DTensor.
-_HONEST_WRAPPERS = ("torch._subclasses.", "torch.distributed.tensor")
+# Modules of torch whose wrappers are what they say: tracing tensors, DTensor, a collective's pending result.
+_HONEST_WRAPPERS = ("torch._subclasses.", "torch.distributed.")
 # How quantised classes name the way back to plain numbers.
 _DEQUANTIZE_METHODS = ("dequantize", "to_original_precision")
 
@@ -23,6 +23,11 @@ def is_wrapper(cls: type) -> bool:
         return False
     answers_itself = getattr(cls, "__torch_dispatch__", None) is not torch.Tensor.__torch_dispatch__
     return answers_itself and not cls.__module__.startswith(_HONEST_WRAPPERS)
+
+
+def is_dtensor(value: object) -> bool:
+    """Whether `value` is a DTensor; by name, because asking must not import torch.distributed.tensor."""
+    return type(value).__name__ == "DTensor" and type(value).__module__.startswith("torch.distributed.tensor")
 
 
 def wrapper_error(name: str, cls: type) -> InvalidInputError:

@@ -11,6 +11,7 @@ import torch
 
 from mla_ops.errors import DoubleBackwardError
 from mla_ops.registration.schema import SPARSE_ATTN_BWD, SPARSE_ATTN_MAX_LOGITS
+from mla_ops.wrappers import is_dtensor
 
 # Positions of the differentiable arguments in the schema of mla::sparse_attn.
 _Q, _KV, _ATTN_SINK = 0, 1, 6
@@ -31,6 +32,9 @@ def _backward(ctx: Any, dout: torch.Tensor | None, dlse: torch.Tensor | None) ->
     if dout is None and dlse is None:
         return tuple(grads)
     q, kv, indices, out, lse, topk_length, attn_sink = ctx.saved_tensors
+    if dout is None and is_dtensor(q):
+        # DTensor in torch 2.11 reads the mesh off the first argument, and fails on None.
+        dout = torch.zeros_like(out)
     need_dq, need_dkv = ctx.needs_input_grad[_Q], ctx.needs_input_grad[_KV]
     dq, dkv, dsink = SPARSE_ATTN_BWD(
         dout,

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 
 from mla_ops.dispatch import check_backend_name
+from mla_ops.registration.sharding import install_if_dtensor_is_loaded
 from mla_ops.validation import check_bwd_inputs, check_inputs
 
 
@@ -22,6 +23,7 @@ def sparse_attn_fake(
     backend: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Fake of `mla::sparse_attn`."""
+    install_if_dtensor_is_loaded()
     check_backend_name(backend)
     check_inputs(q, kv, indices, d_v, softmax_scale, topk_length, attn_sink)
     return q.new_empty((*q.shape[:-1], d_v)), q.new_empty(q.shape[:-1], dtype=torch.float32)
@@ -44,6 +46,7 @@ def sparse_attn_bwd_fake(
     backend: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Fake of `mla::sparse_attn_bwd`; a gradient that is not needed is an empty `[0]` tensor."""
+    install_if_dtensor_is_loaded()
     check_backend_name(backend)
     check_inputs(q, kv, indices, d_v, softmax_scale, topk_length, attn_sink)
     check_bwd_inputs(dout, dlse, q, out, lse, d_v)

@@ -31,6 +31,7 @@ LAYERS: dict[str, set[str]] = {
     "lowering": {"errors", "problem", "device", "settings", "configs", "kernels", "dispatch", "registration"},
     "api": {"errors", "wrappers", "validation", "registration"},
     "warmup": {"errors", "validation", "registration"},
+    "distributed": {"wrappers", "errors", "validation", "registration", "api"},
     "adapters": {"errors", "problem", "device", "dispatch", "api"},
     "testing": {"errors", "problem", "reference", "api"},
     # adapters: the demo's model is built from the plain PyTorch layer. backends: `tune` and `bench` launch kernels with
@@ -52,6 +53,7 @@ EXCEPTIONS = {
 OWNERS = {
     "torch.library": ("registration/", "lowering/"),
     "torch._inductor": ("lowering/inductor_compat.py",),
+    "torch.distributed": ("mla_ops/distributed.py", "registration/sharding.py"),
     "os.environ": ("mla_ops/settings.py",),
     "os.getenv": ("mla_ops/settings.py",),
     "torch.cuda.is_available": ("mla_ops/device.py",),
@@ -67,7 +69,16 @@ OWNERS = {
     "transformer_engine": (),
 }
 # Slow or optional: imported inside functions only, except by the kernels, which are themselves imported lazily.
-LAZY = ("triton", "torch._inductor", "torch._dynamo", "megatron", "transformers", "matplotlib", "tqdm")
+LAZY = (
+    "triton",
+    "torch._inductor",
+    "torch._dynamo",
+    "torch.distributed.tensor",
+    "megatron",
+    "transformers",
+    "matplotlib",
+    "tqdm",
+)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,251 @@
+"""Checks of `mla_ops.distributed`: keys sharded among the ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from distributed_world import World, check, cut, raises, single_run
+from torch.distributed.device_mesh import DeviceMesh
+
+from mla_ops.distributed import key_load, sparse_attn_cp
+from mla_ops.errors import InvalidInputError
+from mla_ops.testing import Case, Inputs, assert_matches_oracle, make_inputs
+
+
+def own_rows(seq_kv: int, world: World, key_layout: str) -> torch.Tensor:
+    rows = torch.arange(seq_kv)
+    if key_layout == "interleaved":
+        return rows[world.rank :: world.size]
+    runs = rows.chunk(world.size)
+    return runs[world.rank] if world.rank < len(runs) else rows[:0]
+
+
+def own_part(inputs: Inputs, world: World, q_shard: str, key_layout: str) -> Inputs:
+    """What this rank passes to `sparse_attn_cp` of a whole call."""
+    rows = inputs.q.dim() - 3
+    kv = inputs.kv.index_select(rows, own_rows(inputs.kv.shape[rows], world, key_layout))
+    if q_shard == "heads":
+        sink = cut(inputs.attn_sink, world, 0)
+        q, dout, dlse = (cut(t, world, rows + 1) for t in (inputs.q, inputs.dout, inputs.dlse))
+        return replace(inputs, q=q, kv=kv, attn_sink=sink, dout=dout, dlse=dlse)
+    names = ("q", "indices", "topk_length", "dout", "dlse")
+    return replace(inputs, kv=kv, **{name: cut(getattr(inputs, name), world, rows) for name in names})
+
+
+def whole_results(
+    results: dict[str, torch.Tensor], inputs: Inputs, world: World, q_shard: str, key_layout: str
+) -> dict[str, torch.Tensor]:
+    """Put the parts of all ranks together."""
+    rows = inputs.q.dim() - 3
+    parts: list[Any] = [None] * world.size
+    dist.all_gather_object(parts, results)
+    sharded = rows if q_shard == "rows" else rows + 1
+    whole = {name: torch.cat([part[name] for part in parts], sharded) for name in ("out", "lse", "dq")}
+    whole["dkv"] = torch.empty_like(inputs.kv)
+    for rank, part in enumerate(parts):
+        owned = own_rows(inputs.kv.shape[rows], World(rank, world.size), key_layout)
+        whole["dkv"].index_copy_(rows, owned, part["dkv"])
+    if inputs.attn_sink is not None:
+        shares = [part["dsink"] for part in parts]
+        whole["dsink"] = torch.stack(shares).sum(0) if q_shard == "rows" else torch.cat(shares)
+    return whole
+
+
+def cp_run(
+    inputs: Inputs,
+    world: World,
+    mesh: DeviceMesh,
+    *,
+    q_shard: str = "rows",
+    key_layout: str = "contiguous",
+    **kwargs: Any,
+) -> dict[str, torch.Tensor]:
+    part = own_part(inputs, world, q_shard, key_layout).requires_grad()
+    out, lse = sparse_attn_cp(
+        *part.args[:3],
+        mesh,
+        **part.kwargs,
+        seq_kv=inputs.kv.shape[-3],
+        q_shard=q_shard,
+        key_layout=key_layout,
+        **kwargs,
+    )
+    torch.autograd.backward([out, lse], [part.dout, part.dlse])
+    grads = zip(("dq", "dkv", "dsink"), (t.grad for t in part.differentiable), strict=False)
+    results = {"out": out.detach(), "lse": lse.detach(), **dict(grads)}
+    return whole_results(results, inputs, world, q_shard, key_layout)
+
+
+CP_CASES = (
+    Case(d_total=24, d_v=16, heads=4, seq_q=8, seq_kv=24),
+    Case(d_total=24, d_v=16, heads=8, kv_group=2, batch=None, seq_q=4, seq_kv=23, topk=7),
+    Case(d_total=16, d_v=16, heads=4, seq_q=4, seq_kv=5, topk=9),
+)
+
+
+@check(2, 4)
+def sharded_keys_give_the_whole_call(world: World) -> None:
+    mesh = world.mesh(context=world.size)
+    for index, case in enumerate(CP_CASES):
+        for q_shard in ("rows", "heads"):
+            for key_layout in ("contiguous", "interleaved"):
+                options = key_layout == "interleaved" or index == 1
+                dtype = torch.int64 if q_shard == "heads" else torch.int32
+                inputs = make_inputs(case, index_dtype=dtype, topk_length=options, attn_sink=options)
+                results = cp_run(inputs, world, mesh, q_shard=q_shard, key_layout=key_layout, check=True)
+                assert_matches_oracle(results, inputs)
+
+
+@check(2)
+def sharded_keys_in_low_precision(world: World) -> None:
+    inputs = make_inputs(CP_CASES[0], torch.bfloat16, topk_length=True, attn_sink=True)
+    results = cp_run(inputs, world, world.mesh(context=2))
+    # Each part's output is rounded to bf16 before the merge: twice the rounding of one call.
+    whole = single_run(inputs)
+    for name in ("out", "dq", "dkv"):
+        error = (results[name].float() - whole[name].float()).abs().max()
+        assert error <= 2 * torch.finfo(torch.bfloat16).eps * whole[name].float().abs().max(), (name, error)
+
+
+@check(2)
+def empty_rows_take_no_nan_from_upstream(world: World) -> None:
+    inputs = make_inputs(CP_CASES[0], topk_length=True, attn_sink=True)
+    want = cp_run(inputs, world, world.mesh(context=2))
+    empty = (want["lse"] == -torch.inf).all(-1)
+    assert empty.any()
+    dout, dlse = inputs.dout.clone(), inputs.dlse.clone()
+    dout[empty], dlse[empty] = torch.nan, torch.nan
+    got = cp_run(replace(inputs, dout=dout, dlse=dlse), world, world.mesh(context=2))
+    for name, result in want.items():
+        assert torch.equal(got[name], result), name
+
+
+@check(2)
+def an_infinite_sink_is_applied_once(world: World) -> None:
+    inputs = make_inputs(CP_CASES[0], attn_sink=True)
+    for value in (torch.inf, -torch.inf, 0.5):
+        sunk = replace(inputs, attn_sink=torch.full_like(inputs.attn_sink, value))
+        assert_matches_oracle(cp_run(sunk, world, world.mesh(context=2)), sunk)
+
+
+@check(2)
+def compiled_key_sharding_is_one_graph_with_its_collectives(world: World) -> None:
+    from torch._dynamo.testing import AotEagerAndRecordGraphs
+
+    mesh = world.mesh(context=2)
+    inputs = make_inputs(CP_CASES[0], topk_length=True, attn_sink=True)
+    part = own_part(inputs, world, "rows", "contiguous")
+
+    def step(q: Any, kv: Any, indices: Any, topk_length: Any, attn_sink: Any) -> Any:
+        out, lse = sparse_attn_cp(
+            q, kv, indices, mesh, d_v=16, softmax_scale=20.0, topk_length=topk_length, attn_sink=attn_sink
+        )
+        return out, lse
+
+    def run(function: Callable[..., Any]) -> list[torch.Tensor]:
+        leaves = part.requires_grad()
+        out, lse = function(leaves.q, leaves.kv, leaves.indices, leaves.topk_length, leaves.attn_sink)
+        torch.autograd.backward([out, lse], [part.dout, part.dlse])
+        return [out, lse, *(t.grad for t in leaves.differentiable)]
+
+    backends, results = [], []
+    for dynamic in (False, True):
+        torch._dynamo.reset()
+        backends.append(AotEagerAndRecordGraphs())
+        results.append(run(torch.compile(step, fullgraph=True, backend=backends[-1], dynamic=dynamic)))
+    want = run(step)
+    for backend, got in zip(backends, results, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+        (forward,), (backward,) = backend.fw_graphs, backend.bw_graphs
+        # q, indices and topk_length go out; out and lse come back, and so do their gradients and that of q.
+        assert forward.code.count("all_gather_into_tensor.default") == 3
+        assert forward.code.count("all_to_all_single.default") == 2
+        assert backward.code.count("all_to_all_single.default") == 3
+
+
+@check(2, 4)
+def load_report_counts_what_each_rank_attends_to(world: World) -> None:
+    mesh = world.mesh(context=world.size)
+    # Every query selects every earlier row: early keys are selected most.
+    seq = 8 * world.size
+    indices = torch.where(torch.arange(seq)[:, None] >= torch.arange(seq), torch.arange(seq), -1)[:, None]
+    own = indices.chunk(world.size)[world.rank]
+    load = key_load(own, mesh, seq_kv=seq)
+    by_key = (indices >= 0).sum((0, 1))
+    assert load.slots == tuple(int(run.sum()) for run in by_key.chunk(world.size))
+    assert load.imbalance > 1.4
+    even = key_load(own, mesh, seq_kv=seq, key_layout="interleaved")
+    assert even.slots == tuple(int(by_key[rank :: world.size].sum()) for rank in range(world.size))
+    assert even.imbalance < 1.2
+    assert key_load(indices, mesh, seq_kv=seq, q_shard="heads").slots == load.slots
+    lengths = torch.zeros(own.shape[0], dtype=torch.int32)
+    assert key_load(own, mesh, seq_kv=seq, topk_length=lengths).imbalance == 1.0
+
+
+@check(2)
+def disagreeing_ranks_raise_the_same_error(world: World) -> None:
+    from torch.distributed.tensor import Replicate, distribute_tensor
+
+    mesh = world.mesh(context=2)
+    inputs = make_inputs(CP_CASES[0], attn_sink=True)
+    part = own_part(inputs, world, "rows", "contiguous")
+    first = world.rank == 0
+
+    def call(error: type[Exception], *words: str, mesh: Any = mesh, **changes: Any) -> None:
+        names = ("q", "kv", "indices", "attn_sink")
+        tensors = {name: changes.pop(name, getattr(part, name)) for name in names}
+        keywords = {"d_v": part.d_v, "softmax_scale": part.softmax_scale, "check": True, **changes}
+        with raises(error, *words):
+            sparse_attn_cp(
+                tensors["q"], tensors["kv"], tensors["indices"], mesh, attn_sink=tensors["attn_sink"], **keywords
+            )
+
+    # One rank's mistake, every rank's error.
+    call(
+        InvalidInputError,
+        "rank 1 of 2",
+        "indices must be int32",
+        indices=part.indices if first else part.indices.float(),
+    )
+    call(
+        InvalidInputError,
+        "kv_shard must be the same on every rank",
+        "12",
+        "11",
+        kv=part.kv if first else part.kv[:, 1:],
+    )
+    call(InvalidInputError, "rank 1 of 2", "the 11 of 23 rows", "got 12", seq_kv=23)
+    shorter = {"q": part.q[:, 1:], "indices": part.indices[:, 1:]}
+    call(InvalidInputError, "q must be the same on every rank", **({} if first else shorter))
+    call(InvalidInputError, "d_v must be the same on every rank, got 16 on rank 0, 8", d_v=16 if first else 8)
+    call(InvalidInputError, "attn_sink must be the same", attn_sink=part.attn_sink if first else None)
+    call(InvalidInputError, "rank 1 of 2", "kv must be a torch.Tensor, got NoneType", kv=part.kv if first else None)
+    # What all ranks share.
+    call(InvalidInputError, "mesh_dim must be a dimension of the mesh", "('context',)", "'cp'", mesh_dim="cp")
+    call(InvalidInputError, "mesh has 2 dimensions", "mesh_dim=", mesh=world.mesh(data=1, context=2))
+    call(InvalidInputError, "mesh must be a DeviceMesh, got ProcessGroup", mesh=dist.group.WORLD)
+    call(InvalidInputError, "q_shard must be one of 'rows', 'heads', got 'batch'", q_shard="batch")
+    call(InvalidInputError, "key_layout must be one of 'contiguous', 'interleaved'", key_layout="striped")
+    whole = distribute_tensor(inputs.kv, mesh, [Replicate()])
+    placed = {
+        name: distribute_tensor(getattr(part, name), mesh, [Replicate()]) for name in ("q", "indices", "attn_sink")
+    }
+    call(InvalidInputError, "must be a plain tensor", "to_local()", kv=whole, **placed)
+    call(InvalidInputError, "kv must be a DTensor", kv=part.kv, **placed)
+
+
+@check(4)
+def keys_are_sharded_over_one_dimension_of_a_mesh(world: World) -> None:
+    mesh = world.mesh(data=2, context=2)
+    inputs = make_inputs(CP_CASES[0], seed=mesh.get_local_rank("data"), topk_length=True, attn_sink=True)
+    inner = World(mesh.get_local_rank("context"), 2)
+    part = own_part(inputs, inner, "rows", "contiguous").requires_grad()
+    out, lse = sparse_attn_cp(*part.args[:3], mesh, **part.kwargs, mesh_dim="context")
+    whole = single_run(inputs)
+    torch.testing.assert_close(out, cut(whole["out"], inner, 1))
+    torch.autograd.backward([out, lse], [part.dout, part.dlse])
+    torch.testing.assert_close(part.kv.grad, cut(whole["dkv"], inner, 1))
