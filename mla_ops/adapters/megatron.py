@@ -106,14 +106,24 @@ def adapt_spec(
     """
     module_spec = _import("megatron.core.transformer.spec_utils").ModuleSpec
     warn_if_untested("megatron-core", TESTED_VERSIONS)
-    layer = getattr(spec, "submodules", None)
-    if hasattr(layer, "self_attention"):
-        options: dict[str, Any] = {"index_fn": index_fn, "max_dense_rows": max_dense_rows}
-        attention = adapt_spec(layer.self_attention, backend=backend, check_indices=check_indices, **options)
-        return replace(spec, submodules=replace(layer, self_attention=attention))
-    if not hasattr(layer, "linear_kv_down_proj") or not isinstance(spec.module, type):
+    params = {
+        "index_fn": index_fn,
+        "max_dense_rows": max_dense_rows,
+        "backend": backend,
+        "check_indices": check_indices,
+    }
+    core = module_spec(module=SparseMLACoreAttention, params=params)
+    parts: Any = getattr(spec, "submodules", None)
+    if hasattr(parts, "self_attention"):
+        return replace(spec, submodules=replace(parts, self_attention=_adapt_attention(parts.self_attention, core)))
+    return _adapt_attention(spec, core)
+
+
+def _adapt_attention(spec: Any, core: Any) -> Any:
+    parts: Any = getattr(spec, "submodules", None)
+    if not hasattr(parts, "linear_kv_down_proj") or not isinstance(spec.module, type):
         raise MLAMetadataError(
-            f"spec must be a ModuleSpec of a transformer layer with MLA self-attention, or of that attention, got "
+            "spec must be a ModuleSpec of a transformer layer with MLA self-attention, or of that attention, got "
             f"{getattr(spec, 'module', spec)!r}; build it with multi_latent_attention=True"
         )
     bad = [name for name in spec.params if name != "pp_layer_offset" and not _takes(spec.module, name)]
@@ -122,20 +132,11 @@ def adapt_spec(
             f"{spec.module.__name__} takes no {', '.join(bad)}, found in the params of its spec; remove them",
             bad=tuple(bad),
         )
-    core = module_spec(
-        module=SparseMLACoreAttention,
-        params={
-            "index_fn": index_fn,
-            "max_dense_rows": max_dense_rows,
-            "backend": backend,
-            "check_indices": check_indices,
-        },
-    )
     return replace(
         spec,
         module=_adapted(spec.module),
         params=dict(spec.params),
-        submodules=replace(layer, core_attention=core),
+        submodules=replace(parts, core_attention=core),
     )
 
 

@@ -308,7 +308,7 @@ def _resolve(
 
 
 def _is_causal(attn_mask_type: Any, packed: PackedSeq | None) -> bool:
-    name = getattr(attn_mask_type, "name", attn_mask_type)
+    name: object = getattr(attn_mask_type, "name", attn_mask_type)
     allowed = ("causal", "no_mask") if packed is None else ("causal", "no_mask", "padding_causal")
     if name not in allowed:
         raise MLALayoutError(
