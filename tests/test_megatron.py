@@ -29,24 +29,23 @@ from mla_ops.errors import (
 )
 from mla_ops.reference import sparse_attn_reference
 
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # Megatron lists every optional package it did not find
-    pytest.importorskip("megatron.core", reason="megatron-core is not installed: pip install 'mla_ops[megatron]'")
-    from megatron.core import parallel_state, tensor_parallel
-    from megatron.core.models.common.embeddings import rotary_pos_embedding
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-    from megatron.core.packed_seq_params import PackedSeqParams
-    from megatron.core.transformer import multi_latent_attention
-    from megatron.core.transformer.dot_product_attention import DotProductAttention
-    from megatron.core.transformer.enums import AttnBackend, AttnMaskType
-    from megatron.core.transformer.spec_utils import ModuleSpec, build_module
-    from megatron.core.transformer.transformer_config import MLATransformerConfig
+pytest.importorskip("megatron.core", reason="megatron-core is not installed: pip install 'mla_ops[megatron]'")
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.models.common.embeddings import rotary_pos_embedding
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer import multi_latent_attention
+from megatron.core.transformer.dot_product_attention import DotProductAttention
+from megatron.core.transformer.enums import AttnBackend, AttnMaskType
+from megatron.core.transformer.spec_utils import ModuleSpec, build_module
+from megatron.core.transformer.transformer_config import MLATransformerConfig
 
 VERSION = importlib.metadata.version("megatron-core")
 NEEDS_ABSORBED = pytest.mark.skipif(
     VERSION.startswith("0.16"),
     reason=f"megatron-core {VERSION} has no absorbed attention and no kernel hook; `make test-megatron` has both",
 )
+CURRENT_DEVICE = torch.cuda.current_device  # the real one, for tests on a GPU
 ROWS, BATCH, HIDDEN = 10, 2, 64
 WIDTHS = {  # the latent rank differs from the nope width, so a scale taken from d_total is seen
     "num_attention_heads": 4,
@@ -459,6 +458,7 @@ def test_no_tensor_has_an_element_for_each_head_and_pair_of_rows() -> None:
         ({"attention_mask": torch.zeros(1, 4, ROWS, ROWS, dtype=torch.bool)}, "mask must be .* one for all heads"),
         ({"up_v_weight": torch.zeros(4, 24, 48)}, "exactly one of value .* got both"),
         ({"value": None}, "exactly one of value .* got neither"),
+        ({"packed_seq_params": packed_params()}, r"layout 'thd' needs query \[t, heads, k_channels\], got 4-D"),
     ],
 )
 def test_wrong_tensors_are_refused(options: dict[str, Any], message: str) -> None:
@@ -466,6 +466,12 @@ def test_wrong_tensors_are_refused(options: dict[str, Any], message: str) -> Non
     arguments = {"value": v, "attention_mask": None} | options
     with pytest.raises(MLALayoutError, match=message):
         core_attention()(q, k, **arguments)
+
+
+def test_packed_rows_without_their_sequence_are_refused() -> None:
+    q, k, v = (t[:, 0] for t in draw())
+    with pytest.raises(MLALayoutError, match=r"layout 'sbhd' needs query \[s, b, heads, k_channels\], got 3-D"):
+        core_attention()(q, k, v, None)
 
 
 def test_a_mask_beside_a_packed_sequence_is_refused() -> None:
@@ -554,6 +560,26 @@ def test_a_configuration_without_mla_widths_is_missed_in_one_error() -> None:
     assert set(info.value.missing) == {"kv_lora_rank", "v_head_dim"}
     with pytest.raises(MLAMetadataError, match="attention_type must be 'self', got 'cross'"):
         SparseMLACoreAttention(make_config(), 1, AttnMaskType.causal, "cross", k_channels=32, v_channels=24)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("packed", [False, True], ids=["sbhd", "thd"])
+def test_on_a_gpu_nothing_waits_for_the_host(packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "current_device", CURRENT_DEVICE)
+    bounds = torch.tensor([0, 4, 10], dtype=torch.int32, device="cuda")
+    params = packed_params(cu_seqlens_q=bounds, cu_seqlens_kv=bounds) if packed else None
+    on_cpu = [t[:, 0] if packed else t for t in draw()]
+    expected = core_attention()(*on_cpu, None, packed_seq_params=packed_params() if packed else None)
+    q, k, v = (t.float().cuda().requires_grad_() for t in on_cpu)
+    core = core_attention(check_indices=False)
+    core(q, k, v, None, packed_seq_params=params).sum().backward()  # compiles the kernels
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        out = core(q, k, v, None, packed_seq_params=params)
+        out.sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.testing.assert_close(out.cpu().double(), expected, rtol=1e-5, atol=1e-5)
 
 
 # The installed version

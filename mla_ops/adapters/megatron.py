@@ -95,7 +95,7 @@ def adapt_spec(
     Args:
         spec: a `ModuleSpec` of a transformer layer, or of its MLA self-attention, from any of Megatron's spec
             functions; not changed.
-        index_fn: see `SparseMLACoreAttention`, as for the other arguments. One function serves all layers.
+        index_fn: which keys each query reads; None is every earlier one. One serves all layers built from the copy.
         max_dense_rows: the longest sequence for which `index_fn` may be None.
         backend: which backend runs the operator; a named one never falls back.
         check_indices: in eager, raise on what `index_fn` and the packed sequence get wrong; it reads them on the host.

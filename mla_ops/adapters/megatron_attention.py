@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -14,9 +13,34 @@ from mla_ops.adapters.torch_layer import project_v
 from mla_ops.api import sparse_attn
 from mla_ops.errors import MLALayoutError, MLAMetadataError, UnsupportedFeatureError
 
-# Called by keyword with `query`, `key`, `x`, `qr`, `packed` and `layer_number`; returns int32 or int64 positions of
-# keys, `[b, s, K]` (packed: `[t, K]`, counting all packed rows), in any order, -1 for no key.
-IndexFn = Callable[..., torch.Tensor]
+
+class IndexFn(Protocol):
+    """Chooses the keys that each query reads, the same for all heads."""
+
+    def __call__(
+        self,
+        *,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        x: torch.Tensor | None,
+        qr: torch.Tensor | None,
+        packed: PackedSeq | None,
+        layer_number: int,
+    ) -> torch.Tensor:
+        """Return int32 or int64 positions of keys, in any order, -1 for no key.
+
+        Args:
+            query: `[s, b, heads, width]`, packed `[t, heads, width]`, as `SparseMLACoreAttention.forward` gets it.
+            key: the same.
+            x: the layer's hidden states, or None where Megatron hands none over.
+            qr: its compressed queries, or None.
+            packed: the segments of a packed batch.
+            layer_number: Megatron's, from 1.
+
+        Returns:
+            `[b, s, K]`, or `[t, K]` counting all packed rows.
+        """
+
 
 # Configuration that changes what attention computes, the value under which it does not, and why any other is refused.
 _REFUSED = (
@@ -47,10 +71,9 @@ class SparseMLACoreAttention(nn.Module):
         v_channels: the same for the value.
         cp_comm_type: not used, because context parallelism is refused.
         pg_collection: not used.
-        index_fn: which keys each query reads; see `IndexFn`. Called with the tensors of `forward` as Megatron lays
-            them out, `x` and `qr` None where it hands none over. Later rows than the query's own are dropped from
-            its answer under a causal mask. None: every query reads every row of its sequence that the mask allows.
-            That is exact, and takes an index for each pair of rows, hence `max_dense_rows`.
+        index_fn: which keys each query reads. Under a causal mask later rows than the query's own are dropped from its
+            answer. None: every query reads every row of its sequence that the mask allows, which is exact and takes
+            an index for each pair of rows, hence `max_dense_rows`.
         max_dense_rows: the longest sequence for which `index_fn` may be None.
         backend: which backend runs the operator; a named one never falls back.
         check_indices: in eager, raise on what `index_fn` and the packed sequence get wrong; it reads them on the host.
