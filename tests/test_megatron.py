@@ -8,6 +8,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -56,12 +57,11 @@ WIDTHS = {  # the latent rank differs from the nope width, so a scale taken from
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def megatron_on_a_cpu(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """One process, and the places where Megatron asks for a GPU although told to initialise on the CPU."""
-    store = tmp_path_factory.mktemp("gloo") / "store"
-    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
-    parallel_state.initialize_model_parallel(1, 1)
+@contextlib.contextmanager
+def megatron_on_a_cpu(store: Path, rank: int = 0, ranks: int = 1) -> Iterator[None]:
+    """Start Megatron, and mend the places where it asks for a GPU although told to initialise on the CPU."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
+    parallel_state.initialize_model_parallel(tensor_model_parallel_size=ranks)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cuda, "current_device", lambda: "cpu")
         patch.setattr(multi_latent_attention, "HAVE_TE", False)  # 0.16 takes a MagicMock for Transformer Engine
@@ -70,6 +70,12 @@ def megatron_on_a_cpu(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None
         yield
     parallel_state.destroy_model_parallel()
     torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def megatron(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with megatron_on_a_cpu(tmp_path_factory.mktemp("gloo") / "store"):
+        yield
 
 
 def make_config(**change: Any) -> MLATransformerConfig:
@@ -113,11 +119,11 @@ def build(spec: ModuleSpec, config: MLATransformerConfig, **options: Any) -> nn.
 
 
 def run(layer: nn.Module, hidden: torch.Tensor, **options: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Return the output and every gradient, that of the hidden states under ""; of an uneven loss."""
+    """Return the output and every gradient of its squares, that of the hidden states under ""."""
     hidden = hidden.clone().requires_grad_()
     layer.zero_grad()
     out = layer(hidden, attention_mask=options.pop("attention_mask", None), **options)[0]
-    (out * torch.linspace(-1, 1, out.numel()).view_as(out)).sum().backward()
+    out.square().sum().backward()
     grads = {name: p.grad.clone() for name, p in layer.named_parameters() if p.grad is not None}
     return out.detach(), grads | {"": hidden.grad}
 
@@ -212,6 +218,34 @@ def test_packed_gradients_are_those_of_separate_runs() -> None:
     hidden.grad = None
     sum(layer(part, attention_mask=None)[0].square().sum() for part in hidden.split([4, 6])).backward()
     torch.testing.assert_close(together, hidden.grad, rtol=5e-5, atol=5e-5)
+
+
+def run_packed(ranks: int = 1, rank: int = 0) -> list[Any]:
+    """Run the expanded layer, and the absorbed one where there is one, each rank on its share of the rows."""
+    change = {"tensor_model_parallel_size": ranks, "sequence_parallel": ranks > 1}
+    layers = [(layer_spec().submodules.self_attention, make_config(**change))]
+    if capabilities().absorbed:
+        config = dsa_config(**change)
+        layers.append((dsa_spec(config), config))
+    share = hidden_states(ROWS, 1).chunk(ranks)[rank]
+    results = []
+    for spec, config in layers:
+        out, grads = run(build(adapt_spec(spec), config), share, packed_seq_params=packed_params())
+        results.append((out, grads[""]))
+    return results
+
+
+def run_rank(rank: int, ranks: int, folder: Path) -> None:
+    with megatron_on_a_cpu(folder / "store", rank, ranks):
+        torch.save(run_packed(ranks, rank), folder / f"{rank}.pt")
+
+
+def test_tensor_and_sequence_parallel_ranks_equal_one(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(run_rank, args=(2, tmp_path), nprocs=2)
+    shares = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    for whole, *parts in zip(run_packed(), *shares, strict=True):
+        for expected, *actual in zip(whole, *parts, strict=True):
+            torch.testing.assert_close(torch.cat(actual), expected, rtol=2e-5, atol=2e-5)
 
 
 def test_recomputing_the_core_attention_changes_nothing() -> None:
@@ -664,13 +698,14 @@ class DuplicatedLinear(nn.Linear):
         return super().forward(hidden), None
 
 
-def dsa_config() -> MLATransformerConfig:
+def dsa_config(**change: Any) -> MLATransformerConfig:
     return make_config(
         experimental_attention_variant="dsa",
         dsa_indexer_n_heads=2,
         dsa_indexer_head_dim=16,
         dsa_indexer_topk=4,
         dsa_indexer_rotate_activation=False,  # a CUDA extension
+        **change,
     )
 
 
