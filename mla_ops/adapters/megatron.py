@@ -42,6 +42,7 @@ __all__ = [
 TESTED_VERSIONS = ("0.16.1", "0.19")
 
 _DSA = "megatron.core.transformer.experimental_attention_variant"
+_TABLE = "_BACKEND_MODULE_NAME_BY_BACKEND"  # in its dsa_kernels; private, so `capabilities` looks for it
 _BACKEND_NAME = "mla_ops"
 _enabled: list[ExitStack] = []  # what `enable_dsa_backend` did and nobody has undone
 
@@ -67,11 +68,11 @@ def capabilities() -> MegatronCapabilities:
     """
     attention = _import("megatron.core.transformer.multi_latent_attention").MLASelfAttention
     version = warn_if_untested("megatron-core", TESTED_VERSIONS)
-    has_hook = importlib.util.find_spec(f"{_DSA}.dsa_kernels") is not None
+    has_hook = _has(f"{_DSA}.dsa_kernels") and hasattr(_import(f"{_DSA}.dsa_kernels"), _TABLE)
     return MegatronCapabilities(
         version=version,
         tested=any(f"{version}.".startswith(f"{tested}.") for tested in TESTED_VERSIONS),
-        absorbed=importlib.util.find_spec(f"{_DSA}.absorbed_mla") is not None,
+        absorbed=_has(f"{_DSA}.absorbed_mla"),
         dsa_hook=has_hook,
         pp_layer_offset=_takes(attention, "pp_layer_offset"),
         index_policy="sentinel" if has_hook else "mask",
@@ -234,7 +235,7 @@ def enable_dsa_backend(config: Any) -> DSABackend:
             "attention_backend is 'unfused', with which Megatron runs its dense path and asks for no kernel; set it to "
             "AttnBackend.auto"
         )
-    table = _import(f"{_DSA}.dsa_kernels")._BACKEND_MODULE_NAME_BY_BACKEND
+    table = getattr(_import(f"{_DSA}.dsa_kernels"), _TABLE)
     undo = ExitStack()
     undo.callback(_disable, undo, config, config.dsa_kernel_backend, table)
     _enabled.append(undo)
@@ -305,6 +306,13 @@ def run_fused_absorbed_sparse_attention(
 
 def _import(module: str) -> ModuleType:
     return import_extra(module, feature="mla_ops.adapters.megatron", package="megatron-core", extra="megatron")
+
+
+def _has(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # the package it would lie in
+        return False
 
 
 def _takes(cls: type, argument: str) -> bool:
