@@ -16,13 +16,18 @@ endif
 # With an NVIDIA GPU, what `pip install torch` gives (it brings its triton); without one, the pair that CI pins.
 TORCH := $(if $(shell command -v nvidia-smi),torch,torch==2.13.0 triton==3.7.1)
 
-.PHONY: demo test gpu-test memcheck bench lint clean
+.PHONY: demo test test-megatron gpu-test memcheck bench lint clean
 
 demo: $(READY)  ## train a small sparse-MLA language model on real text; writes mla-ops-demo/
 	$(PYTHON) -m mla_ops demo
 
 test: $(READY)  ## the CPU suite
 	$(PYTHON) -m pytest -m "not gpu"
+
+# Newer Megatron-Core needs Python 3.12; on 3.11, `make test` runs the same file against the last line that takes it.
+MEGATRON_PYTHON ?= python3.12
+test-megatron: .venv-megatron/ready  ## the Megatron adapter against megatron-core >= 0.19
+	.venv-megatron/bin/python -m pytest tests/test_megatron.py "tests/test_docs.py::test_every_python_block_of_a_page_runs[megatron]"
 
 gpu-test: $(READY)  ## the whole contract on a CUDA device
 	$(PYTHON) -m pytest -m gpu
@@ -51,5 +56,12 @@ lint: $(READY)  ## ruff, and mypy on the installed package (mypy cannot follow a
 	.venv/bin/python -m pip install --quiet --no-build-isolation --editable ".[demo,test,dev]"
 	touch $@
 
+.venv-megatron/ready: pyproject.toml
+	@echo "== making .venv-megatron with $$($(MEGATRON_PYTHON) --version) and installing: $(TORCH), mla_ops[test]"
+	test -x .venv-megatron/bin/python || $(MEGATRON_PYTHON) -m venv .venv-megatron
+	.venv-megatron/bin/python -m pip install --quiet $(TORCH) "setuptools>=77"
+	.venv-megatron/bin/python -m pip install --quiet --no-build-isolation --editable ".[test]"
+	touch $@
+
 clean:
-	rm -rf .venv build dist *.egg-info mla-ops-demo .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .venv-megatron build dist *.egg-info mla-ops-demo .pytest_cache .mypy_cache .ruff_cache
