@@ -59,3 +59,7 @@ class MLALayoutError(MLAAdapterError, ValueError):
 
 class UnsupportedBackendError(MLAAdapterError, UnsupportedProblemError):
     """No backend (or not the named one) runs a layer; the message holds every backend's reasons and what to choose."""
+
+
+class UnsupportedFeatureError(MLAAdapterError, NotImplementedError):
+    """A framework asks its attention for what the operator does not do (dropout, weights, windows); all at once."""
