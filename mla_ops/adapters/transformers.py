@@ -1,0 +1,326 @@
+"""Hugging Face transformers: DeepSeek-Sparse-Attention models run on the operator, in the latent space, without a fork.
+
+These models hand the indices of their own indexer to any attention function that is neither "eager" nor "sdpa", so a
+registered function is the whole plug. What it gets are expanded heads; `attach` makes the layers hand over the latent
+rows instead. The layers, their indexers, caches and weights stay the framework's.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import dataclass
+from types import MethodType, TracebackType
+from typing import Any
+
+import torch
+from torch import nn
+
+from mla_ops.adapters.extras import import_extra, warn_if_untested
+from mla_ops.adapters.seam import (
+    BackendPlan,
+    Form,
+    MLALayerMeta,
+    normalize_call,
+    resolve_backend,
+    resolve_layer_meta,
+)
+from mla_ops.adapters.torch_layer import absorb_q, project_v
+from mla_ops.api import sparse_attn
+from mla_ops.errors import MLALayoutError, MLAMetadataError, UnsupportedFeatureError
+
+ATTN_IMPLEMENTATION = "mla_sparse"
+TESTED_VERSIONS = ("5.23",)
+_FEATURE = "mla_ops.adapters.transformers"
+_LAYER = "_mla_ops_layer"  # the attribute that `attach` adds to an attention module
+
+# What models pass to every attention function, and why nothing is lost here.
+_HARMLESS = {
+    "use_cache": "the cache was updated before",
+    "position_ids": "rotary embedding was applied before, and the mask separates the sequences they pack",
+    "num_items_in_batch": "the loss's",
+    "output_hidden_states": "collected around the layers",
+    "output_router_logits": "collected around the routers",
+}
+_REFUSED = {
+    "output_attentions": "attention weights never exist here; use attn_implementation='eager' to look at them",
+    "sliding_window": "a window is no selection of keys, and there are no indices for it",
+    **dict.fromkeys(
+        ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"),
+        "these models separate packed sequences by their mask, made from position_ids; pass those alone",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class _AttachedLayer:
+    meta: MLALayerMeta
+    backend: str
+
+
+class Attachment:
+    """What `attach` changed, and the way back: call it, or leave its `with` block. A second time does nothing."""
+
+    def __init__(self, plan: BackendPlan, undo: ExitStack) -> None:
+        self.plan = plan  # who runs the layers on the device and in the dtype they had, and why not the others
+        self._undo = undo
+
+    def __call__(self) -> None:
+        """Put everything back as `attach` found it."""
+        self._undo.close()
+
+    def __enter__(self) -> Attachment:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self()
+
+
+def register() -> None:
+    """Make `attn_implementation="mla_sparse"` known to transformers, with the mask it needs.
+
+    `attach` does it too. By itself it serves models that are constructed or loaded under that name and attached later.
+    A second time changes nothing.
+
+    Raises:
+        MissingExtraError: transformers cannot be imported.
+    """
+    hub = _import("transformers")
+    warn_if_untested("transformers", TESTED_VERSIONS)
+    hub.AttentionInterface.register(ATTN_IMPLEMENTATION, _attention_forward)
+    # Boolean, and the causal structure alone: the indexers need it whatever the attention function.
+    hub.AttentionMaskInterface.register(ATTN_IMPLEMENTATION, _import("transformers.masking_utils").sdpa_mask)
+
+
+def attach(model: nn.Module, *, form: Form = "absorbed", backend: str = "auto") -> Attachment:
+    """Run the attention of a DeepSeek-Sparse-Attention model on the operator. Checks first, then changes.
+
+    Args:
+        model: a transformers model whose attention layers have an indexer (DeepseekV32, GlmMoeDsa, AXK2, HYV4), or a
+            module around one. Nothing but its attention implementation and its layers' `expand_kv` changes, both
+            undone by the handle; setting another `attn_implementation` in between works as ever.
+        form: "absorbed" keeps keys and values latent and reads the weight of `kv_b_proj`. "expanded" takes the keys
+            and values that the model makes of them: exact too, for a `kv_b_proj` that is not a plain linear layer
+            (quantised, or under LoRA), at the price of every head's keys and values.
+        backend: which backend runs the operator; a named one never falls back.
+
+    Returns:
+        The way back.
+
+    Raises:
+        MissingExtraError: transformers cannot be imported.
+        MLAMetadataError: the model has no such layers, or is attached already.
+        UnsupportedFeatureError: its layers or its configuration ask for what the operator does not do.
+        UnsupportedBackendError: no backend runs its widths on its device in its dtype, or not the named one.
+    """
+    register()
+    layers = _indexed_layers(model)
+    owner = _owner(model, layers)
+    metas = [_meta(layer, form) for layer in layers.values()]
+    for (name, layer), meta in zip(layers.items(), metas, strict=True):
+        _check_layer(name, layer, meta)
+    first = next(iter(layers.values()))
+    plan = resolve_backend(
+        backend,
+        metas[0],
+        device=first.o_proj.weight.device,
+        dtype=first.o_proj.weight.dtype,
+        needs_grad=any(parameter.requires_grad for parameter in model.parameters()),
+        topk=first.config.index_topk,
+    )
+
+    with ExitStack() as undo:
+        for layer, meta in zip(layers.values(), metas, strict=True):
+            setattr(layer, _LAYER, _AttachedLayer(meta, backend))
+            undo.callback(delattr, layer, _LAYER)
+            if form == "absorbed":
+                layer.expand_kv = MethodType(_keep_latent, layer)
+                undo.callback(delattr, layer, "expand_kv")
+        undo.callback(owner.set_attn_implementation, owner.config._attn_implementation)
+        owner.set_attn_implementation(ATTN_IMPLEMENTATION)
+        if owner.config._attn_implementation != ATTN_IMPLEMENTATION:  # for some models transformers only logs that
+            raise UnsupportedFeatureError(f"{type(owner).__name__} does not let its attention implementation be set")
+        return Attachment(plan, undo.pop_all())
+
+
+def _import(module: str) -> Any:
+    return import_extra(module, feature=_FEATURE, package="transformers", extra="transformers")
+
+
+def _indexed_layers(model: nn.Module) -> dict[str, Any]:
+    """Return the model's MLA layers by name; all of them select keys, or the model is refused."""
+    layers = {name: module for name, module in model.named_modules() if hasattr(module, "kv_b_proj")}
+    model_name = type(model).__name__
+    if not layers:
+        raise MLAMetadataError(f"{model_name} has no MLA layer: no module with a kv_b_proj", source=model_name)
+    for name, layer in layers.items():
+        missing = tuple(part for part in ("indexer", "expand_kv") if not hasattr(layer, part))
+        if missing:
+            raise MLAMetadataError(
+                f"{name} of {model_name} is a {type(layer).__name__} without {' and '.join(missing)}: it selects no "
+                "keys, so there are no indices to attend to; keep its dense attention",
+                missing=missing,
+                source=model_name,
+            )
+        if hasattr(layer, _LAYER):
+            raise MLAMetadataError(f"{name} of {model_name} is attached already; undo that first", source=model_name)
+    return layers
+
+
+def _owner(model: nn.Module, layers: dict[str, Any]) -> Any:
+    """Return the outermost pretrained model that shares its layers' configuration: it sets their implementation."""
+    config = next(iter(layers.values())).config
+    base = _import("transformers").PreTrainedModel
+    owner = next((sub for sub in model.modules() if isinstance(sub, base) and sub.config is config), None)
+    if owner is None:
+        raise MLAMetadataError(f"no PreTrainedModel in {type(model).__name__} holds the layers' configuration")
+    return owner
+
+
+def _meta(layer: Any, form: Form) -> MLALayerMeta:
+    # Off the layer, not its configuration, which need not be the same for all layers.
+    return resolve_layer_meta(
+        layer, form=form, heads_local=layer.num_heads, softmax_scale=layer.scaling, layer=layer.layer_idx
+    )
+
+
+def _check_layer(name: str, layer: Any, meta: MLALayerMeta) -> None:
+    problems = []
+    if getattr(layer, "sliding_window", None) is not None:
+        problems.append(f"sliding_window={layer.sliding_window}: {_REFUSED['sliding_window']}")
+    if layer.config.output_attentions:
+        problems.append(f"config.output_attentions: {_REFUSED['output_attentions']}")
+    if layer.training and layer.attention_dropout:
+        problems.append(_dropout(layer.attention_dropout))
+    if meta.form == "absorbed":
+        problems += _not_absorbable(layer, meta)
+    if problems:
+        raise UnsupportedFeatureError(f"{name} ({type(layer).__name__}): {'; '.join(problems)}")
+
+
+def _dropout(probability: float) -> str:
+    return f"attention dropout of {probability} in training: the operator has none; set attention_dropout to 0"
+
+
+def _not_absorbable(layer: Any, meta: MLALayerMeta) -> list[str]:
+    """Say why the weight of `kv_b_proj` alone is not the up-projection: its `forward` does something else."""
+    linear = layer.kv_b_proj
+    other = "resolve that, or attach with form='expanded'"
+    biased = getattr(linear, "bias", None) is not None
+    if type(linear) is not nn.Linear or biased:
+        got = type(linear).__name__ + " with one" * biased
+        return [f"kv_b_proj must be an nn.Linear without bias to be absorbed, got {got}; {other}"]
+    weight = linear.weight
+    shape = (meta.heads * (meta.qk_nope_head_dim + meta.v_head_dim), meta.kv_lora_rank)
+    is_whole = type(weight) is nn.Parameter and weight.shape == shape and not weight.is_meta
+    if not is_whole or not weight.is_floating_point():
+        got = f"{type(weight).__name__} {list(weight.shape)} {weight.dtype} on {weight.device}"
+        return [f"kv_b_proj.weight must be a plain floating-point parameter {list(shape)}, got {got}; {other}"]
+    return []
+
+
+def _keep_latent(self: Any, kv_nope: torch.Tensor, k_rot: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Stand in for `expand_kv`: hand on the rows `[B, 1, T, kv_lora_rank + rope]` instead of every head's."""
+    if self.config._attn_implementation != ATTN_IMPLEMENTATION:
+        expanded: tuple[torch.Tensor, torch.Tensor] = type(self).expand_kv(self, kv_nope, k_rot)
+        return expanded
+    return torch.cat([kv_nope, k_rot], dim=-1), kv_nope
+
+
+def _attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    scaling: float,
+    dropout: float = 0.0,
+    indices: torch.Tensor | None = None,
+    s_aux: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attend; the signature is transformers'.
+
+    Args:
+        module: the attention layer.
+        query: `[B, H, S, nope + rope]`.
+        key: `[B, 1, T, kv_lora_rank + rope]` absorbed, `[B, H, T, nope + rope]` expanded.
+        value: `[B, H, T, v_head_dim]` expanded; not read in the absorbed form, where the key holds it.
+        attention_mask: `[B, 1, S, T]`, bool or additive: the causal structure, not the selection.
+        scaling: multiplies the logits.
+        dropout: must be 0.
+        indices: `[B, S, topk]`; future and padded rows among them are masked out.
+        s_aux: `[H]`, attention sinks.
+        kwargs: what else the model passes to any attention function; see `_HARMLESS` and `_REFUSED`.
+
+    Returns:
+        `[B, S, H, v_head_dim]`, and no attention weights.
+    """
+    attached = getattr(module, _LAYER, None)
+    if attached is None:
+        raise MLAMetadataError(
+            f"{type(module).__name__} runs under attn_implementation={ATTN_IMPLEMENTATION!r} without being attached; "
+            f"call {_FEATURE}.attach(model)"
+        )
+    meta = attached.meta
+    _check_request(module, dropout, kwargs)
+    if indices is None or attention_mask is None:
+        missing = " and ".join(n for n, t in (("indices", indices), ("attention_mask", attention_mask)) if t is None)
+        raise MLALayoutError(
+            f"{type(module).__name__} called its attention function without {missing}; both are needed"
+        )
+
+    q, keys = query.transpose(1, 2), key.transpose(1, 2)
+    values = w_uv = None
+    if meta.form == "absorbed":
+        if problems := _not_absorbable(module, meta):
+            raise UnsupportedFeatureError(f"{type(module).__name__}: {'; '.join(problems)}")
+        w_uk, w_uv = _up_projections(module, meta)
+        q_nope, q_rope = q.split([meta.qk_nope_head_dim, meta.qk_rope_head_dim], dim=-1)
+        q = absorb_q(q_nope, q_rope, w_uk)
+    else:
+        values = value.transpose(1, 2)
+    call = normalize_call(
+        q,
+        keys,
+        values,
+        indices,
+        meta=meta,
+        layout="bshd",
+        invalid="mask",
+        mask=attention_mask,
+        # The indexer's own choice is in range, so nothing is read on the host; only a caller's additive mask can hold
+        # what indices cannot say.
+        check=attention_mask.dtype != torch.bool,
+    )
+    out, _ = sparse_attn(
+        call.q,
+        call.kv,
+        call.indices,
+        d_v=call.d_v,
+        softmax_scale=scaling,
+        attn_sink=None if s_aux is None else s_aux.float(),
+        backend=attached.backend,
+    )
+    out = call.restore(out)
+    return (out if w_uv is None else project_v(out, w_uv)), None
+
+
+def _check_request(module: nn.Module, dropout: float, kwargs: dict[str, Any]) -> None:
+    problems = [_dropout(dropout)] if dropout else []
+    for name, value in kwargs.items():
+        if value is None or name in _HARMLESS or (name == "output_attentions" and not value):
+            continue
+        reason = _REFUSED.get(name, "unknown here, and an argument that nobody reads would be dropped in silence")
+        problems.append(f"{name}: {reason}")
+    if problems:
+        raise UnsupportedFeatureError(f"{type(module).__name__}: {'; '.join(problems)}")
+
+
+def _up_projections(module: Any, meta: MLALayerMeta) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return W_UK `[heads, nope, kv_lora_rank]` and W_UV `[heads, v_head_dim, kv_lora_rank]`, views of one weight."""
+    per_head = module.kv_b_proj.weight.unflatten(0, (meta.heads, -1))
+    w_uk, w_uv = per_head.split([meta.qk_nope_head_dim, meta.v_head_dim], dim=1)
+    return w_uk, w_uv
