@@ -19,18 +19,19 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
-from provenance import write
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 import mla_ops
+from mla_ops.cli.provenance import write
 from mla_ops.distributed import key_load, sparse_attn_cp
 
 SCALE = 0.08
@@ -255,7 +256,7 @@ def measure(bench: Bench, name: str, shape: Shape) -> list[dict[str, Any]]:
     return records
 
 
-def run_rank(rank: int, ranks: int, folder: str, names: list[str], compiled: bool) -> None:
+def run_rank(rank: int, ranks: int, folder: str, arguments: argparse.Namespace) -> None:
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda", rank) if on_gpu else torch.device("cpu")
     if on_gpu:
@@ -268,15 +269,15 @@ def run_rank(rank: int, ranks: int, folder: str, names: list[str], compiled: boo
         world_size=ranks,
         device_id=device if on_gpu else None,
     )
-    bench = Bench(init_device_mesh(device.type, (ranks,), mesh_dim_names=("ranks",)), device, compiled)
+    bench = Bench(init_device_mesh(device.type, (ranks,), mesh_dim_names=("ranks",)), device, arguments.compile)
     records = []
-    for name in names:
+    for name in arguments.shapes or SHAPES:
         records += measure(bench, name, SHAPES[name] if on_gpu else SHAPES[name].toy())
         if on_gpu:
             torch.cuda.empty_cache()
     if rank == 0 and on_gpu:
-        what = f"distributed-x{ranks}" + ("-compiled" if compiled else "")
-        print(f"wrote {write(what, device, records, ranks=ranks)}")
+        what = f"distributed-x{ranks}" + ("-compiled" if arguments.compile else "")
+        print(f"wrote {write(arguments.out, what, device, records, arguments.commit, ranks=ranks)}")
     dist.destroy_process_group()
 
 
@@ -284,14 +285,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("shapes", nargs="*", metavar="SHAPE", help=f"of {', '.join(SHAPES)}; all by default")
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder for the results")
+    parser.add_argument("--commit", help="what to record as the commit, where history is not at hand")
     arguments = parser.parse_args()
     # Multicast over NVLink needs a privilege that containers often lack; without it NCCL hangs at start-up.
     os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
     ranks = max(torch.cuda.device_count(), 2)
     with TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(
-            run_rank, (ranks, folder, arguments.shapes or list(SHAPES), arguments.compile), nprocs=ranks
-        )
+        torch.multiprocessing.spawn(run_rank, (ranks, folder, arguments), nprocs=ranks)
 
 
 if __name__ == "__main__":
