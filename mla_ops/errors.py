@@ -49,7 +49,7 @@ class InvalidSettingError(MlaOpsError, ValueError):
 
 
 class MLAAdapterError(MlaOpsError):
-    """Base of what the adapter seam raises: always before a kernel, an allocation of its size or a rotary call."""
+    """Base of what the seam and the adapters raise: before a kernel, an allocation of its size or a rotary call."""
 
 
 class MLAMetadataError(MLAAdapterError, ValueError):

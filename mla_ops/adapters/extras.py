@@ -1,4 +1,7 @@
-"""Optional frameworks: imported on request, refused with the pip line, questioned when their version is untested."""
+"""Optional frameworks: imported on request, refused with the pip line, questioned when their version is untested.
+
+What an adapter changes in a framework's objects it hands back as an `Undo`.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +9,31 @@ import importlib
 import importlib.metadata
 import warnings
 from collections.abc import Sequence
+from contextlib import ExitStack
 from functools import cache
-from types import ModuleType
+from types import ModuleType, TracebackType
+from typing import Self
 
 from mla_ops.errors import MissingExtraError
+
+
+class Undo:
+    """The way back from a change: call it, or leave its `with` block. A second time does nothing."""
+
+    def __init__(self, steps: ExitStack) -> None:
+        self._steps = steps
+
+    def __call__(self) -> None:
+        """Put everything back as it was found."""
+        self._steps.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self()
 
 
 def import_extra(module: str, *, feature: str, package: str, extra: str) -> ModuleType:

@@ -16,20 +16,19 @@ import inspect
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cache
-from types import ModuleType, TracebackType
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import nn
 
-from mla_ops.adapters.extras import import_extra, warn_if_untested
+from mla_ops.adapters.extras import Undo, import_extra, warn_if_untested
 from mla_ops.adapters.megatron_attention import IndexFn, SparseMLACoreAttention, packed_seq
 from mla_ops.adapters.seam import InvalidSlots, MLALayerMeta, normalize_call, plan_positions
 from mla_ops.api import sparse_attn
 from mla_ops.errors import MLALayoutError, MLAMetadataError, UnsupportedBackendError
 
 __all__ = [
-    "DSABackend",
     "IndexFn",
     "MegatronCapabilities",
     "SparseMLACoreAttention",
@@ -185,26 +184,7 @@ def _adapted(attention: type[nn.Module]) -> type[nn.Module]:
     return type(f"Adapted{attention.__name__}", (_Adapted, attention), namespace)
 
 
-class DSABackend:
-    """What `enable_dsa_backend` returns: call it, or leave its `with` block, to undo. Undoing twice is harmless."""
-
-    def __init__(self, undo: ExitStack) -> None:
-        self._undo = undo
-
-    def __call__(self) -> None:
-        """Restore the configuration and Megatron's table."""
-        self._undo.close()
-
-    def __enter__(self) -> DSABackend:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self()
-
-
-def enable_dsa_backend(config: Any) -> DSABackend:
+def enable_dsa_backend(config: Any) -> Undo:
     """Run the operator where Megatron's absorbed sparse attention asks for a fused kernel, for any widths.
 
     Megatron's own kernels decline everything but 576/512 in bf16 with `topk % 64 == 0`, and it then falls to a dense
@@ -241,7 +221,7 @@ def enable_dsa_backend(config: Any) -> DSABackend:
     _enabled.append(undo)
     table[_BACKEND_NAME] = __name__
     config.dsa_kernel_backend = _BACKEND_NAME
-    return DSABackend(undo)
+    return Undo(undo)
 
 
 def _disable(undo: ExitStack, config: Any, previous: str, table: dict[str, str]) -> None:

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from dataclasses import dataclass
-from types import MethodType, TracebackType
+from types import MethodType
 from typing import Any
 
 import torch
 from torch import nn
 
-from mla_ops.adapters.extras import import_extra, warn_if_untested
+from mla_ops.adapters.extras import Undo, import_extra, warn_if_untested
 from mla_ops.adapters.seam import (
     BackendPlan,
     Form,
@@ -57,24 +57,12 @@ class _AttachedLayer:
     backend: str
 
 
-class Attachment:
-    """What `attach` changed, and the way back: call it, or leave its `with` block. A second time does nothing."""
+class Attachment(Undo):
+    """What `attach` changed, and the way back."""
 
-    def __init__(self, plan: BackendPlan, undo: ExitStack) -> None:
+    def __init__(self, plan: BackendPlan, steps: ExitStack) -> None:
+        super().__init__(steps)
         self.plan = plan  # who runs the layers on the device and in the dtype they had, and why not the others
-        self._undo = undo
-
-    def __call__(self) -> None:
-        """Put everything back as `attach` found it."""
-        self._undo.close()
-
-    def __enter__(self) -> Attachment:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self()
 
 
 def register() -> None:
