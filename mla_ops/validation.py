@@ -99,8 +99,7 @@ def check_inputs(
     if attn_sink is not None and attn_sink.dtype != torch.float32:
         raise InvalidInputError(f"attn_sink must be float32, got {_dtype(attn_sink)}; use attn_sink.float()")
 
-    batch, seq_q = q.shape[:-3], q.shape[-3]
-    heads, d_total = q.shape[-2], q.shape[-1]
+    *batch, seq_q, heads, d_total = q.shape
     kv_group = kv.shape[-2]
     if batch:
         _require_size("kv", kv, 0, batch[0], "the batch of q")

@@ -428,13 +428,13 @@ def _outer_strides(tensor: torch.Tensor) -> tuple[int, int, int]:
 
 def _alignment(strides: tuple[int, ...]) -> int:
     """Return the largest power of two up to 16 that divides every stride."""
-    align = gcd(16, *(stride for stride in strides if isinstance(stride, int)))
-    symbolic = [stride for stride in strides if not isinstance(stride, int)]
-    if symbolic:
-        from torch.fx.experimental.symbolic_shapes import statically_known_true
+    if all(type(stride) is int for stride in strides):
+        return gcd(16, *strides)
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-        while not all(statically_known_true(stride % align == 0) for stride in symbolic):
-            align //= 2
+    align = gcd(16, *(stride for stride in strides if isinstance(stride, int)))
+    while not all(isinstance(stride, int) or statically_known_true(stride % align == 0) for stride in strides):
+        align //= 2
     return align
 
 
