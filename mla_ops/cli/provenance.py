@@ -28,7 +28,7 @@ def header(device: torch.device, commit: str | None = None) -> dict[str, Any]:
         "python": platform.python_version(),
         "commit": commit or _commit(),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "command": " ".join(["python", *(Path(a).name if Path(a).is_absolute() else a for a in sys.argv)]),
+        "command": _command(),
     }
 
 
@@ -51,6 +51,11 @@ def write(
     path = folder / f"{top['date']}-{device_label(device)}-{what}.json"
     path.write_text(json.dumps({"header": top, **extra, "records": records}, indent=1) + "\n")
     return path
+
+
+def _command() -> str:
+    program, *arguments = (Path(word).name if Path(word).is_absolute() else word for word in sys.argv)
+    return " ".join(["mla-ops" if program in ("__main__.py", "mla-ops") else f"python {program}", *arguments])
 
 
 def _commit() -> str:

@@ -96,7 +96,7 @@ SWEEPS: dict[str, tuple[str, dict[int, Shape]]] = {
         {k: Shape(1, 4096, 8192, 28, 128, 64, k) for k in (32, 64, 128, 256, 512, 1024, 2048)},
     ),
     "seq_q": (
-        "queries (128/64, 28 heads, topk 1024; one query is a decode step)",
+        "queries (128/64, 28 heads, topk 1024)",
         {s: Shape(1, s, 8192, 28, 128, 64, 1024) for s in (1, 4, 16, 64, 256, 1024, 4096)},
     ),
 }
