@@ -22,6 +22,7 @@ def sparse_attn_fake(
     backend: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Fake of `mla::sparse_attn`."""
+    _prepare_compilation()
     check_backend_name(backend)
     check_inputs(q, kv, indices, d_v, softmax_scale, topk_length, attn_sink)
     return q.new_empty((*q.shape[:-1], d_v)), q.new_empty(q.shape[:-1], dtype=torch.float32)
@@ -44,6 +45,7 @@ def sparse_attn_bwd_fake(
     backend: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Fake of `mla::sparse_attn_bwd`; a gradient that is not needed is an empty `[0]` tensor."""
+    _prepare_compilation()
     check_backend_name(backend)
     check_inputs(q, kv, indices, d_v, softmax_scale, topk_length, attn_sink)
     check_bwd_inputs(dout, dlse, q, out, lse, d_v)
@@ -51,6 +53,14 @@ def sparse_attn_bwd_fake(
     dkv = kv.new_empty(kv.shape if need_dkv else 0)
     dsink = q.new_empty(0 if attn_sink is None else attn_sink.shape, dtype=torch.float32)
     return dq, dkv, dsink
+
+
+def _prepare_compilation() -> None:
+    """Install the lowering when a graph is being traced: importing Inductor earlier would cost seconds for nothing."""
+    if torch._guards.TracingContext.try_get() is not None:
+        from mla_ops import lowering
+
+        lowering.prepare()
 
 
 def register(library: torch.library.Library) -> None:

@@ -129,14 +129,15 @@ def launch_forward(
     attn_sink: torch.Tensor | None,
     *,
     num_splits: int | None = None,
+    use_int64_offsets: bool | None = None,
     config: FwdConfig | None = None,
     traits: DeviceTraits | None = None,
     wrap: Wrap = _identity,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Run the forward kernel, and the merge kernel when a row's slots are shared out over `num_splits` programs.
 
-    The keyword arguments replace what is derived otherwise (`num_splits` must be given when sizes are symbolic);
-    `wrap` is applied to every kernel that is launched.
+    The keyword arguments replace what is derived otherwise (`num_splits` must be given when sizes are symbolic, and
+    without `use_int64_offsets` a guard is added then); `wrap` is applied to every kernel that is launched.
     """
     from mla_ops.kernels.forward import _sparse_attn_fwd_kernel
 
@@ -152,7 +153,7 @@ def launch_forward(
         return out, lse
     config = config or _fitting(forward_config, "forward", traits, heads // kv_group, d_v, q)
     topk_length, attn_sink = _contiguous(topk_length), _contiguous(attn_sink)
-    programs = rows * kv_group * -(-(heads // kv_group) // config.block_h)
+    programs = program_count(rows, heads, kv_group, config)
     if num_splits is None:
         num_splits = split_count(programs, topk, config.block_k, traits.num_sms)
     is_split = num_splits > 1
@@ -163,13 +164,15 @@ def launch_forward(
         kernel_lse = q.new_empty((rows, num_splits, heads), dtype=torch.float32)
 
     strides = (*_outer_strides(q), *_outer_strides(kv))
+    if use_int64_offsets is None:
+        use_int64_offsets = bool(seq_kv * strides[4] >= INT32_OFFSETS)
     wrap(_sparse_attn_fwd_kernel)[(programs, num_splits)](
         q, *strides[:3], kv, *strides[3:], indices, *_outer_strides(indices),
         topk_length, attn_sink, kernel_out, kernel_lse,
         softmax_scale, seq_q, seq_kv, topk, slots_per_split,
         heads, kv_group, d_total, d_v,
         config.block_h, config.block_k, *chunk_widths(d_total, d_v, config.max_chunk),
-        _alignment(strides), seq_kv * strides[4] >= INT32_OFFSETS, _input_precision(q), is_split,
+        _alignment(strides), use_int64_offsets, _input_precision(q), is_split,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     if is_split:
@@ -180,6 +183,11 @@ def launch_forward(
             kernel_out, kernel_lse, attn_sink, out, lse, num_splits, heads, d_v, block_d, num_warps=4
         )
     return out, lse
+
+
+def program_count(rows: int, heads: int, kv_group: int, config: FwdConfig) -> int:
+    """Return how many programs a forward needs: one per row, KV group and block of its heads."""
+    return rows * kv_group * -(-(heads // kv_group) // config.block_h)
 
 
 def split_count(programs: int, topk: int, block_k: int, num_sms: int) -> int:
@@ -206,6 +214,7 @@ def launch_backward(
     need_dq: bool,
     need_dkv: bool,
     *,
+    use_int64_offsets: bool | None = None,
     configs: tuple[BwdConfig, ...] | None = None,
     traits: DeviceTraits | None = None,
     wrap: Wrap = _identity,
@@ -236,6 +245,8 @@ def launch_backward(
     if dout is not None:
         dout = _aligned_like_contiguous(dout)
         do_strides = _outer_strides(dout)
+    if use_int64_offsets is None:
+        use_int64_offsets = bool(seq_kv * max(strides[4], kv_group * d_total) >= INT32_OFFSETS)
     deterministic = torch.are_deterministic_algorithms_enabled()
 
     def head_blocks(config: BwdConfig) -> int:
@@ -248,8 +259,7 @@ def launch_backward(
             softmax_scale, first_row, seq_q, seq_kv, indices.shape[-1],
             heads, kv_group, d_total, d_v,
             config.block_h, config.block_k, *chunk_widths(d_total, d_v, config.max_chunk),
-            _alignment(strides), seq_kv * max(strides[4], kv_group * d_total) >= INT32_OFFSETS, _input_precision(q),
-            config.is_key_major, deterministic,
+            _alignment(strides), use_int64_offsets, _input_precision(q), config.is_key_major, deterministic,
             num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
 
@@ -327,14 +337,14 @@ def _slots_by_key(
     seq_kv = kv_shape[-3]
     num_keys = kv_shape[:-1].numel()
     key_dtype = torch.int32 if num_keys < 2**31 else torch.int64
-    positions = indices.reshape(-1, kv_group, topk)[first_row : first_row + num_rows]
+    positions = indices.reshape(-1, kv_group, topk).narrow(0, first_row, num_rows)
     valid = (positions >= 0) & (positions < seq_kv)
     if topk_length is not None:
-        lengths = topk_length.reshape(-1, 1, 1)[first_row : first_row + num_rows]
+        lengths = topk_length.reshape(-1, 1, 1).narrow(0, first_row, num_rows)
         valid &= torch.arange(topk, device=indices.device) < lengths
-    batch = torch.arange(first_row, first_row + num_rows, device=indices.device) // seq_q
-    group = torch.arange(kv_group, device=indices.device)
-    keys = (batch[:, None, None] * seq_kv + positions) * kv_group + group[:, None]
+    batch = torch.arange(first_row, first_row + num_rows, device=indices.device).view(-1, 1, 1) // seq_q
+    group = torch.arange(kv_group, device=indices.device).view(-1, 1)
+    keys = (batch * seq_kv + positions) * kv_group + group
     keys = torch.where(valid, keys, num_keys).to(key_dtype)
     sorted_keys, order = torch.sort(keys.flatten(), stable=True)
     starts = torch.searchsorted(sorted_keys, torch.arange(num_keys + 1, device=indices.device, dtype=key_dtype))
