@@ -12,6 +12,8 @@ import torch
 
 # What cuBLAS needs to be deterministic, which the eager backend's matmuls on CUDA rely on; read when CUDA starts.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+# Inductor's pool of compile workers can keep a process without a GPU waiting for minutes at its end.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 
 @dataclass(frozen=True)

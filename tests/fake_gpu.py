@@ -101,6 +101,7 @@ class LoweringBackend:
         self.frames = 0
         self.graphs: list[torch.fx.GraphModule] = []  # post-grad; forward and backward
         self.operations: list[list[str]] = []  # for each graph, the kinds of Inductor's operations
+        self.launches: list[dict[str, Any]] = []  # the arguments of every inlined kernel, by name
         self._compile = aot_autograd(fw_compiler=self._lower, bw_compiler=self._lower)
 
     def __call__(self, graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> Any:
@@ -137,6 +138,11 @@ class LoweringBackend:
             stack.enter_context(V.set_graph_handler(lowered))
             lowered.run(*inputs)
         self.operations.append([type(operation).__name__ for operation in lowered.operations])
+        self.launches += [
+            operation.kwargs
+            for operation in lowered.operations
+            if type(operation).__name__ == "UserDefinedTritonKernel"
+        ]
         return make_boxed_func(graph.forward)
 
 
