@@ -249,3 +249,13 @@ def test_fingerprint_sees_every_source(tmp_path: Path) -> None:
         (tmp_path / source).write_text((tmp_path / source).read_text() + "\n# changed\n")
         prints.add(run_python(program, tmp_path))
     assert len(prints) == 4
+
+
+def test_a_walk_over_the_packages_modules_ends() -> None:
+    # In a checkout the package's own folder lies on its path; TORCH_LOGS="mla_ops" walks it while torch is imported.
+    program = """
+import pkgutil, mla_ops
+names = [module.name for module in pkgutil.walk_packages(mla_ops.__path__, "mla_ops.", onerror=lambda name: None)]
+print(max(name.count("mla_ops") for name in names), "mla_ops.lowering.choices" in names)
+"""
+    assert run_python(program) == "2 True"
