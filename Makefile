@@ -16,7 +16,9 @@ endif
 # With an NVIDIA GPU, what `pip install torch` gives (it brings its triton); without one, the pair that CI pins.
 TORCH := $(if $(shell command -v nvidia-smi),torch,torch==2.13.0 triton==3.7.1)
 
-.PHONY: demo test gpu-test bench lint clean
+COMPAT_TORCH := 2.11.0 2.14.1
+
+.PHONY: demo test gpu-test bench compat lint clean
 
 demo: $(READY)  ## train a small sparse-MLA language model on real text; writes mla-ops-demo/
 	$(PYTHON) -m mla_ops demo
@@ -29,6 +31,14 @@ gpu-test: $(READY)  ## the whole contract on a CUDA device
 
 bench: $(READY)  ## against the plain formulations, on the GPU if there is one; writes benchmarks/results/
 	$(PYTHON) benchmarks/$(if $(shell command -v nvidia-smi),sparse_attn,cpu_operator).py
+
+compat:  ## the lowering's code generation on the oldest and the newest torch, each in an environment of its own
+	for torch in $(COMPAT_TORCH); do \
+	  env=.venv-torch-$$torch; test -x $$env/bin/python || $(BASE_PYTHON) -m venv $$env; \
+	  $$env/bin/python -m pip install --quiet torch==$$torch "setuptools>=77"; \
+	  $$env/bin/python -m pip install --quiet --no-build-isolation --editable ".[test]"; \
+	  $$env/bin/python -m pytest tests/test_lowering.py; \
+	done
 
 lint: $(READY)  ## ruff, and mypy on the installed package (mypy cannot follow an editable install's finder)
 	$(PYTHON) -m ruff check .
@@ -46,4 +56,4 @@ lint: $(READY)  ## ruff, and mypy on the installed package (mypy cannot follow a
 	touch $@
 
 clean:
-	rm -rf .venv build dist *.egg-info mla-ops-demo .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .venv-torch-* build dist *.egg-info mla-ops-demo .pytest_cache .mypy_cache .ruff_cache

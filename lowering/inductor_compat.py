@@ -31,8 +31,8 @@ def is_supported() -> bool:
         return True
     warnings.warn(
         f"mla_ops.lowering is tested with torch >= {first[0]}.{first[1]}, < {end[0]}.{end[1]} and this is "
-        f"{torch.__version__}: compiled graphs call mla::sparse_attn as an extern kernel, slower to launch and otherwise "
-        "the same; look for a newer mla_ops, or call mla_ops.lowering.disable() to silence this",
+        f"{torch.__version__}: compiled graphs call mla::sparse_attn as an extern kernel, slower to launch and "
+        "otherwise the same; look for a newer mla_ops, or call mla_ops.lowering.disable() to silence this",
         stacklevel=2,
     )
     return False
@@ -149,12 +149,9 @@ def upper_bound(expr: Expr) -> float:
 
 
 def _simplified(expr: Expr) -> Expr:
-    import sympy
     from torch._inductor.virtualized import V
 
-    if isinstance(expr, torch.SymInt):
-        expr = expr.node.expr
-    return V.graph.sizevars.simplify(sympy.sympify(expr))
+    return V.graph.sizevars.simplify(expr.node.expr if isinstance(expr, torch.SymInt) else expr)
 
 
 def _symbols(expr: Expr) -> set[Any]:

@@ -161,8 +161,11 @@ def _plan(q: Any, kv: Any, indices: Any, d_v: Any, backend: str, *, needs_grad: 
 
     hints = Hints(**{name: inductor.hint(size) for name, size in lengths.items()})
     problem = SparseAttnProblem(
-        **{name: inductor.hint(size) for name, size in compiled_for.items()},
+        d_total=inductor.hint(q_size[-1]),
+        d_v=inductor.hint(d_v),
         topk=inductor.hint(topk),
+        heads=inductor.hint(q_size[-2]),
+        kv_group=inductor.hint(kv_size[-2]),
         dtype=q.get_dtype(),
         needs_grad=needs_grad,
     )

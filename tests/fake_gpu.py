@@ -43,6 +43,7 @@ DRIVER = SimpleNamespace(
 @contextmanager
 def fake_h100() -> Iterator[None]:
     """Answer every question that torch, Inductor and Triton ask about device 0 as an H100 would."""
+    import torch.utils._triton
     import triton
     from torch._dynamo import device_interface
 
@@ -65,8 +66,11 @@ def fake_h100() -> Iterator[None]:
         stack.enter_context(patch.object(torch.version, "cuda", "13.0"))
         stack.enter_context(patch.multiple(device_interface.CudaInterface, **interface, create=True))
         stack.enter_context(patch.multiple(device_interface.CudaInterface.Worker, **interface, create=True))
-        stack.callback(device._cuda_traits.cache_clear)
-        device._cuda_traits.cache_clear()
+        remembered = [device._cuda_traits, *vars(torch.utils._triton).values()]  # answers given before and in here
+        for clear in (getattr(function, "cache_clear", None) for function in remembered):
+            if clear is not None:
+                clear()
+                stack.callback(clear)
         stack.enter_context(patch.object(triton.runtime.driver, "_active", DRIVER))
         yield
 
