@@ -5,7 +5,8 @@
 Exports a layer with dynamic batch and sequence lengths, packages it, then starts a process that loads the package
 without importing mla_ops, runs it at sizes it was not exported with, and compares with eager. The package holds the
 kernel as machine code for this GPU's architecture; widths, heads and the scale are constants of it. Lengths start at 2:
-decoding one token at a time needs a package of its own, exported with a static length.
+decoding one token at a time needs a package of its own, exported with a static length. A program that comes from
+`torch.export.load` is not traced here any more: call `mla_ops.lowering.enable()` before packaging it.
 
 `--control` packages the same layer with the operator left out: what it says about a toolchain is not about mla_ops.
 """
@@ -32,9 +33,10 @@ from pathlib import Path
 folder = Path(sys.argv[1])
 layer = torch._inductor.aoti_load_package(str(folder / "layer.pt2"))
 for inputs, expected in torch.load(folder / "cases.pt"):
-    torch.testing.assert_close(layer(*inputs), expected)
+    error = ((layer(*inputs).float() - expected.float()).norm() / expected.float().norm()).item()
+    assert error < 1e-2, error  # bf16 has 0.4 %
+    print(f"matches eager at x {list(inputs[0].shape)}, kv {list(inputs[1].shape)}: relative error {error:.1e}")
 assert not any(name.split(".")[0] == "mla_ops" for name in sys.modules)
-print(f"matches eager at {[tuple(inputs[1].shape) for inputs, _ in torch.load(folder / 'cases.pt')]}")
 """
 
 

@@ -40,9 +40,12 @@ class _Switched:
 def enable() -> _Switched:
     """Inline kernels into the graphs that are compiled from now on, or inside a `with` block. Idempotent.
 
-    Graphs that exist already stay what they are.
+    Graphs that exist already stay what they are. The lowering is installed at once, which imports Inductor: packaging a
+    program that `torch.export.load` read has no trace to install it in, and needs this call.
     """
-    return _Switched(to=True)
+    switched = _Switched(to=True)
+    prepare()
+    return switched
 
 
 def disable() -> _Switched:

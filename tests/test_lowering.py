@@ -375,6 +375,18 @@ def test_graphs_compiled_while_disabled_call_the_operator(said: Callable[[str], 
     assert backend.is_inlined()
 
 
+def test_enabling_installs_at_once_for_programs_that_are_not_traced_any_more() -> None:
+    # What is packaged after torch.export.load: its operators are in the graph, and no fake of ours runs again.
+    program = """
+import mla_ops.lowering
+mla_ops.lowering.enable()
+import torch._inductor.lowering as inductor
+assert torch.ops.mla.sparse_attn.default in inductor.lowerings
+assert torch.ops.mla.sparse_attn_bwd.default in inductor.lowerings
+"""
+    run_python("import torch\n" + program)
+
+
 def run_python(program: str, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
     paths = os.pathsep.join([str(cwd), str(ROOT / "tests")])
     result = subprocess.run(
