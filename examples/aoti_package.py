@@ -26,7 +26,7 @@ from torch.export import Dim
 HEADS, D_TOTAL, D_V, TOPK = 16, 128, 64, 32
 SIZES = [(2, 64, 128), (3, 40, 200)]  # batch, seq_q, seq_kv; exported with the first
 
-# What runs in the other process: no mla_ops, not even on its path.
+# What runs in the other process.
 RUN = """
 import sys, torch
 from pathlib import Path
@@ -93,8 +93,8 @@ def main() -> int:
     torch.save(cases, options.out / "cases.pt")
     print(f"packaged {options.out / 'layer.pt2'}", flush=True)
 
-    # -I: neither this folder nor PYTHONPATH is on the path, so an import of mla_ops would have to be an installed one.
-    return subprocess.run([sys.executable, "-I", "-c", RUN, str(options.out)], check=False).returncode
+    # -P: the folder this is called from, perhaps a checkout, is not on the path.
+    return subprocess.run([sys.executable, "-P", "-c", RUN, str(options.out)], check=False).returncode
 
 
 if __name__ == "__main__":
