@@ -43,7 +43,7 @@ class _Plan:
     problem: SparseAttnProblem
     hints: Hints
     traits: DeviceTraits
-    use_int64_offsets: bool | None  # None: 32 bits, and a guard if the lengths are symbolic
+    use_int64_offsets: bool | None  # None: the launcher finds out, by a guard if the lengths are symbolic
 
 
 def _lower_forward(

@@ -256,6 +256,14 @@ def test_a_loss_of_one_result_and_one_gradient_is_inlined(need: str, result: int
     assert (launch["dout_ptr"] is None, launch["dlse_ptr"] is None) == (result == 1, result == 0)
 
 
+@pytest.mark.parametrize("size", ["batch", "seq_q", "heads"])
+def test_nothing_to_compute_is_nothing_to_launch(size: str) -> None:
+    compiled, backend = compile_lowered()
+    train(compiled, make_inputs(replace(DISTINCT, topk=200, **{size: 0}), invalid=False))
+    assert backend.launches == []
+    assert not any(name.startswith("mla.") for operations in backend.operations for name in operations)
+
+
 def test_lengths_marked_dynamic_stay_symbolic_with_the_kernel_inlined() -> None:
     compiled, backend = compile_lowered()
 

@@ -193,7 +193,7 @@ def program_count(rows: int, heads: int, kv_group: int, config: FwdConfig) -> in
 def split_count(programs: int, topk: int, block_k: int, num_sms: int) -> int:
     """Return over how many programs the slots of one row are shared out; 1 when the grid fills the device anyway."""
     blocks = -(-topk // block_k)
-    if programs >= num_sms or blocks < 2:
+    if not 0 < programs < num_sms or blocks < 2:
         return 1
     blocks_per_split = -(-blocks // (num_sms // programs))
     return -(-blocks // blocks_per_split)
