@@ -105,6 +105,7 @@ def test_plain_checkout_serves_the_subpackages(source_copy: Path) -> None:
 def test_editable_install_serves_the_subpackages(mode: str, from_root: bool, source_copy: Path, tmp_path: Path) -> None:
     pip(
         "install",
+        "--ignore-installed",  # else pip uninstalls the environment's own mla_ops first
         "--editable",
         str(source_copy),
         "--config-settings",
