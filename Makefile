@@ -37,7 +37,7 @@ compat:  ## the lowering's code generation on the oldest and the newest torch, e
 	  env=.venv-torch-$$torch; test -x $$env/bin/python || $(BASE_PYTHON) -m venv $$env; \
 	  $$env/bin/python -m pip install --quiet torch==$$torch "setuptools>=77"; \
 	  $$env/bin/python -m pip install --quiet --no-build-isolation --editable ".[test]"; \
-	  $$env/bin/python -m pytest tests/test_lowering.py; \
+	  $$env/bin/python -m pytest tests/test_lowering.py tests/test_lowering_code.py; \
 	done
 
 lint: $(READY)  ## ruff, and mypy on the installed package (mypy cannot follow an editable install's finder)

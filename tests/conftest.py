@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -73,3 +74,10 @@ def fresh_dynamo() -> None:
     """Start without compiled frames or counters of earlier tests."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
+
+
+@pytest.fixture
+def said(caplog: pytest.LogCaptureFixture) -> Callable[[str], bool]:
+    """Tell whether the lowering has said something in its log."""
+    caplog.set_level(logging.INFO, logger="mla_ops.lowering")
+    return lambda text: any(text in record.getMessage() for record in caplog.records)
