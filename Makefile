@@ -16,7 +16,9 @@ endif
 # With an NVIDIA GPU, what `pip install torch` gives (it brings its triton); without one, the pair that CI pins.
 TORCH := $(if $(shell command -v nvidia-smi),torch,torch==2.13.0 triton==3.7.1)
 
-.PHONY: demo test test-megatron gpu-test memcheck bench lint clean
+COMPAT_TORCH := 2.11.0 2.14.1
+
+.PHONY: demo test test-megatron gpu-test memcheck bench compat lint clean
 
 demo: $(READY)  ## train a small sparse-MLA language model on real text; writes mla-ops-demo/
 	$(PYTHON) -m mla_ops demo
@@ -41,6 +43,14 @@ memcheck: $(READY)  ## representative GPU tests under compute-sanitizer
 bench: $(READY)  ## forward and backward on the GPU beside other formulations; writes benchmarks/results/
 	$(PYTHON) $(if $(shell command -v nvidia-smi),-m mla_ops bench --sweeps all,benchmarks/cpu_operator.py)
 
+compat:  ## the lowering's code generation on the oldest and the newest torch, each in an environment of its own
+	for torch in $(COMPAT_TORCH); do \
+	  env=.venv-torch-$$torch; test -x $$env/bin/python || $(BASE_PYTHON) -m venv $$env; \
+	  $$env/bin/python -m pip install --quiet torch==$$torch "setuptools>=77"; \
+	  $$env/bin/python -m pip install --quiet --no-build-isolation --editable ".[test]"; \
+	  $$env/bin/python -m pytest tests/test_lowering.py tests/test_lowering_code.py; \
+	done
+
 lint: $(READY)  ## ruff, and mypy on the installed package (mypy cannot follow an editable install's finder)
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
@@ -64,4 +74,4 @@ lint: $(READY)  ## ruff, and mypy on the installed package (mypy cannot follow a
 	touch $@
 
 clean:
-	rm -rf .venv .venv-megatron build dist *.egg-info mla-ops-demo .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .venv-megatron .venv-torch-* build dist *.egg-info mla-ops-demo .pytest_cache .mypy_cache .ruff_cache

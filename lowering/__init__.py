@@ -1,29 +1,78 @@
-"""The Inductor lowering's switch.
+"""The Inductor lowering's switch: whether compiled graphs contain the kernels or call the operators.
 
-This version has no lowering: a compiled graph calls the operators as extern kernels, which needs nothing enabled and
-is complete. `enable()` therefore refuses, rather than leave a caller believing that kernels are inlined.
+Nothing depends on it: with the lowering off, a compiled graph calls the operators as extern kernels, which computes the
+same bits. It is on by default and installed while a graph is traced, so `import mla_ops` does not import Inductor.
+
+    mla_ops.lowering.disable()          # graphs compiled from now on
+    with mla_ops.lowering.disable():    # graphs compiled inside the block
+        ...
 """
 
 if __name__ != "mla_ops.lowering":
     raise ImportError(f"import mla_ops.lowering, not {__name__}: a second copy would have a switch of its own")
 
-from mla_ops.errors import UnsupportedProblemError
+from types import TracebackType
+
+from mla_ops.registration.cache_key import tag_compile_caches
+from mla_ops.settings import current
 
 __all__ = ["disable", "enable", "is_enabled"]
 
-
-def enable() -> None:
-    """Raise `UnsupportedProblemError`: there is no lowering to install in this version."""
-    raise UnsupportedProblemError(
-        "mla_ops.lowering.enable(): this version has no Inductor lowering; compiled graphs call mla::sparse_attn as an "
-        "extern kernel, which needs nothing enabled"
-    )
+# Of the process, not of a thread: a backward may be compiled by the thread that runs it.
+_enabled = True
 
 
-def disable() -> None:
-    """Leave the operators as extern kernels in compiled graphs, as they are."""
+class _Switched:
+    """What a switch returns: as a context manager it puts the earlier state back."""
+
+    def __init__(self, *, to: bool) -> None:
+        self._before = _enabled
+        _set(to)
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        _set(self._before)
+
+
+def enable() -> _Switched:
+    """Inline kernels into the graphs that are compiled from now on, or inside a `with` block. Idempotent.
+
+    Graphs that exist already stay what they are. The lowering is installed at once, which imports Inductor: packaging a
+    program that `torch.export.load` read has no trace to install it in, and needs this call.
+    """
+    switched = _Switched(to=True)
+    prepare()
+    return switched
+
+
+def disable() -> _Switched:
+    """Call the operators as extern kernels in the graphs that are compiled from now on, or inside a `with` block."""
+    return _Switched(to=False)
 
 
 def is_enabled() -> bool:
-    """Return whether compiled graphs get kernels inlined; False in this version."""
-    return False
+    """Return whether graphs that are compiled now get kernels inlined."""
+    return _enabled
+
+
+def prepare() -> None:
+    """Make the compilation that is going on see the lowering, and its caches see which one; called while tracing."""
+    tag_compile_caches(is_lowered=_enabled, tuned_rows=current().tuned_rows)
+    if not _enabled:
+        return
+    from mla_ops.lowering import inductor_compat
+
+    if inductor_compat.is_supported():
+        from mla_ops.lowering import sparse_attn
+
+        sparse_attn.install()
+
+
+def _set(enabled: bool) -> None:
+    global _enabled
+    _enabled = enabled
+    tag_compile_caches(is_lowered=enabled, tuned_rows=current().tuned_rows)

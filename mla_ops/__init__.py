@@ -3,6 +3,10 @@
 Importing this package registers the operators. It imports neither triton, Inductor nor any model framework.
 """
 
+# In a checkout this package's own folder lies on its path (see below), so a walk over its modules finds it again.
+if __name__ != "mla_ops":
+    raise ImportError(f"import mla_ops, not {__name__}: a second copy would register the operators twice")
+
 from pathlib import Path as _Path
 
 __version__ = "0.1.0"

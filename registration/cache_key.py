@@ -25,11 +25,32 @@ def fingerprint() -> str:
     return f"mla_ops={mla_ops.__version__}-{digest.hexdigest()[:16]}"
 
 
-def tag_compile_caches() -> None:
-    """Append the fingerprint to torch's cache-key tag, once, leaving what others put there."""
-    tag = torch.compiler.config.cache_key_tag
-    if fingerprint() not in tag:
-        torch.compiler.config.cache_key_tag = f"{tag};{fingerprint()}" if tag else fingerprint()
+def tag_compile_caches(*, is_lowered: bool = True, tuned_rows: str = "") -> None:
+    """Put the fingerprint, and how kernels are inlined, into torch's cache-key tag; what others put there stays.
+
+    `tuned_rows` is the path of a file of launch configurations: its contents become part of the tag.
+
+    Since torch 2.13 a setting belongs to the thread that made it, while a thread of autograd's compiles the backward.
+    So the tag is set as the default of all threads too. A thread that sets a tag of its own hides that default; this
+    is called again in each trace and adds ours to it.
+    """
+    tag = fingerprint() + ("" if is_lowered else "-extern")
+    if tuned_rows:
+        tag += f"-{hashlib.sha256(Path(tuned_rows).read_bytes()).hexdigest()[:16]}"
+    config = torch.compiler.config
+    # Private, like the absence of any public way to set a default; where the name is gone, the thread's tag remains.
+    entry = getattr(config, "_config", {}).get("cache_key_tag")
+    for source in ("default", "env_value_default"):  # the latter, TORCH_COMPILE_CACHE_KEY_TAG, comes first if it is set
+        if isinstance(getattr(entry, source, None), str):
+            setattr(entry, source, _tagged(getattr(entry, source), tag))
+    if config.cache_key_tag != _tagged(config.cache_key_tag, tag):
+        config.cache_key_tag = _tagged(config.cache_key_tag, tag)
+
+
+def _tagged(tags: str, tag: str) -> str:
+    """Return `tags`, a list separated by semicolons, with `tag` as its only entry of this package."""
+    others = [other for other in tags.split(";") if other and not other.startswith("mla_ops=")]
+    return ";".join([*others, tag])
 
 
 def _sources() -> list[Path]:

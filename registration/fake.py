@@ -24,6 +24,7 @@ def sparse_attn_fake(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Fake of `mla::sparse_attn`."""
     install_if_dtensor_is_loaded()
+    _prepare_compilation()
     check_backend_name(backend)
     check_inputs(q, kv, indices, d_v, softmax_scale, topk_length, attn_sink)
     return q.new_empty((*q.shape[:-1], d_v)), q.new_empty(q.shape[:-1], dtype=torch.float32)
@@ -47,6 +48,7 @@ def sparse_attn_bwd_fake(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Fake of `mla::sparse_attn_bwd`; a gradient that is not needed is an empty `[0]` tensor."""
     install_if_dtensor_is_loaded()
+    _prepare_compilation()
     check_backend_name(backend)
     check_inputs(q, kv, indices, d_v, softmax_scale, topk_length, attn_sink)
     check_bwd_inputs(dout, dlse, q, out, lse, d_v)
@@ -69,6 +71,14 @@ def sparse_attn_max_logits_fake(
     check_backend_name(backend)
     check_inputs(q, kv, indices, d_v, softmax_scale, topk_length, None)
     return q.new_empty(q.shape[:-1], dtype=torch.float32)
+
+
+def _prepare_compilation() -> None:
+    """Install the lowering when a graph is being traced: importing Inductor earlier would cost seconds for nothing."""
+    if torch._guards.TracingContext.try_get() is not None:
+        from mla_ops import lowering
+
+        lowering.prepare()
 
 
 def register(library: torch.library.Library) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -12,6 +13,8 @@ import torch
 
 # What cuBLAS needs to be deterministic, which the eager backend's matmuls on CUDA rely on; read when CUDA starts.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+# Inductor's pool of compile workers can keep a process without a GPU waiting for minutes at its end.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 
 @dataclass(frozen=True)
@@ -71,3 +74,10 @@ def fresh_dynamo() -> None:
     """Start without compiled frames or counters of earlier tests."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
+
+
+@pytest.fixture
+def said(caplog: pytest.LogCaptureFixture) -> Callable[[str], bool]:
+    """Tell whether the lowering has said something in its log."""
+    caplog.set_level(logging.INFO, logger="mla_ops.lowering")
+    return lambda text: any(text in record.getMessage() for record in caplog.records)

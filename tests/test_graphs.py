@@ -90,3 +90,37 @@ class GraphModule(torch.nn.Module):
         return (None, None, None, None, getitem_2, None, getitem_3, None, None, None)
 """,
         )
+
+    def test_post_grad_training_step(self) -> None:
+        from fake_gpu import LoweringBackend
+
+        def loss(q: torch.Tensor, kv: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+            return torch.ops.mla.sparse_attn(q.sin(), kv, indices, 64, 0.125)[0].sum()
+
+        torch._dynamo.reset()
+        backend = LoweringBackend()
+        inputs = make_inputs(CASE).requires_grad()
+        torch.compile(loss, fullgraph=True, backend=backend)(*inputs.args[:3]).backward()
+        self.assertExpectedInline(
+            "\n".join(text(graph) for graph in backend.graphs),
+            """\
+class GraphModule(torch.nn.Module):
+    def forward(self, primals_1: "f32[2, 5, 3, 128]", primals_2: "f32[2, 24, 1, 128]", primals_3: "i32[2, 5, 1, 16]"):
+        sin: "f32[2, 5, 3, 128]" = torch.ops.aten.sin.default(primals_1)
+        sparse_attn = torch.ops.mla.sparse_attn.default(sin, primals_2, primals_3, 64, 0.125)
+        getitem: "f32[2, 5, 3, 64]" = sparse_attn[0]
+        getitem_1: "f32[2, 5, 3]" = sparse_attn[1];  sparse_attn = None
+        sum_1: "f32[]" = torch.ops.aten.sum.default(getitem)
+        return (sum_1, primals_1, primals_2, primals_3, sin, getitem, getitem_1)
+
+class GraphModule(torch.nn.Module):
+    def forward(self, primals_1: "f32[2, 5, 3, 128]", primals_2: "f32[2, 24, 1, 128]", primals_3: "i32[2, 5, 1, 16]", sin: "f32[2, 5, 3, 128]", alias_2: "f32[2, 5, 3, 64]", alias_3: "f32[2, 5, 3]", tangents_1: "f32[]"):
+        expand: "f32[2, 5, 3, 64]" = torch.ops.aten.expand.default(tangents_1, [2, 5, 3, 64]);  tangents_1 = None
+        sparse_attn_bwd = torch.ops.mla.sparse_attn_bwd.default(expand, None, sin, primals_2, primals_3, alias_2, alias_3, 64, 0.125);  expand = sin = primals_2 = primals_3 = alias_2 = alias_3 = None
+        getitem_2: "f32[2, 5, 3, 128]" = sparse_attn_bwd[0]
+        getitem_3: "f32[2, 24, 1, 128]" = sparse_attn_bwd[1];  sparse_attn_bwd = None
+        cos: "f32[2, 5, 3, 128]" = torch.ops.aten.cos.default(primals_1);  primals_1 = None
+        mul: "f32[2, 5, 3, 128]" = torch.ops.aten.mul.Tensor(getitem_2, cos);  getitem_2 = cos = None
+        return (mul, getitem_3, None)
+""",
+        )

@@ -105,6 +105,7 @@ def test_plain_checkout_serves_the_subpackages(source_copy: Path) -> None:
 def test_editable_install_serves_the_subpackages(mode: str, from_root: bool, source_copy: Path, tmp_path: Path) -> None:
     pip(
         "install",
+        "--ignore-installed",  # else pip uninstalls the environment's own mla_ops first
         "--editable",
         str(source_copy),
         "--config-settings",
@@ -114,7 +115,8 @@ def test_editable_install_serves_the_subpackages(mode: str, from_root: bool, sou
     )
     (site,) = tmp_path.rglob("site-packages")
     (tmp_path / "elsewhere").mkdir()
-    program = f"import site; site.addsitedir({str(site)!r}); {PROBE}"
+    # In front, because the environment's install has a finder module of the same name.
+    program = f"import site; sys.path.insert(0, {str(site)!r}); site.addsitedir({str(site)!r}); {PROBE}"
     torch_site = [p for p in sys.path if p.endswith("site-packages")]
     result = subprocess.run(
         [sys.executable, "-S", "-c", f"import sys; sys.path += {torch_site!r}; {program}"],

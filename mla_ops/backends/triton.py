@@ -160,6 +160,7 @@ def launch_forward(
     *,
     max_logits_only: bool = False,
     num_splits: int | None = None,
+    use_int64_offsets: bool | None = None,
     config: FwdConfig | None = None,
     traits: DeviceTraits | None = None,
     wrap: Wrap = _identity,
@@ -167,8 +168,8 @@ def launch_forward(
     """Run the forward kernel, and the merge kernel when a row's slots are shared out over `num_splits` programs.
 
     With `max_logits_only` the second result is the largest logit of each head instead of lse, and the first is empty.
-    The other keyword arguments replace what is derived otherwise (`num_splits` must be given when sizes are symbolic);
-    `wrap` is applied to every kernel that is launched.
+    The other keyword arguments replace what is derived otherwise (`num_splits` must be given when sizes are symbolic,
+    and without `use_int64_offsets` a guard is added then); `wrap` is applied to every kernel that is launched.
     """
     from mla_ops.kernels.forward import _sparse_attn_fwd_kernel
 
@@ -184,7 +185,7 @@ def launch_forward(
         return out, lse
     config = config or _fitting(forward_config, "forward", traits, heads // kv_group, d_v, q)
     topk_length, attn_sink = _contiguous(topk_length), _contiguous(attn_sink)
-    programs = rows * kv_group * -(-(heads // kv_group) // config.block_h)
+    programs = program_count(rows, heads, kv_group, config)
     if num_splits is None:
         num_splits = split_count(programs, topk, config.block_k, traits.num_sms)
     is_split = num_splits > 1
@@ -196,18 +197,21 @@ def launch_forward(
         kernel_lse = q.new_empty((rows, num_splits, heads), dtype=torch.float32)
 
     strides = (*_outer_strides(q), *_outer_strides(kv))
+    if use_int64_offsets is None:
+        use_int64_offsets = bool(seq_kv * strides[4] >= INT32_OFFSETS)
     wrap(_sparse_attn_fwd_kernel)[(programs, num_splits)](
         q, *strides[:3], kv, *strides[3:], indices, *_outer_strides(indices),
         topk_length, attn_sink, kernel_out, kernel_lse,
         softmax_scale, seq_q, seq_kv, topk, slots_per_split,
         heads, kv_group, d_total, d_v,
         config.block_h, config.block_k, *chunk_widths(d_total, d_v, config.max_chunk),
-        _alignment(strides), seq_kv * strides[4] >= INT32_OFFSETS, _input_precision(q), is_split, softmax_scale < 0,
+        _alignment(strides), use_int64_offsets, _input_precision(q), is_split, softmax_scale < 0,
         **launch_options(config),
     )  # fmt: skip
     if max_logits_only:
         return out, kernel_lse.amax(1).view(lse.shape) if is_split else lse
-    _launched.add((d_total, d_v, heads, kv_group, q.dtype, config))
+    if wrap is _identity:
+        _launched.add((d_total, d_v, heads, kv_group, q.dtype, config))
     if is_split:
         from mla_ops.kernels.forward_split import _sparse_attn_merge_kernel
 
@@ -218,10 +222,15 @@ def launch_forward(
     return out, lse
 
 
+def program_count(rows: int, heads: int, kv_group: int, config: FwdConfig) -> int:
+    """Return how many programs a forward needs: one per row, KV group and block of its heads."""
+    return rows * kv_group * -(-(heads // kv_group) // config.block_h)
+
+
 def split_count(programs: int, topk: int, block_k: int, num_sms: int) -> int:
     """Return over how many programs the slots of one row are shared out; 1 when the grid fills the device anyway."""
     blocks = -(-topk // block_k)
-    if programs >= num_sms or blocks < 2:
+    if not 0 < programs < num_sms or blocks < 2:
         return 1
     blocks_per_split = -(-blocks // (num_sms // programs))
     return -(-blocks // blocks_per_split)
@@ -242,6 +251,7 @@ def launch_backward(
     need_dq: bool,
     need_dkv: bool,
     *,
+    use_int64_offsets: bool | None = None,
     configs: tuple[BwdConfig, ...] | None = None,
     traits: DeviceTraits | None = None,
     wrap: Wrap = _identity,
@@ -272,6 +282,8 @@ def launch_backward(
     if dout is not None:
         dout = _aligned_like_contiguous(dout)
         do_strides = _outer_strides(dout)
+    if use_int64_offsets is None:
+        use_int64_offsets = bool(seq_kv * max(strides[4], kv_group * d_total) >= INT32_OFFSETS)
     deterministic = torch.are_deterministic_algorithms_enabled()
 
     def head_blocks(config: BwdConfig) -> int:
@@ -284,11 +296,12 @@ def launch_backward(
             softmax_scale, first_row, seq_q, seq_kv, indices.shape[-1],
             heads, kv_group, d_total, d_v,
             config.block_h, config.block_k, *chunk_widths(d_total, d_v, config.max_chunk),
-            _alignment(strides), seq_kv * max(strides[4], kv_group * d_total) >= INT32_OFFSETS, _input_precision(q),
+            _alignment(strides), use_int64_offsets, _input_precision(q),
             config.is_key_major, config.is_ahead, deterministic,
             **launch_options(config),
         )  # fmt: skip
-        _launched.add((d_total, d_v, heads, kv_group, q.dtype, config))
+        if wrap is _identity:
+            _launched.add((d_total, d_v, heads, kv_group, q.dtype, config))
 
     dq = q.new_empty(q.shape) if need_dq else None
     dkv = None
@@ -364,14 +377,14 @@ def _slots_by_key(
     seq_kv = kv_shape[-3]
     num_keys = kv_shape[:-1].numel()
     key_dtype = torch.int32 if num_keys < 2**31 else torch.int64
-    positions = indices.reshape(-1, kv_group, topk)[first_row : first_row + num_rows]
+    positions = indices.reshape(-1, kv_group, topk).narrow(0, first_row, num_rows)
     valid = (positions >= 0) & (positions < seq_kv)
     if topk_length is not None:
-        lengths = topk_length.reshape(-1, 1, 1)[first_row : first_row + num_rows]
+        lengths = topk_length.reshape(-1, 1, 1).narrow(0, first_row, num_rows)
         valid &= torch.arange(topk, device=indices.device) < lengths
-    batch = torch.arange(first_row, first_row + num_rows, device=indices.device) // seq_q
-    group = torch.arange(kv_group, device=indices.device)
-    keys = (batch[:, None, None] * seq_kv + positions) * kv_group + group[:, None]
+    batch = torch.arange(first_row, first_row + num_rows, device=indices.device).view(-1, 1, 1) // seq_q
+    group = torch.arange(kv_group, device=indices.device).view(-1, 1)
+    keys = (batch * seq_kv + positions) * kv_group + group
     keys = torch.where(valid, keys, num_keys).to(key_dtype)
     sorted_keys, order = torch.sort(keys.flatten(), stable=True)
     starts = torch.searchsorted(sorted_keys, torch.arange(num_keys + 1, device=indices.device, dtype=key_dtype))

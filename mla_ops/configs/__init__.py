@@ -37,14 +37,14 @@ def table_of(arch: int) -> tuple[Row, ...]:
     return [rows for first_arch, rows in TABLES if first_arch <= arch][-1]
 
 
-def nearest_row(arch: int, heads: int, d_total: int, d_v: int, element_size: int) -> Row:
-    """Return the row to launch with; see NOTE [The nearest row]."""
+def nearest_rows(arch: int, heads: int, d_total: int, d_v: int, element_size: int) -> list[Row]:
+    """Return the rows of an element size, nearest first; see NOTE [The nearest row]."""
 
     def distance(row: Row) -> float:
         row_d_total, row_d_v = FAMILIES[row.family]
         return sum(abs(log2(a / b)) for a, b in ((row_d_total, d_total), (row_d_v, d_v), (row.heads, heads)))
 
-    return min((row for row in table_of(arch) if row.element_size == element_size), key=distance)
+    return sorted((row for row in table_of(arch) if row.element_size == element_size), key=distance)
 
 
 @cache
@@ -56,9 +56,10 @@ def forward_config(
     `tuned` is the path of a file of tuned rows, if there is one.
     """
     own = tuned_row(tuned, arch, heads, d_total, d_v, element_size)
-    config = own.fwd if own is not None else None
-    config = _cut_heads(config or nearest_row(arch, heads, d_total, d_v, element_size).fwd, heads)
-    return shrink_to_fit(config, smem_bytes, lambda c: fwd_smem_bytes(c, arch, d_total, d_v, element_size))
+    row = nearest_rows(arch, heads, d_total, d_v, element_size)[0]
+    if own is not None and own.fwd is not None:
+        row = replace(row, fwd=own.fwd)
+    return _fitted_forward(row, arch, smem_bytes, heads, d_total, d_v)
 
 
 @cache
@@ -67,11 +68,45 @@ def backward_configs(
 ) -> tuple[BwdConfig, ...] | None:
     """Return how to launch the backward: one pass, or a dq pass and a dkv pass; None when one of them does not fit."""
     own = tuned_row(tuned, arch, heads, d_total, d_v, element_size)
-    configs = own.bwd if own is not None else None
+    row = nearest_rows(arch, heads, d_total, d_v, element_size)[0]
+    if own is not None and own.bwd is not None:
+        row = replace(row, bwd=own.bwd)
+    return _fitted_backward(row, arch, smem_bytes, heads, d_total, d_v)
+
+
+def forward_candidates(
+    arch: int, smem_bytes: int, heads: int, d_total: int, d_v: int, element_size: int, tuned: str = "", *, count: int
+) -> list[FwdConfig]:
+    """Return up to `count` different configurations: `forward_config` first, then those of the nearest rows."""
+    first = forward_config(arch, smem_bytes, heads, d_total, d_v, element_size, tuned)
+    rows = nearest_rows(arch, heads, d_total, d_v, element_size)
+    configs = [first, *(_fitted_forward(row, arch, smem_bytes, heads, d_total, d_v) for row in rows)]
+    return list(dict.fromkeys(config for config in configs if config is not None))[:count]
+
+
+def backward_candidates(
+    arch: int, smem_bytes: int, heads: int, d_total: int, d_v: int, element_size: int, tuned: str = "", *, count: int
+) -> list[tuple[BwdConfig, ...]]:
+    """Return up to `count` different ways to launch the backward: `backward_configs` first, then the nearest rows'."""
+    first = backward_configs(arch, smem_bytes, heads, d_total, d_v, element_size, tuned)
+    rows = nearest_rows(arch, heads, d_total, d_v, element_size)
+    configs = [first, *(_fitted_backward(row, arch, smem_bytes, heads, d_total, d_v) for row in rows)]
+    return list(dict.fromkeys(config for config in configs if config is not None))[:count]
+
+
+def _fitted_forward(row: Row, arch: int, smem_bytes: int, heads: int, d_total: int, d_v: int) -> FwdConfig | None:
+    return shrink_to_fit(
+        _cut_heads(row.fwd, heads), smem_bytes, lambda c: fwd_smem_bytes(c, arch, d_total, d_v, row.element_size)
+    )
+
+
+def _fitted_backward(
+    row: Row, arch: int, smem_bytes: int, heads: int, d_total: int, d_v: int
+) -> tuple[BwdConfig, ...] | None:
     fitting = []
-    for config in configs or nearest_row(arch, heads, d_total, d_v, element_size).bwd:
+    for config in row.bwd:
         fitted = shrink_to_fit(
-            _cut_heads(config, heads), smem_bytes, lambda c: bwd_smem_bytes(c, arch, d_total, d_v, element_size)
+            _cut_heads(config, heads), smem_bytes, lambda c: bwd_smem_bytes(c, arch, d_total, d_v, row.element_size)
         )
         if fitted is None:
             return None
