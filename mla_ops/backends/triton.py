@@ -445,8 +445,8 @@ def _alignment(strides: tuple[int, ...]) -> int:
         return gcd(16, *strides)
     from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-    align = gcd(16, *(stride for stride in strides if isinstance(stride, int)))
-    while not all(isinstance(stride, int) or statically_known_true(stride % align == 0) for stride in strides):
+    align = 16
+    while not all(statically_known_true(stride % align == 0) for stride in strides):
         align //= 2
     return align
 
