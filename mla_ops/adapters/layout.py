@@ -115,7 +115,7 @@ def normalize_call(
     return SparseCall(
         q=q,
         kv=kv,
-        indices=canonical,
+        indices=canonical.expand(-1, -1, kv.shape[2], -1),  # one list for all groups stays one list
         softmax_scale=meta.softmax_scale,
         d_v=meta.d_v,
         out_width=meta.d_v if value is None or meta.form == "absorbed" else value.shape[-1],
@@ -239,7 +239,7 @@ def _check_index_shapes(
     kv: torch.Tensor,
     layout: Layout,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Bring the batched indices to `[B, S, G, K]` and mask to `[B, S, T]`, or say which shape they should have had."""
+    """Bring the batched indices to `[B, S, G or 1, K]` and mask to `[B, S, T]`, or say which shape they should have."""
     batch, seq_q, seq_kv, groups = q.shape[0], q.shape[1], kv.shape[1], kv.shape[2]
     if indices.dtype not in (torch.int32, torch.int64):
         raise MLALayoutError(f"indices must be int32 or int64, got {indices.dtype}; use indices.to(torch.int32)")
@@ -264,7 +264,7 @@ def _check_index_shapes(
             )
     if topk_length is not None and (topk_length.shape != (batch, seq_q) or topk_length.is_floating_point()):
         raise MLALayoutError(f"topk_length must be integer [{batch}, {seq_q}], got {_sizes(topk_length)}")
-    return indices.expand(-1, -1, groups, -1), mask
+    return indices, mask
 
 
 def _canonical_indices(
@@ -276,7 +276,7 @@ def _canonical_indices(
     origin: Origin,
     check: bool,
 ) -> torch.Tensor:
-    """Return int32 `[B, S, G, K]` with -1 in every slot that is marked unusable or names no row of its sequence."""
+    """Return `indices` as int32, -1 in every slot that is marked unusable or names no row of its sequence."""
     used = indices != -1
     if topk_length is not None:
         slot = torch.arange(indices.shape[-1], device=indices.device)
