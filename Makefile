@@ -39,7 +39,7 @@ gpu-test: $(READY)  ## the whole contract on a CUDA device
 MEMCHECK = -m gpu -q tests/test_kernels_gpu.py -k "unusual_widths or nan or strided or split_slots or in_chunks"
 memcheck: $(READY)  ## representative GPU tests under compute-sanitizer
 	$(PYTHON) -m pytest $(MEMCHECK)
-	compute-sanitizer --tool memcheck --kernel-regex kns=_s --error-exitcode 9 $(PYTHON) -m pytest $(MEMCHECK)
+	compute-sanitizer --tool memcheck --kernel-name kns=_s --error-exitcode 9 $(PYTHON) -m pytest $(MEMCHECK)
 
 bench: $(READY)  ## forward and backward on the GPU beside other formulations; writes benchmarks/results/
 	$(PYTHON) $(if $(shell command -v nvidia-smi),-m mla_ops bench --sweeps all,benchmarks/cpu_operator.py)

@@ -168,16 +168,17 @@ def part_gaps() -> list[Record]:
 TRAIN = """
 import sys, time
 import torch, torch._inductor.compile_fx
+from mla_ops.adapters import torch_layer
 from mla_ops.cli.model import LanguageModel, ModelConfig
-def masked_sdpa(q, kv, indices, d_v, scale):
+def masked_sdpa(q, kv, indices, *, d_v, softmax_scale, backend):
     slots = indices.transpose(1, 2).long()
     mask = torch.zeros(q.shape[0], 1, q.shape[1], kv.shape[1] + 1, dtype=torch.bool, device=q.device)
     mask = mask.scatter(3, torch.where(slots < 0, kv.shape[1], slots), True)[..., :-1]
     k = kv.transpose(1, 2).expand(-1, q.shape[2], -1, -1)
-    out = torch.nn.functional.scaled_dot_product_attention(q.transpose(1, 2), k, k[..., :d_v], mask, scale=scale)
+    out = torch.nn.functional.scaled_dot_product_attention(q.transpose(1, 2), k, k[..., :d_v], mask, scale=softmax_scale)
     return out.transpose(1, 2), q.new_zeros(q.shape[:-1])
 if sys.argv[1] == "sdpa":
-    torch.ops.mla.sparse_attn = masked_sdpa
+    torch_layer.sparse_attn = masked_sdpa
 torch.manual_seed(0)
 net = LanguageModel(ModelConfig()).cuda()
 text = torch.randint(0, 256, (8, 129), device="cuda")
@@ -194,7 +195,7 @@ print(time.perf_counter() - start)
 def first_step_seconds(variant: str, cache: str) -> float:
     environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache, "TRITON_CACHE_DIR": f"{cache}/triton"}
     command = [sys.executable, "-c", TRAIN, variant]
-    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=90)
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
     if result.returncode:
         raise RuntimeError(result.stderr[-2000:])
     return round(float(result.stdout.split()[-1]), 2)
@@ -228,8 +229,9 @@ def main() -> None:
     for name in arguments.parts or PARTS:
         try:
             found = PARTS[name]()
-        except Exception:  # one part must not lose the others; the record says what happened
-            found = [{"part": name, "error": traceback.format_exc(limit=-3)}]
+        except Exception as error:  # one part must not lose the others; the record says what happened
+            traceback.print_exc()
+            found = [{"part": name, "error": f"{type(error).__name__}: {error}"[-500:]}]
         for record in found:
             print(record, flush=True)
         records += found
