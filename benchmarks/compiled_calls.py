@@ -175,7 +175,8 @@ def masked_sdpa(q, kv, indices, *, d_v, softmax_scale, backend):
     mask = torch.zeros(q.shape[0], 1, q.shape[1], kv.shape[1] + 1, dtype=torch.bool, device=q.device)
     mask = mask.scatter(3, torch.where(slots < 0, kv.shape[1], slots), True)[..., :-1]
     k = kv.transpose(1, 2).expand(-1, q.shape[2], -1, -1)
-    out = torch.nn.functional.scaled_dot_product_attention(q.transpose(1, 2), k, k[..., :d_v], mask, scale=softmax_scale)
+    sdpa = torch.nn.functional.scaled_dot_product_attention
+    out = sdpa(q.transpose(1, 2), k, k[..., :d_v], mask, scale=softmax_scale)
     return out.transpose(1, 2), q.new_zeros(q.shape[:-1])
 if sys.argv[1] == "sdpa":
     torch_layer.sparse_attn = masked_sdpa

@@ -2,12 +2,46 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
+from mla_ops.backends.base import Backend
 from mla_ops.device import traits_of
 from mla_ops.dispatch import select
 from mla_ops.problem import SparseAttnProblem
 from mla_ops.validation import check_bwd_inputs, check_inputs
+
+# Who runs a call, by everything that the checks and the decision read of it; a look-up instead of them saves 8 us.
+_decided: dict[tuple[Any, ...], Backend] = {}
+_MOST_DECIDED = 4096
+
+
+def _decide(arguments: tuple[Any, ...], gradients: tuple[Any, ...] | None, backend: str) -> Backend:
+    """Check a call and return who runs it.
+
+    `arguments` are those of the forward up to `attn_sink`; `gradients`, of a backward, `(dout, dlse, out, lse)`.
+    """
+    key = (backend, *map(_what_is_read, arguments), gradients and (*map(_what_is_read, gradients),))
+    runner = _decided.get(key)
+    if runner is None:
+        q, kv, indices, d_v, *_ = arguments
+        check_inputs(*arguments)
+        if gradients is not None:
+            dout, dlse, out, lse = gradients
+            check_bwd_inputs(dout, dlse, q, out, lse, d_v)
+        problem = SparseAttnProblem.from_tensors(q, kv, indices, d_v, needs_grad=gradients is not None)
+        runner = select(problem, traits_of(q.device), backend).require_backend()
+        if len(_decided) == _MOST_DECIDED:  # lengths may be new in every call
+            _decided.clear()
+        _decided[key] = runner
+    return runner
+
+
+def _what_is_read(argument: Any) -> Any:
+    if isinstance(argument, torch.Tensor):
+        return argument.shape, argument.dtype, argument.device, argument.layout
+    return argument
 
 
 def sparse_attn_impl(
@@ -21,10 +55,8 @@ def sparse_attn_impl(
     backend: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Kernel of `mla::sparse_attn` for every device."""
-    check_inputs(q, kv, indices, d_v, softmax_scale, topk_length, attn_sink)
-    problem = SparseAttnProblem.from_tensors(q, kv, indices, d_v)
-    runner = select(problem, traits_of(q.device), backend).require_backend()
-    return runner.forward(q, kv, indices, d_v, softmax_scale, topk_length, attn_sink)
+    arguments = (q, kv, indices, d_v, softmax_scale, topk_length, attn_sink)
+    return _decide(arguments, None, backend).forward(*arguments)
 
 
 def sparse_attn_bwd_impl(
@@ -44,11 +76,8 @@ def sparse_attn_bwd_impl(
     backend: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Kernel of `mla::sparse_attn_bwd` for every device."""
-    check_inputs(q, kv, indices, d_v, softmax_scale, topk_length, attn_sink)
-    check_bwd_inputs(dout, dlse, q, out, lse, d_v)
-    problem = SparseAttnProblem.from_tensors(q, kv, indices, d_v, needs_grad=True)
-    runner = select(problem, traits_of(q.device), backend).require_backend()
-    return runner.backward(
+    arguments = (q, kv, indices, d_v, softmax_scale, topk_length, attn_sink)
+    return _decide(arguments, (dout, dlse, out, lse), backend).backward(
         dout,
         dlse,
         q,
@@ -75,10 +104,8 @@ def sparse_attn_max_logits_impl(
     backend: str = "auto",
 ) -> torch.Tensor:
     """Kernel of `mla::sparse_attn_max_logits` for every device."""
-    check_inputs(q, kv, indices, d_v, softmax_scale, topk_length, None)
-    problem = SparseAttnProblem.from_tensors(q, kv, indices, d_v)
-    runner = select(problem, traits_of(q.device), backend).require_backend()
-    return runner.max_logits(q, kv, indices, d_v, softmax_scale, topk_length)
+    arguments = (q, kv, indices, d_v, softmax_scale, topk_length)
+    return _decide((*arguments, None), None, backend).max_logits(*arguments)
 
 
 def register(library: torch.library.Library) -> None:

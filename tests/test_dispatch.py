@@ -237,3 +237,39 @@ def test_environment_variable(text: str, outcome: str) -> None:
     )
     assert outcome in (result.stdout if result.returncode == 0 else result.stderr)
     assert (result.returncode == 0) == (text == "3")
+
+
+# Decisions that are kept
+
+
+def test_a_call_is_checked_and_decided_once_for_all_that_look_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    from mla_ops.registration import impl
+
+    inputs = make_inputs(Case(d_total=26, d_v=18, topk=21))
+    checked = []
+    check = impl.check_inputs
+    monkeypatch.setattr(impl, "check_inputs", lambda *arguments: (checked.append(arguments), check(*arguments)))
+    for _ in range(3):
+        mla_ops.sparse_attn(inputs.q, inputs.kv, inputs.indices, **inputs.kwargs)
+    assert len(checked) == 1
+    for change in ({"d_v": 17}, {"softmax_scale": 0.25}, {"topk_length": torch.full(inputs.q.shape[:2], 3)}):
+        mla_ops.sparse_attn(inputs.q, inputs.kv, inputs.indices, **{**inputs.kwargs, **change})
+    mla_ops.sparse_attn(inputs.q.double(), inputs.kv.double(), inputs.indices, **inputs.kwargs)
+    mla_ops.sparse_attn(inputs.q[:, :3], inputs.kv, inputs.indices[:, :3], **inputs.kwargs)
+    assert len(checked) == 6
+    for bad in ({"d_v": 27}, {"softmax_scale": float("nan")}):
+        with pytest.raises(mla_ops.InvalidInputError):
+            torch.ops.mla.sparse_attn(inputs.q, inputs.kv, inputs.indices, **{**inputs.kwargs, **bad})
+    with pytest.raises(mla_ops.UnsupportedProblemError, match="device is cpu"):
+        mla_ops.sparse_attn(inputs.q, inputs.kv, inputs.indices, **inputs.kwargs, backend="triton")
+
+
+def test_kept_decisions_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    from mla_ops.registration import impl
+
+    monkeypatch.setattr(impl, "_decided", {})
+    monkeypatch.setattr(impl, "_MOST_DECIDED", 4)
+    for seq_q in range(1, 12):
+        inputs = make_inputs(Case(d_total=8, d_v=8, topk=2, seq_q=seq_q))
+        mla_ops.sparse_attn(inputs.q, inputs.kv, inputs.indices, **inputs.kwargs)
+        assert 1 <= len(impl._decided) <= 4

@@ -27,7 +27,7 @@ LAYERS: dict[str, set[str]] = {
     "configs": {"errors", "problem", "device"},
     "backends": {"errors", "problem", "device", "settings", "configs", "kernels"},
     "dispatch": {"errors", "problem", "device", "settings", "validation", "configs", "backends"},
-    "registration": {"errors", "problem", "device", "wrappers", "validation", "dispatch"},
+    "registration": {"errors", "problem", "device", "wrappers", "validation", "backends", "dispatch"},
     "lowering": {"errors", "problem", "device", "settings", "configs", "backends", "dispatch", "registration"},
     "api": {"errors", "wrappers", "validation", "registration"},
     "warmup": {"errors", "validation", "registration"},

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from functools import lru_cache
 from importlib.util import find_spec
 from math import gcd
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
@@ -175,51 +175,99 @@ def launch_forward(
 
     traits = traits or traits_of(q.device)
     q, kv, indices = _unit_inner_stride(q), _unit_inner_stride(kv), _unit_inner_stride(indices)
-    seq_q, heads, d_total = q.shape[-3:]
-    seq_kv, kv_group = kv.shape[-3:-1]
-    topk = indices.shape[-1]
-    rows = seq_q if q.dim() == 3 else q.shape[0] * seq_q
-    out = q.new_empty(0 if max_logits_only else (*q.shape[:-1], d_v))
-    lse = q.new_empty(q.shape[:-1], dtype=torch.float32)
-    if rows == 0 or heads == 0:
+    q_shape, topk = q.shape, indices.shape[-1]
+    out = q.new_empty(0 if max_logits_only else (*q_shape[:-1], d_v))
+    lse = q.new_empty(q_shape[:-1], dtype=torch.float32)
+    if lse.numel() == 0:
         return out, lse
-    config = config or _fitting(forward_config, "forward", traits, heads // kv_group, d_v, q)
+    plan_forward = _plan_forward if wrap is _identity else _plan_forward.__wrapped__  # symbols have no hash
+    plan = plan_forward(
+        q_shape, q.stride(), kv.shape, kv.stride(), topk, d_v, q.dtype, traits, current().tuned_rows,
+        config, num_splits, use_int64_offsets,
+    )  # fmt: skip
+    config, num_splits = plan.config, plan.grid[1]
     topk_length, attn_sink = _contiguous(topk_length), _contiguous(attn_sink)
-    programs = program_count(rows, heads, kv_group, config)
-    if num_splits is None:
-        num_splits = split_count(programs, topk, config.block_k, traits.num_sms)
     is_split = num_splits > 1
-    slots_per_split = -(-topk // (num_splits * config.block_k)) * config.block_k if is_split else topk
     kernel_out, kernel_lse = (None if max_logits_only else out), lse
     if is_split:
+        partials = (lse.numel() // q_shape[-2], num_splits, q_shape[-2])
         if not max_logits_only:
-            kernel_out = q.new_empty((rows, num_splits, heads, d_v), dtype=torch.float32)
-        kernel_lse = q.new_empty((rows, num_splits, heads), dtype=torch.float32)
+            kernel_out = q.new_empty((*partials, d_v), dtype=torch.float32)
+        kernel_lse = q.new_empty(partials, dtype=torch.float32)
 
-    strides = (*_outer_strides(q), *_outer_strides(kv))
-    if use_int64_offsets is None:
-        use_int64_offsets = bool(seq_kv * strides[4] >= INT32_OFFSETS)
-    wrap(_sparse_attn_fwd_kernel)[(programs, num_splits)](
-        q, *strides[:3], kv, *strides[3:], indices, *_outer_strides(indices),
-        topk_length, attn_sink, kernel_out, kernel_lse,
-        softmax_scale, seq_q, seq_kv, topk, slots_per_split,
-        heads, kv_group, d_total, d_v,
-        config.block_h, config.block_k, *chunk_widths(d_total, d_v, config.max_chunk),
-        _alignment(strides), use_int64_offsets, _input_precision(q), is_split, softmax_scale < 0,
-        **launch_options(config),
+    wrap(_sparse_attn_fwd_kernel)[plan.grid](
+        q, *plan.q_strides, kv, *plan.kv_strides, indices, *_outer_strides(indices.stride()),
+        topk_length, attn_sink, kernel_out, kernel_lse, softmax_scale,
+        *plan.sizes, *plan.constants, _input_precision(q), is_split, softmax_scale < 0, **plan.options,
     )  # fmt: skip
     if max_logits_only:
         return out, kernel_lse.amax(1).view(lse.shape) if is_split else lse
     if wrap is _identity:
-        _launched.add((d_total, d_v, heads, kv_group, q.dtype, config))
+        _launched.add((q_shape[-1], d_v, q_shape[-2], kv.shape[-2], q.dtype, config))
     if is_split:
         from mla_ops.kernels.forward_split import _sparse_attn_merge_kernel
 
         block_d = 1 << (d_v - 1).bit_length()
-        wrap(_sparse_attn_merge_kernel)[(rows * heads,)](
-            kernel_out, kernel_lse, attn_sink, out, lse, num_splits, heads, d_v, block_d, num_warps=4
+        wrap(_sparse_attn_merge_kernel)[(lse.numel(),)](
+            kernel_out, kernel_lse, attn_sink, out, lse, num_splits, q_shape[-2], d_v, block_d, num_warps=4
         )
     return out, lse
+
+
+class _ForwardPlan(NamedTuple):
+    """What sizes and strides decide about a launch of the forward kernel."""
+
+    config: FwdConfig
+    grid: tuple[int, int]
+    q_strides: tuple[int, int, int]
+    kv_strides: tuple[int, int, int]
+    sizes: tuple[int, int, int, int]  # seq_q, seq_kv, topk, slots_per_split
+    constants: tuple[int | bool, ...]  # of the kernel, from HEADS to USE_INT64_OFFSETS
+    options: dict[str, int]
+
+
+@lru_cache(maxsize=4096)  # 7 of the 14 us that a launch took on the host
+def _plan_forward(
+    q_shape: torch.Size,
+    q_stride: tuple[int, ...],
+    kv_shape: torch.Size,
+    kv_stride: tuple[int, ...],
+    topk: int,
+    d_v: int,
+    dtype: torch.dtype,
+    traits: DeviceTraits,
+    tuned_rows: str,
+    config: FwdConfig | None,
+    num_splits: int | None,
+    use_int64_offsets: bool | None,
+) -> _ForwardPlan:
+    """Plan a launch that has something to compute; what is None is derived."""
+    seq_q, heads, d_total = q_shape[-3:]
+    seq_kv, kv_group = kv_shape[-3:-1]
+    rows = seq_q if len(q_shape) == 3 else q_shape[0] * seq_q
+    if config is None:
+        key = (traits.arch, traits.smem_bytes, heads // kv_group, d_total, d_v, dtype.itemsize, tuned_rows)
+        config = _fitting(forward_config(*key), "forward", d_total, dtype, traits)
+    programs = program_count(rows, heads, kv_group, config)
+    if num_splits is None:
+        num_splits = split_count(programs, topk, config.block_k, traits.num_sms)
+    slots_per_split = topk if num_splits == 1 else -(-topk // (num_splits * config.block_k)) * config.block_k
+    q_strides, kv_strides = _outer_strides(q_stride), _outer_strides(kv_stride)
+    if use_int64_offsets is None:
+        use_int64_offsets = bool(seq_kv * kv_strides[1] >= INT32_OFFSETS)
+    return _ForwardPlan(
+        config,
+        (programs, num_splits),
+        q_strides,
+        kv_strides,
+        (seq_q, seq_kv, topk, slots_per_split),
+        (
+            *(heads, kv_group, d_total, d_v, config.block_h, config.block_k),
+            *chunk_widths(d_total, d_v, config.max_chunk),
+            *(_alignment((*q_strides, *kv_strides)), use_int64_offsets),
+        ),
+        launch_options(config),
+    )
 
 
 def program_count(rows: int, heads: int, kv_group: int, config: FwdConfig) -> int:
@@ -274,14 +322,16 @@ def launch_backward(
             kv.new_zeros(kv.shape if need_dkv else 0),
             lse.new_zeros(dsink_shape),
         )
-    configs = configs or _fitting(backward_configs, "backward", traits, heads // kv_group, d_v, q)
+    if configs is None:
+        key = (traits.arch, traits.smem_bytes, heads // kv_group, d_total, d_v, q.element_size(), current().tuned_rows)
+        configs = _fitting(backward_configs(*key), "backward", d_total, q.dtype, traits)
     topk_length, attn_sink, dlse = _contiguous(topk_length), _contiguous(attn_sink), _contiguous(dlse)
     out, lse = out.contiguous(), lse.contiguous()
-    strides = (*_outer_strides(q), *_outer_strides(kv))
+    strides = (*_outer_strides(q.stride()), *_outer_strides(kv.stride()))
     do_strides = (0, 0, 0)
     if dout is not None:
         dout = _aligned_like_contiguous(dout)
-        do_strides = _outer_strides(dout)
+        do_strides = _outer_strides(dout.stride())
     if use_int64_offsets is None:
         use_int64_offsets = bool(seq_kv * max(strides[4], kv_group * d_total) >= INT32_OFFSETS)
     deterministic = torch.are_deterministic_algorithms_enabled()
@@ -291,7 +341,7 @@ def launch_backward(
 
     def run(config: BwdConfig, dq: _Out, dkv: _Out, dsink: _Out, first_row: int = 0, num_rows: int = rows) -> None:
         wrap(_sparse_attn_bwd_kernel)[(num_rows * kv_group * head_blocks(config),)](
-            q, *strides[:3], kv, *strides[3:], indices, *_outer_strides(indices),
+            q, *strides[:3], kv, *strides[3:], indices, *_outer_strides(indices.stride()),
             topk_length, attn_sink, out, lse, dout, *do_strides, dlse, dq, dkv, dsink,
             softmax_scale, first_row, seq_q, seq_kv, indices.shape[-1],
             heads, kv_group, d_total, d_v,
@@ -403,15 +453,11 @@ def _unfilled_floats(count: int, like: torch.Tensor, wrap: Wrap) -> torch.Tensor
     return torch.empty(0, dtype=torch.float32, device=like.device).set_(storage, 0, (count,), (1,))
 
 
-def _fitting(
-    lookup: Callable[..., _Config | None], side: str, traits: DeviceTraits, heads: int, d_v: int, q: torch.Tensor
-) -> _Config:
-    """Return what `lookup` finds for a call; dispatch refuses problems for which it finds nothing."""
-    tuned = current().tuned_rows
-    config = lookup(traits.arch, traits.smem_bytes, heads, q.shape[-1], d_v, q.element_size(), tuned)
-    if config is None:
-        raise UnsupportedProblemError(f"no {side} configuration for d_total={q.shape[-1]} in {q.dtype} fits {traits}")
-    return config
+def _fitting(found: _Config | None, side: str, d_total: int, dtype: torch.dtype, traits: DeviceTraits) -> _Config:
+    """Return the configuration that was found for a call; dispatch refuses problems for which there is none."""
+    if found is None:
+        raise UnsupportedProblemError(f"no {side} configuration for d_total={d_total} in {dtype} fits {traits}")
+    return found
 
 
 def _unit_inner_stride(tensor: torch.Tensor) -> torch.Tensor:
@@ -423,7 +469,7 @@ def _aligned_like_contiguous(dout: torch.Tensor) -> torch.Tensor:
 
     The order of rowsum(dout * out) follows the width of the loads, and a strided dout must give the contiguous bits.
     """
-    has_aligned_rows = dout.stride(-1) == 1 and _alignment(_outer_strides(dout)) == gcd(16, dout.shape[-1])
+    has_aligned_rows = dout.stride(-1) == 1 and _alignment(_outer_strides(dout.stride())) == gcd(16, dout.shape[-1])
     if has_aligned_rows and dout.storage_offset() * dout.element_size() % 16 == 0:
         return dout
     return dout.clone(memory_format=torch.contiguous_format)
@@ -433,9 +479,8 @@ def _contiguous(tensor: torch.Tensor | None) -> torch.Tensor | None:
     return None if tensor is None else tensor.contiguous()
 
 
-def _outer_strides(tensor: torch.Tensor) -> tuple[int, int, int]:
+def _outer_strides(stride: tuple[int, ...]) -> tuple[int, int, int]:
     """Return the strides of batch (0 without one), sequence, and head or group."""
-    stride = tensor.stride()
     return (stride[0], stride[1], stride[2]) if len(stride) == 4 else (0, stride[0], stride[1])
 
 
