@@ -30,7 +30,7 @@ test: $(READY)  ## the CPU suite
 # Newer Megatron-Core needs Python 3.12; on 3.11, `make test` runs the same file against the last line that takes it.
 MEGATRON_PYTHON ?= python3.12
 test-megatron: .venv-megatron/ready  ## the Megatron adapter against megatron-core >= 0.19
-	.venv-megatron/bin/python -m pytest tests/test_megatron.py "tests/test_docs.py::test_every_python_block_of_a_page_runs[megatron]"
+	.venv-megatron/bin/python -m pytest tests/test_megatron*.py "tests/test_docs.py::test_every_python_block_of_a_page_runs[megatron]"
 
 gpu-test: $(READY)  ## the whole contract on a CUDA device
 	$(PYTHON) -m pytest -m gpu
