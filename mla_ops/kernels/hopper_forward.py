@@ -115,6 +115,17 @@ def _known_multiple(stride):
 
 
 @gluon.jit
+def _item_slots(
+    indices_ptr, stride_i_b, stride_i_s, stride_i_g, topk_length_ptr, item, seq_q, topk,
+    HEADS: gl.constexpr, KV_GROUP: gl.constexpr,
+):  # fmt: skip
+    """Return a pointer to the positions of an item, and how many of them count."""
+    row, group, _, _ = _locate_item(item, HEADS, KV_GROUP)
+    slots_ptr = indices_ptr + (row // seq_q) * stride_i_b + (row % seq_q) * stride_i_s + group.to(gl.int64) * stride_i_g
+    return slots_ptr, _end_slot(topk_length_ptr, row, topk)
+
+
+@gluon.jit
 def _load_positions(indices_ptr, first, end_slot):
     slots = first + gl.arange(0, HALF, layout=gl.SliceLayout(1, ROWS_LAYOUT))
     return gl.load(indices_ptr + slots, mask=slots < end_slot, other=-1)
@@ -197,26 +208,20 @@ def _gather(
     LEFT: gl.constexpr, RIGHT: gl.constexpr, TAIL: gl.constexpr,
 ):  # fmt: skip
     pair = 0
-    step = gl.num_programs(0)
-    item = gl.program_id(0)
-    row, group, _, _ = _locate_item(item, HEADS, KV_GROUP)
-    end_slot = _end_slot(topk_length_ptr, row, topk)
-    slots_ptr = indices_ptr + (row // seq_q) * stride_i_b + (row % seq_q) * stride_i_s + group.to(gl.int64) * stride_i_g
+    parity_q = 1
+    slots_ptr, end_slot = _item_slots(
+        indices_ptr, stride_i_b, stride_i_s, stride_i_g, topk_length_ptr, gl.program_id(0), seq_q, topk, HEADS, KV_GROUP
+    )
     ahead0 = _load_positions(slots_ptr, 0, end_slot)
     ahead1 = _load_positions(slots_ptr, HALF, end_slot)
     ahead2 = _load_positions(slots_ptr, 2 * HALF, end_slot)
     ahead3 = _load_positions(slots_ptr, 3 * HALF, end_slot)
-    parity_q = 1
-    for item in range(gl.program_id(0), num_items, step):
+    for item in range(gl.program_id(0), num_items, gl.num_programs(0)):
+        row, group, _, _ = _locate_item(item, HEADS, KV_GROUP)
         rows_ptr = kv_ptr + (row // seq_q) * _known_multiple(stride_kv_b)
         rows_ptr += group.to(gl.int64) * _known_multiple(stride_kv_g)
         num_pairs = _pair_count(end_slot)
-        # Positions are loaded a pair ahead, those of the next item during the last pair of this one.
-        next_item = gl.minimum(item + step, num_items - 1)
-        row, group, _, _ = _locate_item(next_item, HEADS, KV_GROUP)
-        next_end = _end_slot(topk_length_ptr, row, topk)
-        next_ptr = indices_ptr + (row // seq_q) * stride_i_b + (row % seq_q) * stride_i_s
-        next_ptr += group.to(gl.int64) * stride_i_g
+        next_item = gl.minimum(item + gl.num_programs(0), num_items - 1)
         for i in range(num_pairs):
             parity_free = (pair & 1) ^ 1
             for stage in gl.static_range(2):
@@ -230,17 +235,18 @@ def _gather(
                 first_rows = rows_ptr + first.to(gl.int64) * _known_multiple(stride_kv_s)
                 second_rows = rows_ptr + second.to(gl.int64) * _known_multiple(stride_kv_s)
                 if stage == 1:
-                    ahead_ptr = slots_ptr
+                    # Positions are loaded a pair ahead, those of the next item during the last pair of this one.
                     ahead_slot = (i + 1) * PAIR
-                    ahead_end = end_slot
                     if i + 1 == num_pairs:
-                        ahead_ptr = next_ptr
                         ahead_slot = 0
-                        ahead_end = next_end
-                    ahead0 = _load_positions(ahead_ptr, ahead_slot, ahead_end)
-                    ahead1 = _load_positions(ahead_ptr, ahead_slot + HALF, ahead_end)
-                    ahead2 = _load_positions(ahead_ptr, ahead_slot + 2 * HALF, ahead_end)
-                    ahead3 = _load_positions(ahead_ptr, ahead_slot + 3 * HALF, ahead_end)
+                        slots_ptr, end_slot = _item_slots(
+                            indices_ptr, stride_i_b, stride_i_s, stride_i_g, topk_length_ptr, next_item, seq_q, topk,
+                            HEADS, KV_GROUP,
+                        )  # fmt: skip
+                    ahead0 = _load_positions(slots_ptr, ahead_slot, end_slot)
+                    ahead1 = _load_positions(slots_ptr, ahead_slot + HALF, end_slot)
+                    ahead2 = _load_positions(slots_ptr, ahead_slot + 2 * HALF, end_slot)
+                    ahead3 = _load_positions(slots_ptr, ahead_slot + 3 * HALF, end_slot)
 
                 left, right, tail = k_left.index(stage), k_right.index(stage), k_tail.index(stage)
                 # Left and right take turns: the compiler puts a barrier between two copies into one allocation.
@@ -277,8 +283,6 @@ def _gather(
                     q_ptr, stride_q_b, stride_q_s, stride_q_h, next_item, seq_q, HEADS, KV_GROUP, D_TOTAL
                 )
             pair += 1
-        slots_ptr = next_ptr
-        end_slot = next_end
         parity_q ^= 1
 
 
