@@ -14,8 +14,8 @@ from typing import Any, TypeVar
 
 import torch
 
-from mla_ops.configs import MAX_D_TOTAL, backward_configs, forward_config
-from mla_ops.configs.launch import BwdConfig, FwdConfig, chunk_widths, launch_options
+from mla_ops.configs import MAX_D_TOTAL, backward_configs, forward_config, hopper_config
+from mla_ops.configs.launch import BwdConfig, FwdConfig, HopperConfig, chunk_widths, launch_options
 from mla_ops.device import DeviceTraits, traits_of
 from mla_ops.errors import UnsupportedProblemError
 from mla_ops.problem import Hints, SparseAttnProblem
@@ -91,8 +91,11 @@ class TritonBackend:
             return ("no heads: nothing is launched",)
         key = (traits.arch, traits.smem_bytes, heads, *widths, current().tuned_rows)
         launches: list[tuple[str, object]] = []
+        hopper = automatic_hopper_config(traits, *widths)
         fwd = forward_config(*key)
-        if fwd is not None:
+        if hopper is not None:
+            launches.append((f"forward: {hopper}", hopper))
+        elif fwd is not None:
             programs = hints.batch * hints.seq_q * problem.kv_group * -(-heads // fwd.block_h)
             splits = split_count(programs, problem.topk, fwd.block_k, traits.num_sms)
             launches.append((f"forward: {fwd}, slots split over {splits} programs", fwd))
@@ -161,11 +164,13 @@ def launch_forward(
     max_logits_only: bool = False,
     num_splits: int | None = None,
     use_int64_offsets: bool | None = None,
-    config: FwdConfig | None = None,
+    config: FwdConfig | HopperConfig | None = None,
     traits: DeviceTraits | None = None,
     wrap: Wrap = _identity,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Run the forward kernel, and the merge kernel when a row's slots are shared out over `num_splits` programs.
+
+    With a `HopperConfig` it is the warp-specialised kernel instead: in eager, for `out` and lse, and never split.
 
     With `max_logits_only` the second result is the largest logit of each head instead of lse, and the first is empty.
     The other keyword arguments replace what is derived otherwise (`num_splits` must be given when sizes are symbolic,
@@ -183,8 +188,19 @@ def launch_forward(
     lse = q.new_empty(q.shape[:-1], dtype=torch.float32)
     if rows == 0 or heads == 0:
         return out, lse
-    config = config or _fitting(forward_config, "forward", traits, heads // kv_group, d_v, q)
     topk_length, attn_sink = _contiguous(topk_length), _contiguous(attn_sink)
+    # A trace takes the plain kernel: compilers inline Triton, not Gluon.
+    if config is None and wrap is _identity and not max_logits_only and num_splits is None:
+        config = automatic_hopper_config(traits, d_total, d_v, q.element_size())
+    if isinstance(config, HopperConfig):
+        if max_logits_only or wrap is not _identity or num_splits not in (None, 1):
+            raise UnsupportedProblemError(
+                "a HopperConfig is for an eager call that returns out and lse in one pass, got max_logits_only="
+                f"{max_logits_only}, num_splits={num_splits}, traced={wrap is not _identity}; pass a FwdConfig"
+            )
+        _launch_hopper_forward(q, kv, indices, softmax_scale, topk_length, attn_sink, out, lse, config, traits)
+        return out, lse
+    config = config or _fitting(forward_config, "forward", traits, heads // kv_group, d_v, q)
     programs = program_count(rows, heads, kv_group, config)
     if num_splits is None:
         num_splits = split_count(programs, topk, config.block_k, traits.num_sms)
@@ -220,6 +236,58 @@ def launch_forward(
             kernel_out, kernel_lse, attn_sink, out, lse, num_splits, heads, d_v, block_d, num_warps=4
         )
     return out, lse
+
+
+def automatic_hopper_config(traits: DeviceTraits, d_total: int, d_v: int, element_size: int) -> HopperConfig | None:
+    """Return the warp-specialised configuration that an eager forward takes by itself, or None: the plain kernel."""
+    config = hopper_config(traits.arch, traits.smem_bytes, d_total, d_v, element_size)
+    if config is None or not config.is_automatic or _gluon_reason() is not None:
+        return None
+    return config
+
+
+def _launch_hopper_forward(
+    q: torch.Tensor,
+    kv: torch.Tensor,
+    indices: torch.Tensor,
+    softmax_scale: float,
+    topk_length: torch.Tensor | None,
+    attn_sink: torch.Tensor | None,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    config: HopperConfig,
+    traits: DeviceTraits,
+) -> None:
+    """Run the warp-specialised forward into `out` and `lse`, with as many programs as the device holds at a time."""
+    reason = _gluon_reason()
+    d_total, d_v = q.shape[-1], out.shape[-1]
+    value_width = config.left + config.right
+    is_covered = value_width >= d_v and value_width + config.tail >= d_total
+    known = hopper_config(traits.arch, traits.smem_bytes, d_total, d_v, q.element_size())
+    if reason is None and (known is None or not is_covered):
+        reason = (
+            "the Hopper forward needs sm90, bf16 or fp16, and widths that are multiples of 8, d_v from 256 to 512 and "
+            f"d_total up to 576, all covered by its configuration; got sm{traits.arch}, {q.dtype}, d_v={d_v}, "
+            f"d_total={d_total}, {config}; pass a FwdConfig"
+        )
+    if reason is not None:
+        raise UnsupportedProblemError(reason)
+    from mla_ops.kernels.hopper_forward import BLOCK_H, _sparse_attn_fwd_hopper_kernel
+
+    q, kv = _with_aligned_rows(q), _with_aligned_rows(kv)
+    heads = q.shape[-2]
+    seq_kv, kv_group = kv.shape[-3:-1]
+    items = q.shape[:-2].numel() * kv_group * -(-(heads // kv_group) // BLOCK_H.value)
+    _sparse_attn_fwd_hopper_kernel[(min(items, traits.num_sms),)](
+        q, *_outer_strides(q), kv, *_outer_strides(kv), indices, *_outer_strides(indices),
+        topk_length, attn_sink, out, lse,
+        softmax_scale, q.shape[-3], seq_kv, indices.shape[-1], items,
+        heads, kv_group, d_total, d_v,
+        config.left, config.right, config.tail,
+        config.value_registers, config.gather_registers, softmax_scale < 0,
+        num_warps=4,
+    )  # fmt: skip
+    _launched.add((d_total, d_v, heads, kv_group, q.dtype, config))
 
 
 def program_count(rows: int, heads: int, kv_group: int, config: FwdConfig) -> int:
@@ -429,6 +497,15 @@ def _aligned_like_contiguous(dout: torch.Tensor) -> torch.Tensor:
     return dout.clone(memory_format=torch.contiguous_format)
 
 
+def _with_aligned_rows(tensor: torch.Tensor) -> torch.Tensor:
+    """Return `tensor`, copied unless every row begins at a multiple of 16 bytes: the size of an asynchronous copy.
+
+    A copy and not the plain kernel, so that strided inputs give the bits of contiguous ones.
+    """
+    offsets = (*_outer_strides(tensor), tensor.storage_offset())
+    return tensor if gcd(8, *offsets) == 8 else tensor.clone(memory_format=torch.contiguous_format)
+
+
 def _contiguous(tensor: torch.Tensor | None) -> torch.Tensor | None:
     return None if tensor is None else tensor.contiguous()
 
@@ -456,6 +533,13 @@ def _input_precision(q: torch.Tensor) -> str:
     if q.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32":
         return "tf32"
     return "ieee"
+
+
+@lru_cache(maxsize=1)
+def _gluon_reason() -> str | None:
+    from mla_ops.kernels.gluon_compat import unsupported_reason
+
+    return unsupported_reason()
 
 
 @lru_cache(maxsize=1)

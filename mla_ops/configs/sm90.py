@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mla_ops.configs.launch import BwdConfig, FwdConfig, Row
+from mla_ops.configs.launch import BwdConfig, FwdConfig, HopperConfig, Row
 
 # Measured rows: H100 80GB HBM3, torch 2.11, triton 3.6, bf16, random distinct indices; shapes and figures are those of
 # benchmarks/results/*-h100-sparse-attn.json. What other configurations gave, here and in benchmarks/NOTES.md, was seen
@@ -129,4 +129,12 @@ ROWS: tuple[Row, ...] = (
         bwd=(BwdConfig(block_h=16, block_k=16, max_chunk=64, num_warps=8, num_stages=1, is_key_major=False),),
         element_size=4,
     ),
+)
+
+# The warp-specialised forward, by the widest value and the widest row a configuration takes; the first that does is it.
+# Compiled, not yet run on a GPU, so none of them is automatic.
+HOPPER: tuple[tuple[int, int, HopperConfig], ...] = tuple(
+    (left + right, left + right + tail, HopperConfig(left, right, tail))
+    for left, right in ((128, 128), (256, 64), (256, 128), (256, 256))
+    for tail in (0, 64, 128)
 )

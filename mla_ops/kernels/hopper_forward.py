@@ -33,14 +33,14 @@ buffer is free to begin with, for the opposite one.
 
 What has no barrier of its own:
   P lies in TAIL of its tile, dead once S is there. Both value groups read it, so the copy into TAIL waits for all four
-  `free` of its stage; so do valid[stage], which scores has read before P existed, and alpha[stage], because scores writes
-  it again only for a tile that was copied after them.
-  The epilogue transposes O through the half of K that its group alone reads, stage 1 of the last tile, and arrives on the two
-  `free` of that stage only then. An item has at least one pair, so scores cannot write `factor` again before that.
+  `free` of its stage. So does valid[stage], which scores has read before P existed, and so does alpha[stage] in effect:
+  scores writes it again only for a tile that was copied after them.
+  The epilogue transposes O through a buffer that its group alone reads, its side of stage 1, and arrives on the two
+  `free` of it only then. An item has at least one pair, so scores cannot write `factor` again before that.
 `turn` shares the tensor cores: all at once, Q K^T and P V end together and then nothing runs beside the softmax, so the
 second half of P V waits until most of the next Q K^T is done. After the last tile of an item there is none to wait for.
-No cycle: gather waits for values (`free`) and scores (`q_free`) of two tiles back and one item back; it never holds
-back the arrival of a tile for a buffer of the next, which `turn` would turn into a deadlock.
+No cycle: a tile's arrival waits for `free` of the tile two before it, those for `turn`, and that for the arrival of the
+tile between them, so the gather must announce a tile before it waits for the buffers of the next; and it does.
 
 NOTE [What orders the accesses]
 wgmma reads shared memory through the async proxy; everything else here goes through the generic proxy.
@@ -50,8 +50,8 @@ wgmma reads shared memory through the async proxy; everything else here goes thr
   path to every later wgmma, that of the value groups included, which learn of the rows through `weights`. So readers
   need none. An arrival made by the copies themselves (cp.async.mbarrier.arrive) would ask for a fence in every reader
   of every tile, and would not order the stores of `valid` at all.
-  Read by wgmma, then written: wgmma.wait_group 0 (1 for the first half) comes before the arrival, and a completed read cannot
-  see a later write: no fence.
+  Read by wgmma, then written: wgmma.wait_group 0 and a barrier of the warpgroup come before the arrival, and a read
+  that is complete cannot see a later write: no fence.
   `valid`, `alpha`, `factor` and the epilogue stay in the generic proxy: arrive and wait order them alone.
 """
 
@@ -96,10 +96,11 @@ def _locate_item(item, HEADS: gl.constexpr, KV_GROUP: gl.constexpr):
 @gluon.jit
 def _end_slot(topk_length_ptr, row, topk):
     """Return how many slots of a row count."""
-    if topk_length_ptr is None:
-        return topk
-    else:
-        return gl.maximum(gl.minimum(gl.load(topk_length_ptr + row), topk), 0).to(gl.int32)
+    end_slot = topk
+    if topk_length_ptr is not None:
+        # Clamped before it is narrowed: -(2**40) + 1 is not 1.
+        end_slot = gl.maximum(gl.minimum(gl.load(topk_length_ptr + row), topk), 0).to(gl.int32)
+    return end_slot
 
 
 @gluon.jit
@@ -279,9 +280,7 @@ def _gather(
                 if stage == 0:
                     _publish_copies(q_full, 0, i == 0)
             if i == num_pairs // 2:
-                _prefetch_queries(
-                    q_ptr, stride_q_b, stride_q_s, stride_q_h, next_item, seq_q, HEADS, KV_GROUP, D_TOTAL
-                )
+                _prefetch_queries(q_ptr, stride_q_b, stride_q_s, stride_q_h, next_item, seq_q, HEADS, KV_GROUP, D_TOTAL)
             pair += 1
         parity_q ^= 1
 
@@ -308,7 +307,7 @@ def _scores(
 ):  # fmt: skip
     HEADS_LAYOUT: gl.constexpr = gl.SliceLayout(1, SCORES_LAYOUT)
     # LEFT and half of RIGHT are done when this many groups are not.
-    LATE_GROUPS: gl.constexpr = (1 if RIGHT > 128 else 0) + (1 if TAIL > 0 else 0) + (1 if TAIL > 128 else 0)
+    LATE_GROUPS: gl.constexpr = (1 if RIGHT > 128 else 0) + (1 if TAIL > 0 else 0)
     # Positive, and 0 as a number that makes every logit 0: see `forward.py`.
     logit_scale = gl.where(softmax_scale == 0, 1e-37, gl.abs(softmax_scale) * LOG2_E)
     zero = gl.full([BLOCK_H, TILE], 0.0, gl.float32, SCORES_LAYOUT)
@@ -451,10 +450,7 @@ def _sparse_attn_fwd_hopper_kernel(
     k_left = gl.allocate_shared_memory(ELEMENT, [2, TILE, LEFT], ROWS)
     k_right = gl.allocate_shared_memory(ELEMENT, [2, TILE, RIGHT], ROWS)
     k_tail = gl.allocate_shared_memory(ELEMENT, [2, TILE, TAIL_OR_P], ROWS)
-    if TAIL > 0:
-        q_tail = gl.allocate_shared_memory(ELEMENT, [BLOCK_H, TAIL], ROWS)
-    else:
-        q_tail = q_left
+    q_tail = gl.allocate_shared_memory(ELEMENT, [BLOCK_H, TAIL], ROWS) if TAIL > 0 else q_left
     halves_valid = gl.allocate_shared_memory(gl.int32, [4, HALF], FLAT)
     valid = halves_valid._reinterpret(gl.int32, [2, TILE], FLAT)
     alpha = gl.allocate_shared_memory(gl.float32, [2, BLOCK_H], FLAT)
