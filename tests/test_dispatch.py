@@ -8,14 +8,16 @@ import sys
 import threading
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import mla_ops
 from mla_ops import settings
-from mla_ops.configs import backward_configs, forward_config
-from mla_ops.configs.launch import BwdConfig, FwdConfig
+from mla_ops.backends import triton as triton_backend
+from mla_ops.configs import backward_configs, forward_config, hopper_config
+from mla_ops.configs.launch import BwdConfig, FwdConfig, HopperConfig
 from mla_ops.configs.tuned import TunedRow, write_rows
 from mla_ops.device import DeviceTraits
 from mla_ops.dispatch import BACKENDS, select
@@ -237,3 +239,60 @@ def test_environment_variable(text: str, outcome: str) -> None:
     )
     assert outcome in (result.stdout if result.returncode == 0 else result.stderr)
     assert (result.returncode == 0) == (text == "3")
+
+
+@pytest.mark.parametrize(
+    ("d_total", "d_v", "chunks"),
+    [
+        (576, 512, (256, 256, 64)),
+        (512, 512, (256, 256, 0)),
+        (480, 448, (256, 256, 0)),
+        (512, 384, (256, 128, 128)),
+        (352, 320, (256, 64, 64)),
+        (320, 256, (128, 128, 64)),
+    ],
+)
+def test_the_hopper_forward_covers_a_row_with_as_few_channels_as_it_can(
+    d_total: int, d_v: int, chunks: tuple[int, int, int]
+) -> None:
+    config = hopper_config(H100.arch, H100.smem_bytes, d_total, d_v, 2)
+    assert config is not None
+    assert (config.left, config.right, config.tail) == chunks
+
+
+@pytest.mark.parametrize(
+    ("arch", "d_total", "d_v", "element_size"),
+    [(80, 576, 512, 2), (100, 576, 512, 2), (90, 576, 512, 4), (90, 640, 512, 2), (90, 128, 64, 2), (90, 580, 512, 2)],
+)
+def test_the_hopper_forward_is_for_wide_rows_of_two_byte_channels_on_sm90(
+    arch: int, d_total: int, d_v: int, element_size: int
+) -> None:
+    assert hopper_config(arch, H100.smem_bytes, d_total, d_v, element_size) is None
+
+
+def test_the_hopper_forward_is_taken_by_itself_once_its_row_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton", reason="triton is not installed")
+    problem = SparseAttnProblem(d_total=576, d_v=512, topk=2048, heads=64, kv_group=1, dtype=torch.bfloat16)
+    hints = Hints(batch=1, seq_q=4096, seq_kv=8192)
+    assert triton_backend.automatic_hopper_config(H100, 576, 512, 2) is None
+    assert "HopperConfig" not in str(triton_backend.TritonBackend().describe_launch(problem, H100, hints))
+    config = replace(hopper_config(90, H100.smem_bytes, 576, 512, 2), is_automatic=True)
+    monkeypatch.setattr(triton_backend, "hopper_config", lambda *key: config)
+    assert triton_backend.automatic_hopper_config(H100, 576, 512, 2) == config
+    assert "HopperConfig" in str(triton_backend.TritonBackend().describe_launch(problem, H100, hints))
+
+
+def test_the_hopper_forward_is_refused_where_it_cannot_run() -> None:
+    pytest.importorskip("triton", reason="triton is not installed")
+    inputs = make_inputs(Case(d_total=576, d_v=512, heads=64), torch.bfloat16)
+    config = HopperConfig(256, 256, 64)
+    refusals: dict[str, dict[str, Any]] = {
+        "got sm80": {"traits": replace(H100, arch=80)},
+        "d_v=512, d_total=576": {"config": HopperConfig(256, 128, 64)},
+        "max_logits_only=True": {"max_logits_only": True},
+        "num_splits=2": {"num_splits": 2},
+        "traced=True": {"wrap": lambda kernel: kernel},
+    }
+    for reason, options in refusals.items():
+        with pytest.raises(mla_ops.UnsupportedProblemError, match=reason):
+            triton_backend.launch_forward(*inputs.args, **{"traits": H100, "config": config, **options})
