@@ -318,8 +318,6 @@ def _scores(
         num_pairs = _pair_count(_end_slot(topk_length_ptr, row, topk))
         row_max = gl.full([BLOCK_H], -float("inf"), gl.float32, HEADS_LAYOUT)
         row_sum = gl.full([BLOCK_H], 0.0, gl.float32, HEADS_LAYOUT)
-        p = zero
-        rescale = row_sum
         mbarrier.wait(q_full, parity_q)
         parity_q ^= 1
         for i in range(num_pairs):
@@ -331,9 +329,8 @@ def _scores(
                 scores = _add_scores(scores, q_right, k_right.index(stage), RIGHT, False)
                 if TAIL > 0:
                     scores = _add_scores(scores, q_tail, k_tail.index(stage), TAIL, False)
-                # Under the products: which slots count, and the row sum of the tile before.
+                # Loaded under the products.
                 is_valid = valid.index(stage).load(gl.SliceLayout(0, SCORES_LAYOUT)) != 0
-                row_sum = row_sum * rescale + gl.sum(p, 1)
                 scores = warpgroup_mma_wait(LATE_GROUPS, deps=[scores])
                 if stage == 1:
                     mbarrier.arrive(turn.index(0), count=1)
@@ -357,10 +354,11 @@ def _scores(
                 k_tail.index(stage).slice(0, TILE, 1).store(p.to(q_left.dtype))
                 fence_async_shared()
                 mbarrier.arrive(weights.index(stage), count=1)
+                # Kept for the products of the next tile, it would hold 32 registers over them, which then spill.
+                row_sum = row_sum * rescale + gl.sum(p, 1)
                 if stage == 1:
                     mbarrier.arrive(turn.index(1), count=1, pred=i + 1 == num_pairs)
             pair += 1
-        row_sum = row_sum * rescale + gl.sum(p, 1)
         # Empty is the sum being 0, not "not positive": a NaN in a selected row must reach the output.
         is_empty = row_sum == 0.0
         lse = gl.where(is_empty, -float("inf"), (row_max + gl.log2(row_sum)) * LN_2)
