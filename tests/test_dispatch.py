@@ -285,10 +285,10 @@ def test_the_hopper_forward_is_taken_by_itself_once_its_row_says_so(monkeypatch:
 def test_the_hopper_forward_is_refused_where_it_cannot_run() -> None:
     pytest.importorskip("triton", reason="triton is not installed")
     inputs = make_inputs(Case(d_total=576, d_v=512, heads=64), torch.bfloat16)
-    config = HopperConfig(256, 256, 64)
+    config = HopperConfig(256, 256, 64, 160, 56)
     refusals: dict[str, dict[str, Any]] = {
         "got sm80": {"traits": replace(H100, arch=80)},
-        "d_v=512, d_total=576": {"config": HopperConfig(256, 128, 64)},
+        "d_v=512, d_total=576": {"config": HopperConfig(256, 128, 64, 160, 56)},
         "max_logits_only=True": {"max_logits_only": True},
         "num_splits=2": {"num_splits": 2},
         "traced=True": {"wrap": lambda kernel: kernel},

@@ -277,11 +277,12 @@ def hopper_widths() -> list[Any]:
 @pytest.mark.parametrize(("d_total", "d_v"), hopper_widths())
 def test_hopper_forward_fits_and_its_products_are_wgmma(d_total: int, d_v: int) -> None:
     compiled = compile_hopper(128, d_total, d_v)
-    assert compiled.shared_bytes <= hopper_smem_bytes(hopper_config(90, SMEM_BYTES[90], d_total, d_v, 2))
+    config = hopper_config(90, SMEM_BYTES[90], d_total, d_v, 2)
+    assert compiled.shared_bytes <= hopper_smem_bytes(config)
     # 16 warps start at 128 registers; what more than that a role needs, `setmaxnreg` gives it.
     assert compiled.registers == 128
-    # Scalars of an item and of the gather, which only has 56 registers, wait there; no accumulator does.
-    assert compiled.stack_bytes <= 256
+    # Where the gather only has 56 registers, what an item begins with waits there; no accumulator does.
+    assert compiled.stack_bytes <= (256 if config.left == 256 else 32)
     assert compiled.count(r"wgmma\.mma_async") > 0
     assert compiled.count(r"mma\.sync\.aligned\.m16") == 0
 

@@ -41,8 +41,8 @@ class HopperConfig:
     left: int  # value channels of the first value group, a power of two
     right: int  # of the second; left + right cover d_v
     tail: int  # remaining channels of a row, 0, 64 or 128
-    value_registers: int = 160  # per thread; what they and the gather leave goes to the scores
-    gather_registers: int = 56
+    value_registers: int  # per thread; what they and the gather leave of 512 goes to the scores
+    gather_registers: int
     is_automatic: bool = False  # whether it is chosen where nobody asks for it: once it was measured to be faster
 
 

@@ -134,7 +134,13 @@ ROWS: tuple[Row, ...] = (
 # The warp-specialised forward, by the widest value and the widest row a configuration takes; the first that does is it.
 # Compiled, not yet run on a GPU, so none of them is automatic.
 HOPPER: tuple[tuple[int, int, HopperConfig], ...] = tuple(
-    (left + right, left + right + tail, HopperConfig(left, right, tail))
-    for left, right in ((128, 128), (256, 64), (256, 128), (256, 256))
+    (left + right, left + right + tail, HopperConfig(left, right, tail, value_registers, gather_registers))
+    for left, right, value_registers, gather_registers in (
+        (128, 128, 112, 96),
+        # 256 channels are 128 accumulators a thread: at 152 registers they spill, and the gather gets what is left.
+        (256, 64, 160, 56),
+        (256, 128, 160, 56),
+        (256, 256, 160, 56),
+    )
     for tail in (0, 64, 128)
 )

@@ -12,9 +12,9 @@ One warpgroup makes S while the other two multiply the tile before it. A row is 
 LEFT and RIGHT cover the value, all are padded with zeros past `d_total`, and what lies past `d_v` is never stored.
 
 NOTE [Registers]
-16 warps start at 128 registers a thread, and `setmaxnreg` shares out 512 per four threads: 136 for scores, 160 for each
-value group, 56 for the gather. At 128 registers ptxas refuses m64n256, so values are multiplied as m64n128; a value
-group with 256 channels holds 128 accumulators and spills at 152 registers.
+16 warps start at 128 registers a thread, and `setmaxnreg` shares out 512 per four threads, one of each role: with 256
+channels a value group, 136 for scores, 160 for each value group and 56 for the gather. At the 128 of the start ptxas
+refuses m64n256, so values are multiplied as m64n128; 256 channels are 128 accumulators, and spill at 152 registers.
 
 NOTE [Buffers and barriers]
 Every barrier counts one arrival a phase, and every tile (every item, for the last four) completes one phase of each
