@@ -17,7 +17,7 @@ channels a value group, 136 for scores, 160 for each value group and 56 for the 
 refuses m64n256, so values are multiplied as m64n128; 256 channels are 128 accumulators, and spill at 152 registers.
 
 NOTE [Buffers and barriers]
-Every barrier counts one arrival a phase, and every tile (every item, for the last four) completes one phase of each
+Every barrier counts one arrival a phase, and every tile (every item, for the last three) completes one phase of each
 barrier of its stage. Tile t is tile t % 2 of pair t // 2, so a reader waits for parity (t // 2) & 1 and a writer, whose
 buffer is free to begin with, for the opposite one.
 
