@@ -14,13 +14,14 @@ from typing import Any
 
 import torch
 
-from mla_ops.backends import triton
+from mla_ops.backends import triton, triton_hopper
 from mla_ops.device import DeviceTraits, traits_of
 from mla_ops.dispatch import select
 from mla_ops.lowering import choices, is_enabled
 from mla_ops.lowering import inductor_compat as inductor
 from mla_ops.problem import Hints, SparseAttnProblem
 from mla_ops.registration import SPARSE_ATTN, SPARSE_ATTN_BWD
+from mla_ops.settings import current
 
 _log = logging.getLogger(__name__)
 
@@ -58,11 +59,12 @@ def _lower_forward(
 ) -> Any:
     try:
         plan = _plan(q, kv, indices, d_v, backend, needs_grad=False)
+        _leave_specialised_to_the_operator(plan)
     except _StayExtern as reason:
         args = (q, kv, indices, d_v, softmax_scale, topk_length, attn_sink, backend)
         return _extern(SPARSE_ATTN, args, reason)
-    config = choices.forward(plan.problem, plan.hints, plan.traits, softmax_scale)
     problem, rows = plan.problem, plan.hints.batch * plan.hints.seq_q
+    config = choices.forward(problem, plan.hints, plan.traits, softmax_scale)
     programs = triton.program_count(rows, problem.heads, problem.kv_group, config)
     num_splits = triton.split_count(programs, problem.topk, config.block_k, plan.traits.num_sms)
 
@@ -134,6 +136,16 @@ def _lower_backward(
 
     _log.info("%s is inlined: %s, %s", SPARSE_ATTN_BWD, plan.problem, configs)
     return inductor.inline(launch, (dout, dlse, q, kv, indices, out, lse, topk_length, attn_sink))
+
+
+def _leave_specialised_to_the_operator(plan: _Plan) -> None:
+    """Raise `_StayExtern` where eager runs a faster kernel that cannot be inlined; a package takes the plain one."""
+    problem, rows = plan.problem, plan.hints.batch * plan.hints.seq_q
+    widths = (problem.d_total, problem.d_v, problem.dtype.itemsize)
+    tuned_rows = current().tuned_rows
+    config = triton_hopper.automatic_config(plan.traits, rows, problem.heads, problem.kv_group, widths, tuned_rows)
+    if config is not None and not inductor.is_ahead_of_time():
+        raise _StayExtern(f"{config} is twice as fast as the plain kernel and written in Gluon, which is not inlined")
 
 
 def _extern(op: torch._ops.OpOverload, args: tuple[Any, ...], reason: _StayExtern) -> Any:

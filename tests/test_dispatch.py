@@ -8,14 +8,16 @@ import sys
 import threading
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import mla_ops
 from mla_ops import settings
-from mla_ops.configs import backward_configs, forward_config
-from mla_ops.configs.launch import BwdConfig, FwdConfig
+from mla_ops.backends import triton as triton_backend
+from mla_ops.configs import backward_configs, forward_config, hopper_config
+from mla_ops.configs.launch import BwdConfig, FwdConfig, HopperConfig
 from mla_ops.configs.tuned import TunedRow, write_rows
 from mla_ops.device import DeviceTraits
 from mla_ops.dispatch import BACKENDS, select
@@ -273,3 +275,88 @@ def test_kept_decisions_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
         inputs = make_inputs(Case(d_total=8, d_v=8, topk=2, seq_q=seq_q))
         mla_ops.sparse_attn(inputs.q, inputs.kv, inputs.indices, **inputs.kwargs)
         assert 1 <= len(impl._decided) <= 4
+
+
+@pytest.mark.parametrize(
+    ("d_total", "d_v", "chunks"),
+    [
+        (576, 512, (256, 256, 64)),
+        (512, 512, (256, 256, 0)),
+        (480, 448, (256, 256, 0)),
+        (512, 384, (256, 128, 128)),
+        (352, 320, (256, 64, 64)),
+        (320, 256, (128, 128, 64)),
+    ],
+)
+def test_the_hopper_forward_covers_a_row_with_as_few_channels_as_it_can(
+    d_total: int, d_v: int, chunks: tuple[int, int, int]
+) -> None:
+    config = hopper_config(H100.arch, H100.smem_bytes, d_total, d_v, 2)
+    assert config is not None
+    assert (config.left, config.right, config.tail) == chunks
+
+
+@pytest.mark.parametrize(
+    ("arch", "d_total", "d_v", "element_size"),
+    [(80, 576, 512, 2), (100, 576, 512, 2), (90, 576, 512, 4), (90, 640, 512, 2), (90, 128, 64, 2), (90, 580, 512, 2)],
+)
+def test_the_hopper_forward_is_for_wide_rows_of_two_byte_channels_on_sm90(
+    arch: int, d_total: int, d_v: int, element_size: int
+) -> None:
+    assert hopper_config(arch, H100.smem_bytes, d_total, d_v, element_size) is None
+
+
+@pytest.mark.parametrize(
+    ("change", "is_taken"),
+    [
+        ({}, True),
+        ({"d_v": 256, "d_total": 320}, True),
+        ({"heads": 33}, True),
+        ({"heads": 32}, False),  # half of its products would be of heads that are not there
+        ({"heads": 128, "kv_group": 4}, False),
+        ({"heads": 128, "kv_group": 2}, True),
+        ({"seq_q": 66}, True),
+        ({"seq_q": 65}, False),  # split over programs
+        ({"heads": 128, "seq_q": 33}, True),
+        ({"d_v": 192, "d_total": 256}, False),
+        ({"dtype": torch.float32}, False),
+        ({"arch": 80}, False),
+    ],
+    ids=str,
+)
+def test_when_the_hopper_forward_is_taken(change: dict[str, Any], is_taken: bool) -> None:
+    pytest.importorskip("triton", reason="triton is not installed")
+    sizes = {"d_total": 576, "d_v": 512, "heads": 64, "kv_group": 1, "dtype": torch.bfloat16, "seq_q": 4096, "arch": 90}
+    sizes |= change
+    hints = Hints(batch=1, seq_q=sizes.pop("seq_q"), seq_kv=8192)
+    traits = replace(H100, arch=sizes.pop("arch"))
+    launches = triton_backend.TritonBackend().describe_launch(SparseAttnProblem(topk=2048, **sizes), traits, hints)
+    assert ("HopperConfig" in str(launches)) == is_taken
+
+
+def test_a_tuned_forward_goes_before_the_hopper_forward(tmp_path: Path) -> None:
+    pytest.importorskip("triton", reason="triton is not installed")
+    fwd = FwdConfig(block_h=32, block_k=64, max_chunk=64, num_warps=4, num_stages=2)
+    path = tuned_file(tmp_path / "rows.json", d_total=576, d_v=512, heads=64, fwd=fwd)
+    problem = SparseAttnProblem(d_total=576, d_v=512, topk=2048, heads=64, kv_group=1, dtype=torch.bfloat16)
+    with settings.override(tuned_rows=path):
+        launches = triton_backend.TritonBackend().describe_launch(
+            problem, H100, Hints(batch=1, seq_q=4096, seq_kv=8192)
+        )
+    assert "HopperConfig" not in str(launches)
+
+
+def test_the_hopper_forward_is_refused_where_it_cannot_run() -> None:
+    pytest.importorskip("triton", reason="triton is not installed")
+    inputs = make_inputs(Case(d_total=576, d_v=512, heads=64), torch.bfloat16)
+    config = HopperConfig(256, 256, 64, 160, 56)
+    refusals: dict[str, dict[str, Any]] = {
+        "got sm80": {"traits": replace(H100, arch=80)},
+        "d_v=512, d_total=576": {"config": HopperConfig(256, 128, 64, 160, 56)},
+        "max_logits_only=True": {"max_logits_only": True},
+        "num_splits=2": {"num_splits": 2},
+        "traced=True": {"wrap": lambda kernel: kernel},
+    }
+    for reason, options in refusals.items():
+        with pytest.raises(mla_ops.UnsupportedProblemError, match=reason):
+            triton_backend.launch_forward(*inputs.args, **{"traits": H100, "config": config, **options})

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from mla_ops.configs import TABLES, backward_configs, forward_config
+from mla_ops.configs import TABLES, backward_configs, forward_config, hopper_config
 from mla_ops.configs.head_dims import FAMILIES
 from mla_ops.configs.launch import (
     BwdConfig,
@@ -20,6 +20,7 @@ from mla_ops.configs.launch import (
     bwd_smem_bytes,
     chunk_widths,
     fwd_smem_bytes,
+    hopper_smem_bytes,
     launch_options,
 )
 
@@ -66,10 +67,13 @@ class Compiled:
         return len(re.findall(pattern, self.ptx))
 
 
-def compile_kernel(kernel: Any, arch: int, constants: dict[str, Any], config: Any, element: str) -> Compiled:
+def compile_kernel(
+    kernel: Any, arch: int, constants: dict[str, Any], options: dict[str, int], element: str
+) -> Compiled:
     """Compile for `arch` as a launch would: pointers and strides 16-byte aligned unless STRIDE_ALIGN says less."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
+    from triton.experimental.gluon._runtime import GluonASTSource
 
     def type_of(name: str) -> str:
         if name in constants:
@@ -86,13 +90,13 @@ def compile_kernel(kernel: Any, arch: int, constants: dict[str, Any], config: An
     names = list(kernel.arg_names)
     is_aligned = constants.get("STRIDE_ALIGN", 16) == 16
     aligned = [n for n in names if n.endswith("_ptr") or (is_aligned and n.startswith("stride_"))]
-    source = ASTSource(
+    source = (GluonASTSource if kernel.is_gluon() else ASTSource)(
         fn=kernel,
         signature={name: type_of(name) for name in names},
         constexprs={(names.index(name),): value for name, value in constants.items()},
         attrs={(names.index(name),): [["tt.divisibility", 16]] for name in aligned if name not in constants},
     )
-    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=launch_options(config))
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
@@ -126,7 +130,7 @@ def compile_forward(
         "IS_NEGATIVE_SCALE": False,
         **constants,
     }
-    return compile_kernel(_sparse_attn_fwd_kernel, arch, constants, config, element)
+    return compile_kernel(_sparse_attn_fwd_kernel, arch, constants, launch_options(config), element)
 
 
 def compile_backward(
@@ -137,7 +141,20 @@ def compile_backward(
     align = constants.pop("STRIDE_ALIGN", 16)
     orders = {"IS_KEY_MAJOR": config.is_key_major, "IS_AHEAD": config.is_ahead, "IS_DETERMINISTIC": False}
     constants = {**shape_constants(config, heads, d_total, d_v, align), **orders, **constants}
-    return compile_kernel(_sparse_attn_bwd_kernel, arch, constants, config, element)
+    return compile_kernel(_sparse_attn_bwd_kernel, arch, constants, launch_options(config), element)
+
+
+def compile_hopper(heads: int, d_total: int, d_v: int, element: str = "bf16", **constants: Any) -> Compiled:
+    from mla_ops.kernels.hopper_forward import _sparse_attn_fwd_hopper_kernel
+
+    config = hopper_config(90, SMEM_BYTES[90], d_total, d_v, 2)
+    constants = {
+        "HEADS": heads, "KV_GROUP": 1, "D_TOTAL": d_total, "D_V": d_v,
+        "LEFT": config.left, "RIGHT": config.right, "TAIL": config.tail,
+        "VALUE_REGISTERS": config.value_registers, "GATHER_REGISTERS": config.gather_registers,
+        "IS_NEGATIVE_SCALE": False, **constants,
+    }  # fmt: skip
+    return compile_kernel(_sparse_attn_fwd_hopper_kernel, 90, constants, {"num_warps": 4}, element)
 
 
 ROWS = [
@@ -241,6 +258,62 @@ def test_split_forward_merge_and_ordered_sum_compile() -> None:
     config = FwdConfig(block_h=16, block_k=64, max_chunk=64, num_warps=4, num_stages=2)
     assert compile_forward(config, 90, 16, 576, 512, IS_SPLIT=True).stack_bytes == 0
     merge = {"HEADS": 16, "D_V": 512, "BLOCK_D": 512}
-    assert compile_kernel(_sparse_attn_merge_kernel, 90, merge, config, "bf16").stack_bytes == 0
+    assert compile_kernel(_sparse_attn_merge_kernel, 90, merge, launch_options(config), "bf16").stack_bytes == 0
     ordered = {"HEAD_BLOCKS": 2, "D_TOTAL": 576, "BLOCK_SLOTS": 4, "BLOCK_D": 1024, "IS_FIRST": False}
-    assert compile_kernel(_sum_slot_rows_kernel, 90, ordered, config, "bf16").stack_bytes == 0
+    assert compile_kernel(_sum_slot_rows_kernel, 90, ordered, launch_options(config), "bf16").stack_bytes == 0
+
+
+def hopper_widths() -> list[Any]:
+    """Every width the Hopper forward is for; 512 with a tail of 128 doesn't fit."""
+    widths = [(d_v + tail, d_v) for d_v in (256, 320, 384, 448, 512) for tail in (0, 32, 64, 128)]
+    every_run = ((576, 512), (512, 512), (320, 256))
+    return [
+        pytest.param(*pair, id="x".join(map(str, pair)), marks=[] if pair in every_run else pytest.mark.slow)
+        for pair in widths
+        if pair != (640, 512)
+    ]
+
+
+@pytest.mark.parametrize(("d_total", "d_v"), hopper_widths())
+def test_hopper_forward_fits_and_its_products_are_wgmma(d_total: int, d_v: int) -> None:
+    compiled = compile_hopper(128, d_total, d_v)
+    config = hopper_config(90, SMEM_BYTES[90], d_total, d_v, 2)
+    assert compiled.shared_bytes <= hopper_smem_bytes(config)
+    # 16 warps start at 128 registers; what more than that a role needs, `setmaxnreg` gives it.
+    assert compiled.registers == 128
+    # Where the gather only has 56 registers, what an item begins with waits there; no accumulator does.
+    assert compiled.stack_bytes <= (256 if config.left == 256 else 32)
+    assert compiled.count(r"wgmma\.mma_async") > 0
+    assert compiled.count(r"mma\.sync\.aligned\.m16") == 0
+
+
+HOPPER_VARIANTS = {
+    "fp16": {"element": "fp16"},
+    "no length, no sink": {"topk_length_ptr": None, "attn_sink_ptr": None},
+    "few heads in groups": {"HEADS": 40, "KV_GROUP": 2},
+    "negative scale": {"IS_NEGATIVE_SCALE": True},
+    "constants of 1": {"stride_i_g": 1, "stride_i_s": 1, "stride_q_b": 1},
+}
+
+
+@pytest.mark.parametrize("options", HOPPER_VARIANTS.values(), ids=HOPPER_VARIANTS)
+def test_hopper_forward_variants_compile(options: dict[str, Any]) -> None:
+    assert compile_hopper(128, 576, 512, **options).stack_bytes <= 256
+
+
+def test_hopper_rows_are_copied_16_bytes_at_a_time_and_zeroed_by_the_copy() -> None:
+    ptx = compile_hopper(128, 576, 512).ptx
+    copies = re.findall(r"cp\.async\.c[ag]\.shared\.global [^;]*;", ptx)
+    assert copies
+    # A fourth operand is the number of bytes read; the rest of the 16 become 0.
+    assert all(re.search(r", 0x10, %r\d+;", copy) for copy in copies)
+
+
+def test_hopper_copies_are_published_after_the_fence_of_every_thread() -> None:
+    ptx = re.sub(r"(?m)^\s*(//.*|\.loc.*|\$.*)?\n|//[^\n]*", "", compile_hopper(128, 576, 512).ptx)
+    waits = ptx.split("cp.async.wait_group")[1:]
+    assert len(waits) == 5  # LEFT, the rest and the queries; LEFT and the rest of the second stage
+    for after in waits:
+        until_arrival = after.split("mbarrier.arrive")[0]
+        fence = until_arrival.index("fence.proxy.async")
+        assert re.search(r"\b(bar|barrier)(\.cta)?\.sync\b", until_arrival[fence:])

@@ -9,13 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import lru_cache
 from importlib.util import find_spec
-from math import gcd
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 
+from mla_ops.backends import triton_hopper
+from mla_ops.backends.triton_strides import aligned_like_contiguous, alignment, outer_strides, with_unit_inner_stride
 from mla_ops.configs import MAX_D_TOTAL, backward_configs, forward_config
-from mla_ops.configs.launch import BwdConfig, FwdConfig, chunk_widths, launch_options
+from mla_ops.configs.launch import BwdConfig, FwdConfig, HopperConfig, chunk_widths, launch_options
 from mla_ops.device import DeviceTraits, traits_of
 from mla_ops.errors import UnsupportedProblemError
 from mla_ops.problem import Hints, SparseAttnProblem
@@ -91,9 +92,15 @@ class TritonBackend:
             return ("no heads: nothing is launched",)
         key = (traits.arch, traits.smem_bytes, heads, *widths, current().tuned_rows)
         launches: list[tuple[str, object]] = []
+        rows = hints.batch * hints.seq_q
+        specialised = triton_hopper.automatic_config(
+            traits, rows, problem.heads, problem.kv_group, widths, current().tuned_rows
+        )
         fwd = forward_config(*key)
-        if fwd is not None:
-            programs = hints.batch * hints.seq_q * problem.kv_group * -(-heads // fwd.block_h)
+        if specialised is not None:
+            launches.append((f"forward: {specialised}", specialised))
+        elif fwd is not None:
+            programs = program_count(rows, problem.heads, problem.kv_group, fwd)
             splits = split_count(programs, problem.topk, fwd.block_k, traits.num_sms)
             launches.append((f"forward: {fwd}, slots split over {splits} programs", fwd))
         for bwd in (backward_configs(*key) or ()) if problem.needs_grad else ():
@@ -161,11 +168,14 @@ def launch_forward(
     max_logits_only: bool = False,
     num_splits: int | None = None,
     use_int64_offsets: bool | None = None,
-    config: FwdConfig | None = None,
+    config: FwdConfig | HopperConfig | None = None,
     traits: DeviceTraits | None = None,
     wrap: Wrap = _identity,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Run the forward kernel, and the merge kernel when a row's slots are shared out over `num_splits` programs.
+
+    With a `HopperConfig`, or where one is automatic, it is the warp-specialised kernel instead: in eager, for `out` and
+    lse, never split. A trace takes the plain kernel, because compilers inline Triton and not Gluon.
 
     With `max_logits_only` the second result is the largest logit of each head instead of lse, and the first is empty.
     The other keyword arguments replace what is derived otherwise (`num_splits` must be given when sizes are symbolic,
@@ -174,19 +184,33 @@ def launch_forward(
     from mla_ops.kernels.forward import _sparse_attn_fwd_kernel
 
     traits = traits or traits_of(q.device)
-    q, kv, indices = _unit_inner_stride(q), _unit_inner_stride(kv), _unit_inner_stride(indices)
+    q, kv, indices = with_unit_inner_stride(q), with_unit_inner_stride(kv), with_unit_inner_stride(indices)
     q_shape, topk = q.shape, indices.shape[-1]
     out = q.new_empty(0 if max_logits_only else (*q_shape[:-1], d_v))
     lse = q.new_empty(q_shape[:-1], dtype=torch.float32)
     if lse.numel() == 0:
+        return out, lse
+    topk_length, attn_sink = _contiguous(topk_length), _contiguous(attn_sink)
+    if config is None and num_splits is None and not max_logits_only and wrap is _identity:
+        heads, kv_group, widths = q_shape[-2], kv.shape[-2], (q_shape[-1], d_v, q.element_size())
+        rows = lse.numel() // heads
+        config = triton_hopper.automatic_config(traits, rows, heads, kv_group, widths, current().tuned_rows)
+    if isinstance(config, HopperConfig):
+        if num_splits is not None or max_logits_only or wrap is not _identity:
+            raise UnsupportedProblemError(
+                "a HopperConfig is for an eager call that returns out and lse in one pass, got "
+                f"num_splits={num_splits}, max_logits_only={max_logits_only}, traced={wrap is not _identity}; "
+                "pass a FwdConfig"
+            )
+        triton_hopper.launch_forward(q, kv, indices, softmax_scale, topk_length, attn_sink, out, lse, config, traits)
+        _launched.add((q_shape[-1], d_v, q_shape[-2], kv.shape[-2], q.dtype, config))
         return out, lse
     plan_forward = _plan_forward if wrap is _identity else _plan_forward.__wrapped__  # symbols have no hash
     plan = plan_forward(
         q_shape, q.stride(), kv.shape, kv.stride(), topk, d_v, q.dtype, traits, current().tuned_rows,
         config, num_splits, use_int64_offsets,
     )  # fmt: skip
-    config, num_splits = plan.config, plan.grid[1]
-    topk_length, attn_sink = _contiguous(topk_length), _contiguous(attn_sink)
+    num_splits = plan.grid[1]
     is_split = num_splits > 1
     kernel_out, kernel_lse = (None if max_logits_only else out), lse
     if is_split:
@@ -196,14 +220,14 @@ def launch_forward(
         kernel_lse = q.new_empty(partials, dtype=torch.float32)
 
     wrap(_sparse_attn_fwd_kernel)[plan.grid](
-        q, *plan.q_strides, kv, *plan.kv_strides, indices, *_outer_strides(indices.stride()),
+        q, *plan.q_strides, kv, *plan.kv_strides, indices, *outer_strides(indices.stride()),
         topk_length, attn_sink, kernel_out, kernel_lse, softmax_scale,
         *plan.sizes, *plan.constants, _input_precision(q), is_split, softmax_scale < 0, **plan.options,
     )  # fmt: skip
     if max_logits_only:
         return out, kernel_lse.amax(1).view(lse.shape) if is_split else lse
     if wrap is _identity:
-        _launched.add((q_shape[-1], d_v, q_shape[-2], kv.shape[-2], q.dtype, config))
+        _launched.add((q_shape[-1], d_v, q_shape[-2], kv.shape[-2], q.dtype, plan.config))
     if is_split:
         from mla_ops.kernels.forward_split import _sparse_attn_merge_kernel
 
@@ -252,7 +276,7 @@ def _plan_forward(
     if num_splits is None:
         num_splits = split_count(programs, topk, config.block_k, traits.num_sms)
     slots_per_split = topk if num_splits == 1 else -(-topk // (num_splits * config.block_k)) * config.block_k
-    q_strides, kv_strides = _outer_strides(q_stride), _outer_strides(kv_stride)
+    q_strides, kv_strides = outer_strides(q_stride), outer_strides(kv_stride)
     if use_int64_offsets is None:
         use_int64_offsets = bool(seq_kv * kv_strides[1] >= INT32_OFFSETS)
     return _ForwardPlan(
@@ -264,7 +288,7 @@ def _plan_forward(
         (
             *(heads, kv_group, d_total, d_v, config.block_h, config.block_k),
             *chunk_widths(d_total, d_v, config.max_chunk),
-            *(_alignment((*q_strides, *kv_strides)), use_int64_offsets),
+            *(alignment((*q_strides, *kv_strides)), use_int64_offsets),
         ),
         launch_options(config),
     )
@@ -311,7 +335,7 @@ def launch_backward(
     from mla_ops.kernels.backward import _sparse_attn_bwd_kernel
 
     traits = traits or traits_of(q.device)
-    q, kv, indices = _unit_inner_stride(q), _unit_inner_stride(kv), _unit_inner_stride(indices)
+    q, kv, indices = with_unit_inner_stride(q), with_unit_inner_stride(kv), with_unit_inner_stride(indices)
     seq_q, heads, d_total = q.shape[-3:]
     seq_kv, kv_group = kv.shape[-3:-1]
     rows = seq_q if q.dim() == 3 else q.shape[0] * seq_q
@@ -327,11 +351,11 @@ def launch_backward(
         configs = _fitting(backward_configs(*key), "backward", d_total, q.dtype, traits)
     topk_length, attn_sink, dlse = _contiguous(topk_length), _contiguous(attn_sink), _contiguous(dlse)
     out, lse = out.contiguous(), lse.contiguous()
-    strides = (*_outer_strides(q.stride()), *_outer_strides(kv.stride()))
+    strides = (*outer_strides(q.stride()), *outer_strides(kv.stride()))
     do_strides = (0, 0, 0)
     if dout is not None:
-        dout = _aligned_like_contiguous(dout)
-        do_strides = _outer_strides(dout.stride())
+        dout = aligned_like_contiguous(dout)
+        do_strides = outer_strides(dout.stride())
     if use_int64_offsets is None:
         use_int64_offsets = bool(seq_kv * max(strides[4], kv_group * d_total) >= INT32_OFFSETS)
     deterministic = torch.are_deterministic_algorithms_enabled()
@@ -341,12 +365,12 @@ def launch_backward(
 
     def run(config: BwdConfig, dq: _Out, dkv: _Out, dsink: _Out, first_row: int = 0, num_rows: int = rows) -> None:
         wrap(_sparse_attn_bwd_kernel)[(num_rows * kv_group * head_blocks(config),)](
-            q, *strides[:3], kv, *strides[3:], indices, *_outer_strides(indices.stride()),
+            q, *strides[:3], kv, *strides[3:], indices, *outer_strides(indices.stride()),
             topk_length, attn_sink, out, lse, dout, *do_strides, dlse, dq, dkv, dsink,
             softmax_scale, first_row, seq_q, seq_kv, indices.shape[-1],
             heads, kv_group, d_total, d_v,
             config.block_h, config.block_k, *chunk_widths(d_total, d_v, config.max_chunk),
-            _alignment(strides), use_int64_offsets, _input_precision(q),
+            alignment(strides), use_int64_offsets, _input_precision(q),
             config.is_key_major, config.is_ahead, deterministic,
             **launch_options(config),
         )  # fmt: skip
@@ -460,40 +484,8 @@ def _fitting(found: _Config | None, side: str, d_total: int, dtype: torch.dtype,
     return found
 
 
-def _unit_inner_stride(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
-
-
-def _aligned_like_contiguous(dout: torch.Tensor) -> torch.Tensor:
-    """Return `dout`, copied unless its rows are as aligned as those of a contiguous tensor.
-
-    The order of rowsum(dout * out) follows the width of the loads, and a strided dout must give the contiguous bits.
-    """
-    has_aligned_rows = dout.stride(-1) == 1 and _alignment(_outer_strides(dout.stride())) == gcd(16, dout.shape[-1])
-    if has_aligned_rows and dout.storage_offset() * dout.element_size() % 16 == 0:
-        return dout
-    return dout.clone(memory_format=torch.contiguous_format)
-
-
 def _contiguous(tensor: torch.Tensor | None) -> torch.Tensor | None:
     return None if tensor is None else tensor.contiguous()
-
-
-def _outer_strides(stride: tuple[int, ...]) -> tuple[int, int, int]:
-    """Return the strides of batch (0 without one), sequence, and head or group."""
-    return (stride[0], stride[1], stride[2]) if len(stride) == 4 else (0, stride[0], stride[1])
-
-
-def _alignment(strides: tuple[int, ...]) -> int:
-    """Return the largest power of two up to 16 that divides every stride."""
-    if all(type(stride) is int for stride in strides):
-        return gcd(16, *strides)
-    from torch.fx.experimental.symbolic_shapes import statically_known_true
-
-    align = 16
-    while not all(statically_known_true(stride % align == 0) for stride in strides):
-        align //= 2
-    return align
 
 
 def _input_precision(q: torch.Tensor) -> str:

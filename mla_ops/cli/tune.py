@@ -18,6 +18,7 @@ from typing import TypeVar
 import torch
 
 from mla_ops.backends.triton import launch_backward, launch_forward
+from mla_ops.backends.triton_hopper import automatic_config
 from mla_ops.cli.explain import check_sizes
 from mla_ops.cli.provenance import header
 from mla_ops.cli.requirements import require
@@ -49,14 +50,18 @@ def run_tune(arguments: argparse.Namespace) -> int:
         B=arguments.batch, Sq=arguments.seq_q, Skv=arguments.seq_kv, H=arguments.heads,
         d_total=arguments.d_total, d_v=arguments.d_v, topk=arguments.topk,
     )  # fmt: skip
-    forwards, backwards = list(forward_candidates(shape, traits)), list(backward_candidates(shape, traits))
+    specialised = automatic_config(
+        traits, shape.B * shape.Sq, shape.H, 1, (shape.d_total, shape.d_v, ELEMENT_SIZE), tuned_rows=""
+    )
+    forwards = [] if specialised else list(forward_candidates(shape, traits))
+    backwards = list(backward_candidates(shape, traits))
     compiled = _compile_all(replace(shape, B=1, Sq=2), [*forwards, *backwards], arguments.jobs)
     forwards = [config for config in forwards if config in compiled]
     backwards = [config for config in backwards if config in compiled]
 
     torch.manual_seed(0)
     q, kv, indices, dout = shape.draw()
-    out_, lse = launch_forward(q, kv, indices, shape.d_v, SOFTMAX_SCALE, None, None, config=forwards[0], num_splits=1)
+    out_, lse = launch_forward(q, kv, indices, shape.d_v, SOFTMAX_SCALE, None, None)
 
     def forward(config: FwdConfig) -> tuple[torch.Tensor, ...]:
         return launch_forward(q, kv, indices, shape.d_v, SOFTMAX_SCALE, None, None, config=config, num_splits=1)
@@ -65,7 +70,9 @@ def run_tune(arguments: argparse.Namespace) -> int:
         arguments = (dout, None, q, kv, indices, out_, lse, shape.d_v, SOFTMAX_SCALE, None, None, True, True)
         return launch_backward(*arguments, configs=(config,))[:2]
 
-    fwd = _fastest("forward", forwards, forward)
+    if specialised:
+        print(f"forward: nothing to tune, the warp-specialised kernel runs with {specialised}")
+    fwd = None if specialised else _fastest("forward", forwards, forward)
     bwd = _fastest("backward", backwards, backward)
     row = TunedRow(traits.arch, shape.d_total, shape.d_v, shape.H, ELEMENT_SIZE, fwd, (bwd,))
     kept = [other for other in (read_rows(out) if out.exists() else ()) if other.key != row.key]

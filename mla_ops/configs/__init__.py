@@ -17,7 +17,17 @@ from math import log2
 
 from mla_ops.configs import sm80, sm90, sm100, sm120
 from mla_ops.configs.head_dims import FAMILIES
-from mla_ops.configs.launch import BwdConfig, Config, FwdConfig, Row, bwd_smem_bytes, fwd_smem_bytes, shrink_to_fit
+from mla_ops.configs.launch import (
+    BwdConfig,
+    Config,
+    FwdConfig,
+    HopperConfig,
+    Row,
+    bwd_smem_bytes,
+    fwd_smem_bytes,
+    hopper_smem_bytes,
+    shrink_to_fit,
+)
 from mla_ops.configs.tuned import tuned_row
 
 # The widest row the kernels are launched for: its query, its gradient and 16 keys still fit the registers of a block.
@@ -60,6 +70,31 @@ def forward_config(
     if own is not None and own.fwd is not None:
         row = replace(row, fwd=own.fwd)
     return _fitted_forward(row, arch, smem_bytes, heads, d_total, d_v)
+
+
+# The narrowest value that the warp-specialised forward takes: below, its second value group would have nothing to do.
+MIN_HOPPER_D_V = 256
+
+
+@cache
+def hopper_config(arch: int, smem_bytes: int, d_total: int, d_v: int, element_size: int) -> HopperConfig | None:
+    """Return how to launch the warp-specialised forward of wide rows on sm90, or None where it can't run.
+
+    Rows are copied 16 bytes at a time, so widths are multiples of 8 two-byte channels.
+    """
+    if arch != 90 or element_size != 2 or d_v < MIN_HOPPER_D_V or d_v % 8 or d_total % 8:
+        return None
+    for max_d_v, max_d_total, config in sm90.HOPPER:
+        if d_v <= max_d_v and d_total <= max_d_total and hopper_smem_bytes(config) <= smem_bytes:
+            return config
+    return None
+
+
+@cache
+def forward_is_tuned(arch: int, heads: int, d_total: int, d_v: int, element_size: int, tuned: str) -> bool:
+    """Return whether a user's file holds a forward of the plain kernel for exactly this problem."""
+    own = tuned_row(tuned, arch, heads, d_total, d_v, element_size)
+    return own is not None and own.fwd is not None
 
 
 @cache

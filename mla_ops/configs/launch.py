@@ -34,6 +34,21 @@ class BwdConfig:
     max_registers: int | None = None  # as in the forward
 
 
+@dataclass(frozen=True)
+class HopperConfig:
+    """How to launch the warp-specialised forward of `kernels/hopper_forward.py`: 64 heads a block, 64 keys a tile."""
+
+    left: int  # value channels of the first value group, a power of two
+    right: int  # of the second; left + right cover d_v
+    tail: int  # remaining channels of a row, 0, 64 or 128
+    value_registers: int  # per thread; what they and the gather leave of 512 goes to the scores
+    gather_registers: int
+
+
+# Query heads of a work item of the Hopper kernels, and keys of a tile: what one wgmma tile holds.
+HOPPER_BLOCK_H = 64
+
+
 def launch_options(config: FwdConfig | BwdConfig) -> dict[str, int]:
     """Return what Triton takes beside the kernel's own arguments."""
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
@@ -57,6 +72,8 @@ class Row:
 
 # Buffers of indices and of what is exchanged between warps, seen in offline compiles.
 _SMALL_BYTES = 1024
+# Which slots are valid, what rescales the accumulators, barriers, and the arguments of the roles.
+_HOPPER_SMALL_BYTES = 2048
 
 
 @cache
@@ -104,6 +121,13 @@ def bwd_smem_bytes(config: BwdConfig, arch: int, d_total: int, d_v: int, element
     weights = 2 * config.block_h * config.block_k * element_size
     staging = 4 * config.block_k * max(chunk_widths(d_total, d_v, config.max_chunk))
     return operands * element_size + max(weights, staging) + _SMALL_BYTES
+
+
+def hopper_smem_bytes(config: HopperConfig) -> int:
+    """Return an upper bound of the shared memory of the Hopper forward: q, two tiles of rows, and the weights."""
+    width = config.left + config.right
+    # Weights lie in the tails of the tiles, which have 64 channels for them if there is no tail.
+    return 2 * 64 * (3 * width + config.tail + 2 * max(config.tail, 64)) + _HOPPER_SMALL_BYTES
 
 
 def _row_buffers(num_stages: int, arch: int, is_wide: bool) -> int:

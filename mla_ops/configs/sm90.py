@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mla_ops.configs.launch import BwdConfig, FwdConfig, Row
+from mla_ops.configs.launch import BwdConfig, FwdConfig, HopperConfig, Row
 
 # Measured rows: H100 80GB HBM3, torch 2.11, triton 3.6, bf16, random distinct indices; shapes and figures are those of
 # benchmarks/results/*-h100-sparse-attn.json. What other configurations gave, here and in benchmarks/NOTES.md, was seen
@@ -129,4 +129,19 @@ ROWS: tuple[Row, ...] = (
         bwd=(BwdConfig(block_h=16, block_k=16, max_chunk=64, num_warps=8, num_stages=1, is_key_major=False),),
         element_size=4,
     ),
+)
+
+# The warp-specialised forward, by the widest value and the widest row a configuration takes; the first that does is it.
+# Measured at 576/512, 512/512 and 320/256 with 64 heads and more (benchmarks/results/*-h100-wide-forward.json): 1.9 to
+# 2.0 times the plain kernel, 1.5 times at 320/256.
+HOPPER: tuple[tuple[int, int, HopperConfig], ...] = tuple(
+    (left + right, left + right + tail, HopperConfig(left, right, tail, value_registers, gather_registers))
+    for left, right, value_registers, gather_registers in (
+        (128, 128, 112, 96),
+        # 256 channels are 128 accumulators a thread: at 152 registers they spill, and the gather gets what is left.
+        (256, 64, 160, 56),
+        (256, 128, 160, 56),
+        (256, 256, 160, 56),
+    )
+    for tail in (0, 64, 128)
 )

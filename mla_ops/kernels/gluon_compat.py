@@ -1,0 +1,21 @@
+"""What Gluon spells differently from one version of Triton to the next, and the versions that the kernels are made for.
+
+Gluon is experimental: a version that nobody has compiled the kernels with is refused, and the plain kernels run.
+"""
+
+import triton
+from triton.experimental.gluon import language as gl
+
+FIRST_VERSION, END_VERSION = (3, 6), (3, 8)
+
+
+def unsupported_reason() -> str | None:
+    """Return why the Gluon kernels can't be used with the installed Triton, or None."""
+    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    if FIRST_VERSION <= version < END_VERSION:
+        return None
+    return f"triton is {triton.__version__}, the Gluon kernels need >=3.6,<3.8; the plain kernel runs instead"
+
+
+# A barrier of the warps of one role. Renamed in triton 3.7.
+block_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier

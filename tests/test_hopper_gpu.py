@@ -1,0 +1,220 @@
+"""The warp-specialised forward on an sm90 GPU, asked for by its configuration: the contract, against the oracle."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+import mla_ops
+from mla_ops.backends import triton as backend
+from mla_ops.configs import hopper_config
+from mla_ops.configs.launch import HopperConfig
+from mla_ops.device import traits_of
+from mla_ops.testing import Case, Inputs, assert_matches_oracle, make_inputs
+
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poisoned_memory", "_on_hopper")]
+
+WIDE = Case(d_total=576, d_v=512, topk=200, heads=64, seq_q=6, seq_kv=300)
+Results = dict[str, torch.Tensor]
+
+
+@pytest.fixture
+def _on_hopper() -> None:
+    traits = traits_of(torch.device("cuda"))
+    if traits.arch != 90:
+        pytest.skip(f"needs compute capability 9.0, this device has {traits.arch / 10}")
+
+
+def config_of(inputs: Inputs) -> HopperConfig:
+    traits = traits_of(inputs.q.device)
+    config = hopper_config(traits.arch, traits.smem_bytes, inputs.q.shape[-1], inputs.d_v, inputs.q.element_size())
+    assert config is not None
+    return config
+
+
+def run(inputs: Inputs) -> Results:
+    return dict(zip(("out", "lse"), backend.launch_forward(*inputs.args, config=config_of(inputs)), strict=True))
+
+
+def wide_inputs(case: Case = WIDE, dtype: torch.dtype = torch.bfloat16, **options: Any) -> Inputs:
+    return make_inputs(case, dtype, "cuda", **options)
+
+
+def check(inputs: Inputs) -> Results:
+    actual = run(inputs)
+    assert_matches_oracle(actual, inputs)
+    return actual
+
+
+def assert_same(actual: Results, expected: Results) -> None:
+    for name, value in actual.items():
+        assert torch.equal(value, expected[name]), name
+
+
+# The first to run when something is wrong: one program, one pair of tiles, every slot valid, then one more of each.
+@pytest.mark.parametrize(
+    ("topk", "seq_q"), [(128, 1), (64, 1), (256, 1), (128, 400)], ids=["one pair", "one tile", "two pairs", "two items"]
+)
+def test_a_program_and_a_pair_at_a_time(topk: int, seq_q: int) -> None:
+    check(wide_inputs(replace(WIDE, batch=1, topk=topk, seq_q=seq_q, seq_kv=512), invalid=False))
+
+
+@pytest.mark.parametrize("d_v", [256, 320, 384, 448, 512])
+@pytest.mark.parametrize("d_tail", [0, 32, 64, 128])
+def test_widths(d_v: int, d_tail: int) -> None:
+    if (d_v, d_tail) == (512, 128):
+        pytest.skip("640 channels do not fit shared memory; the plain kernel serves them")
+    check(wide_inputs(replace(WIDE, d_total=d_v + d_tail, d_v=d_v), topk_length=True, attn_sink=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("topk", [1, 63, 64, 65, 128, 129, 2048])
+def test_partial_tiles(topk: int, dtype: torch.dtype) -> None:
+    check(wide_inputs(replace(WIDE, topk=topk, seq_kv=4096), dtype))
+
+
+@pytest.mark.parametrize(("heads", "kv_group"), [(1, 1), (16, 1), (63, 1), (65, 1), (128, 1), (128, 2), (120, 3)])
+def test_partial_head_blocks_and_groups(heads: int, kv_group: int) -> None:
+    check(wide_inputs(replace(WIDE, heads=heads, kv_group=kv_group), attn_sink=True))
+
+
+@pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64], ids=str)
+@pytest.mark.parametrize("use", ["plain", "length", "sink"])
+@pytest.mark.parametrize("batch", [None, 2])
+def test_optional_arguments(batch: int | None, use: str, index_dtype: torch.dtype) -> None:
+    case = replace(WIDE, batch=batch)
+    check(wide_inputs(case, index_dtype=index_dtype, topk_length=use == "length", attn_sink=use == "sink"))
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.7])
+def test_zero_and_negative_scale(scale: float) -> None:
+    check(replace(wide_inputs(), softmax_scale=scale))
+
+
+def test_infinite_sinks() -> None:
+    inputs = wide_inputs(attn_sink=True)
+    inputs.attn_sink[0], inputs.attn_sink[1] = torch.inf, -torch.inf
+    assert (check(inputs)["out"][..., 0, :] == 0).all()
+
+
+def test_more_items_than_programs_with_lengths_from_none_to_all() -> None:
+    inputs = wide_inputs(replace(WIDE, batch=2, seq_q=700, heads=80, topk=300, seq_kv=1000), topk_length=True)
+    inputs.topk_length.copy_(torch.arange(1400, device="cuda").view(2, 700) * 7 % 320 - 10)
+    check(inputs)
+
+
+def test_nan_in_unselected_and_empty_rows_stays_there() -> None:
+    inputs = wide_inputs(attn_sink=True)
+    inputs.indices[inputs.indices == 0] = -1
+    expected = run(inputs)
+    q, kv = inputs.q.clone(), inputs.kv.clone()
+    kv[:, 0] = torch.nan
+    q[:, 0] = torch.nan  # make_inputs leaves the first query without a valid slot
+    actual = run(replace(inputs, q=q, kv=kv))
+    assert_same(actual, expected)
+    assert torch.isneginf(actual["lse"][:, 0]).all()
+    assert (actual["out"][:, 0] == 0).all()
+
+
+@pytest.mark.parametrize("channel", [0, 255, 300, 575])
+def test_nan_in_a_selected_row_reaches_the_output(channel: int) -> None:
+    inputs = wide_inputs(invalid=False)
+    inputs.kv[0, inputs.indices[0, 0, 0, 130].item(), 0, channel] = torch.nan
+    results = run(inputs)
+    assert results["out"][0, 0].isnan().all()
+    assert results["lse"][0, 0].isnan().all()
+
+
+def test_very_negative_and_growing_logits() -> None:
+    # Each pair of tiles raises the maximum by far more than what the lazy rescaling lets pass.
+    inputs = wide_inputs(replace(WIDE, topk=512, seq_kv=512, batch=1), invalid=False)
+    inputs.indices.copy_(torch.arange(512, device="cuda").expand_as(inputs.indices))
+    ramp = torch.linspace(0.05, 1.0, 512, device="cuda").view(1, 512, 1, 1)
+    kv = ((inputs.kv.abs() + 0.5) * ramp).to(inputs.kv.dtype)
+    for sign in (1.0, -1.0):
+        check(replace(inputs, q=torch.full_like(inputs.q, sign * 0.05), kv=kv, softmax_scale=1.0))
+
+
+def test_strided_inputs_give_the_contiguous_result() -> None:
+    inputs = wide_inputs(topk_length=True)
+    expected = run(inputs)
+
+    def sliced(tensor: torch.Tensor, dim: int) -> torch.Tensor:
+        wide = torch.cat([torch.full_like(tensor, 7), tensor, torch.full_like(tensor, 7)], dim)
+        return wide.narrow(dim, tensor.shape[dim], tensor.shape[dim])
+
+    def padded(tensor: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.pad(tensor, (1, 2), value=7)[..., 1:-2]
+
+    strided = replace(
+        inputs, q=sliced(inputs.q, -2), kv=sliced(inputs.kv, -1), indices=sliced(inputs.indices, -1),
+        topk_length=sliced(inputs.topk_length, 1),
+    )  # fmt: skip
+    assert_same(run(strided), expected)
+    assert_same(run(replace(inputs, q=inputs.q.mT.contiguous().mT, kv=inputs.kv.mT.contiguous().mT)), expected)
+    assert_same(run(replace(inputs, q=padded(inputs.q), kv=padded(inputs.kv))), expected)
+
+
+@pytest.mark.parametrize("sizes", [{"topk": 0}, {"seq_kv": 0}, {"seq_q": 0}, {"topk": 1}, {"seq_q": 1}], ids=str)
+def test_empty_and_single_sizes(sizes: dict[str, Any]) -> None:
+    inputs = wide_inputs(replace(WIDE, **sizes), attn_sink=True)
+    if 0 in sizes.values():
+        results = run(inputs)
+        assert (results["out"] == 0).all()
+        assert torch.isneginf(results["lse"]).all()
+    else:
+        check(inputs)
+
+
+def test_rows_beyond_2_to_the_31_elements() -> None:
+    seq_kv = 2**31 // 576 + 200
+    kv = torch.empty(seq_kv, 1, 576, dtype=torch.bfloat16, device="cuda")
+    last = torch.arange(seq_kv - 150, seq_kv, device="cuda")
+    kv[last] = torch.randn(150, 1, 576, device="cuda").bfloat16()
+    q = torch.randn(2, 64, 576, device="cuda").bfloat16()
+    config = HopperConfig(256, 256, 64, 160, 56)
+    wide = backend.launch_forward(q, kv, last.expand(2, 1, 150), 512, 0.05, None, None, config=config)
+    near = torch.arange(150, device="cuda").expand(2, 1, 150)
+    narrow = backend.launch_forward(q, kv[last], near, 512, 0.05, None, None, config=config)
+    assert all(torch.equal(a, b) for a, b in zip(wide, narrow, strict=True))
+
+
+def repeated(inputs: Inputs, count: int) -> None:
+    first = run(inputs)
+    for _ in range(count):
+        assert_same(run(inputs), first)
+
+
+@pytest.mark.parametrize("heads", [64, 100])
+def test_a_thousand_runs_are_bit_equal(heads: int) -> None:
+    repeated(wide_inputs(replace(WIDE, batch=1, seq_q=512, heads=heads, topk=700, seq_kv=4096), topk_length=True), 1000)
+
+
+def test_a_replay_with_other_indices_is_what_eager_gives() -> None:
+    inputs, other = wide_inputs(topk_length=True), wide_inputs(topk_length=True, seed=1)
+    run(inputs)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run(inputs)
+    inputs.indices.copy_(other.indices)
+    inputs.topk_length.copy_(other.topk_length)
+    graph.replay()
+    assert_same(captured, run(inputs))
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda inputs, config: backend.launch_forward(*inputs.args, config=config, max_logits_only=True),
+        lambda inputs, config: backend.launch_forward(*inputs.args, config=config, num_splits=2),
+    ],
+    ids=["max_logits", "splits"],
+)
+def test_what_it_does_not_do_is_refused(call: Callable[[Inputs, HopperConfig], object]) -> None:
+    inputs = wide_inputs()
+    with pytest.raises(mla_ops.UnsupportedProblemError, match="pass a FwdConfig"):
+        call(inputs, config_of(inputs))

@@ -1,0 +1,209 @@
+"""The barrier protocol of `kernels/hopper_forward.py`, emulated: random interleavings of its four roles.
+
+The roles below wait, arrive and touch buffers in the order of the kernel's; a copy or a product that the hardware runs
+on its own is a begin and an end. A buffer refuses a write while somebody reads or writes it, and a read of anything but
+the tile that the reader means.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import pytest
+
+Step = tuple[Callable[[], bool] | None, Callable[[], None]]  # (may it go on, what it does)
+SIDES = (0, 1)
+HALVES = (0, 1)
+
+
+class ProtocolError(Exception):
+    """A buffer was touched by two roles at a time, a stale tile was read, or no role could go on."""
+
+
+@dataclass
+class Machine:
+    """Barriers that count one arrival a phase, and buffers that know who touches them."""
+
+    skipped: str = ""  # the name of a barrier that nobody waits for
+    phases: Counter[tuple[object, ...]] = field(default_factory=Counter)
+    holds: dict[tuple[object, ...], object] = field(default_factory=dict)
+    readers: Counter[tuple[object, ...]] = field(default_factory=Counter)
+    writing: dict[tuple[object, ...], bool] = field(default_factory=lambda: defaultdict(bool))
+
+    def wait(self, parity: int, *barrier: object) -> Step:
+        # As mbarrier.try_wait.parity: true when the phase before the current one has this parity.
+        may_go_on = None if barrier[0] == self.skipped else lambda: self.phases[barrier] % 2 != parity
+        return may_go_on, lambda: None
+
+    def arrive(self, *barrier: object) -> Step:
+        return None, lambda: self.phases.update([barrier])
+
+    def begin_write(self, *buffer: object) -> Step:
+        def step() -> None:
+            if self.writing[buffer] or self.readers[buffer]:
+                raise ProtocolError(f"{buffer} is written while in use")
+            self.writing[buffer] = True
+
+        return None, step
+
+    def end_write(self, value: object, *buffer: object) -> Step:
+        def step() -> None:
+            self.writing[buffer], self.holds[buffer] = False, value
+
+        return None, step
+
+    def begin_read(self, value: object, *buffer: object) -> Step:
+        def step() -> None:
+            if self.writing[buffer] or self.holds.get(buffer) != value:
+                raise ProtocolError(f"{buffer} is read for {value}, holds {self.holds.get(buffer)}")
+            self.readers[buffer] += 1
+
+        return None, step
+
+    def end_read(self, *buffer: object) -> Step:
+        return None, lambda: self.readers.subtract([buffer])
+
+
+def write(machine: Machine, value: object, *buffer: object) -> Iterator[Step]:
+    yield machine.begin_write(*buffer)
+    yield machine.end_write(value, *buffer)
+
+
+def read(machine: Machine, value: object, *buffer: object) -> Iterator[Step]:
+    yield machine.begin_read(value, *buffer)
+    yield machine.end_read(*buffer)
+
+
+def gather(m: Machine, items: list[int]) -> Iterator[Step]:
+    pair = 0
+    for item, num_pairs in enumerate(items):
+        for i in range(num_pairs):
+            for stage in (0, 1):
+                tile = ("rows", 2 * pair + stage)
+                for half in HALVES:
+                    for side in SIDES:
+                        yield m.wait((pair & 1) ^ 1, "free", stage, half, side)
+                        yield m.begin_write("k", side, stage, half)
+                yield m.begin_write("tail", stage)
+                yield from write(m, tile, "valid", stage)
+                if stage == 0 and i == 0:
+                    yield m.wait((item & 1) ^ 1, "q_free")
+                    yield m.begin_write("q")
+                for half in HALVES:
+                    yield m.end_write(tile, "k", 0, stage, half)
+                yield m.arrive("left_full", stage)
+                for half in HALVES:
+                    yield m.end_write(tile, "k", 1, stage, half)
+                yield m.end_write(tile, "tail", stage)
+                yield m.arrive("rest_full", stage)
+                if stage == 0 and i == 0:
+                    yield m.end_write(item, "q")
+                    yield m.arrive("q_full")
+            pair += 1
+
+
+def scores(m: Machine, items: list[int]) -> Iterator[Step]:
+    pair = 0
+    for item, num_pairs in enumerate(items):
+        yield m.wait(item & 1, "q_full")
+        for i in range(num_pairs):
+            for stage in (0, 1):
+                tile, number = ("rows", 2 * pair + stage), 2 * pair + stage
+                operands = [("k", side, stage, half) for side in SIDES for half in HALVES] + [("tail", stage)]
+                yield m.wait(pair & 1, "left_full", stage)
+                yield m.begin_read(item, "q")
+                for buffer in operands[:2]:
+                    yield m.begin_read(tile, *buffer)
+                yield m.wait(pair & 1, "rest_full", stage)
+                for buffer in operands[2:]:
+                    yield m.begin_read(tile, *buffer)
+                yield from read(m, tile, "valid", stage)
+                if stage == 1:
+                    yield m.arrive("turn", 0)
+                elif i > 0:
+                    yield m.arrive("turn", 1)
+                for buffer in [*operands, ("q",)]:
+                    yield m.end_read(*buffer)
+                if stage == 1 and i + 1 == num_pairs:
+                    yield m.arrive("q_free")
+                yield from write(m, number, "alpha", stage)
+                yield from write(m, ("weights", number), "tail", stage)
+                yield m.arrive("weights", stage)
+                if stage == 1 and i + 1 == num_pairs:
+                    yield m.arrive("turn", 1)
+            pair += 1
+        yield from write(m, item, "factor")
+        yield m.arrive("factor_full")
+
+
+def values(m: Machine, items: list[int], side: int) -> Iterator[Step]:
+    pair = 0
+    for item, num_pairs in enumerate(items):
+        for i in range(num_pairs):
+            for stage in (0, 1):
+                number = 2 * pair + stage
+                yield m.wait(pair & 1, "weights", stage)
+                yield from read(m, number, "alpha", stage)
+                for half in HALVES:
+                    if half == 1:
+                        yield m.wait(pair & 1, "turn", stage)
+                    yield m.begin_read(("weights", number), "tail", stage)
+                    yield m.begin_read(("rows", number), "k", side, stage, half)
+                    yield m.end_read("tail", stage)
+                    yield m.end_read("k", side, stage, half)
+                    if stage == 0 or i + 1 < num_pairs:
+                        yield m.arrive("free", stage, half, side)
+            pair += 1
+        yield m.wait(item & 1, "factor_full")
+        yield from read(m, item, "factor")
+        for half in HALVES:
+            yield from write(m, ("out", item), "k", side, 1, half)
+        for half in HALVES:
+            yield from read(m, ("out", item), "k", side, 1, half)
+        for half in HALVES:
+            yield m.arrive("free", 1, half, side)
+
+
+def interleave_often(items: list[int], skipped: str = "") -> None:
+    for seed in range(200):
+        interleave(items, seed, skipped)
+
+
+def interleave(items: list[int], seed: int, skipped: str = "") -> None:
+    """Run the roles in a random order until all have ended; some roles are much faster than others.
+
+    Raises:
+        ProtocolError: a role touched a buffer that was not its own yet, or none could go on.
+    """
+    choose = random.Random(seed)
+    machine = Machine(skipped)
+    roles = [gather(machine, items), scores(machine, items), values(machine, items, 0), values(machine, items, 1)]
+    pending = {role: next(role) for role in roles}
+    speed = {role: choose.choice([1, 4, 64]) for role in roles}
+    while pending:
+        ready = [role for role, (may_go_on, _) in pending.items() if may_go_on is None or may_go_on()]
+        if not ready:
+            raise ProtocolError("deadlock")
+        (role,) = choose.choices(ready, [speed[role] for role in ready])
+        pending.pop(role)[1]()
+        following = next(role, None)
+        if following is not None:
+            pending[role] = following
+
+
+@pytest.mark.parametrize("items", [[1], [1, 1, 1], [3], [2, 1, 4, 1, 1, 3]], ids=str)
+def test_no_role_meets_a_buffer_that_is_not_its_own_and_all_of_them_end(items: list[int]) -> None:
+    interleave_often(items)
+
+
+@pytest.mark.parametrize("barrier", ["left_full", "rest_full", "weights", "free", "q_full", "q_free", "factor_full"])
+def test_every_barrier_that_guards_a_buffer_is_needed(barrier: str) -> None:
+    with pytest.raises(ProtocolError):
+        interleave_often([2, 1, 3], skipped=barrier)
+
+
+def test_turns_guard_nothing() -> None:
+    interleave_often([2, 1, 3], skipped="turn")
