@@ -57,6 +57,8 @@ def assert_same(actual: list[torch.Tensor], expected: list[torch.Tensor], note: 
         if name == "dkv" and not torch.are_deterministic_algorithms_enabled():
             # Atomics reorder fp32 sums; the result is rounded to bf16 once.
             torch.testing.assert_close(a, e, rtol=2e-2, atol=2e-2, msg=lambda m, n=name: f"{note}, {n}: {m}")
+        elif name == "dsink" and note == "compiled":
+            torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-4)  # Inductor sums over rows in an order of its own
         else:
             assert torch.equal(a, e), f"{note}: {name}"
 

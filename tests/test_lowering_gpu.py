@@ -99,7 +99,8 @@ def test_deterministic_backward_is_inlined_and_repeats_its_bits(deterministic: N
 
 def test_one_graph_over_lengths_and_topk() -> None:
     compiled = torch.compile(core, fullgraph=True, dynamic=True)
-    case = replace(CASES[0], batch=3)
+    # No two sizes are equal: equal ones would be one symbol, and a length that is one with d_total is no length.
+    case = replace(CASES[0], batch=3, seq_q=100, topk=48)
     assert_same(step(compiled, draw(case)), step(core, draw(case)))
     with torch._dynamo.config.patch(error_on_recompile=True):
         for change in ({"seq_q": 77}, {"seq_kv": 300}, {"topk": 40}, {"batch": 5}):
@@ -157,7 +158,7 @@ def test_reduce_overhead_trains_the_demos_model_without_breaks_or_partitions(no_
     captured = train_the_demos_model("reduce-overhead", 12)
     assert counters["graph_break"] == {}
     assert counters["inductor"]["cudagraph_skips"] == 0
-    assert counters["inductor"]["cudagraph_partitions"] == 2  # forward and backward, each one partition
+    assert counters["inductor"]["cudagraph_partitions"] == 0  # counts the parts of graphs that were cut in several
     assert get_container(0).tree_manager.new_graph_id().id >= 2  # forward and backward were recorded
     assert captured[-1] < captured[0]
     torch.testing.assert_close(captured, eager, rtol=2e-2, atol=2e-2)

@@ -74,7 +74,8 @@ def _sparse_attn_bwd_kernel(
     row, batch, query, group, offs_h, head_mask = locate_program(first_row, seq_q, HEADS, KV_GROUP, BLOCK_H)
     end_slot = topk  # see NOTE [Loads that become addresses]
     if topk_length_ptr is not None:
-        end_slot = tl.minimum(tl.load(topk_length_ptr + row), topk).to(tl.int32)
+        # Clamped before it is narrowed: -(2**40) + 1 is not 1.
+        end_slot = tl.maximum(tl.minimum(tl.load(topk_length_ptr + row), topk), 0).to(tl.int32)
     stride_q_h = known_multiple(stride_q_h, STRIDE_ALIGN)
     stride_kv_s = known_multiple(stride_kv_s, STRIDE_ALIGN)
     q_ptr += batch * known_multiple(stride_q_b, STRIDE_ALIGN) + query * known_multiple(stride_q_s, STRIDE_ALIGN)

@@ -51,7 +51,8 @@ def _sparse_attn_fwd_kernel(
     row, batch, query, group, offs_h, head_mask = locate_program(0, seq_q, HEADS, KV_GROUP, BLOCK_H)
     end_slot = topk  # see NOTE [Loads that become addresses]
     if topk_length_ptr is not None:
-        end_slot = tl.minimum(tl.load(topk_length_ptr + row), topk).to(tl.int32)
+        # Clamped before it is narrowed: -(2**40) + 1 is not 1.
+        end_slot = tl.maximum(tl.minimum(tl.load(topk_length_ptr + row), topk), 0).to(tl.int32)
     first_slot = 0
     out_row = row
     if IS_SPLIT:
