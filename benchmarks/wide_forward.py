@@ -1,6 +1,8 @@
 """The forward of wide rows on sm90, interleaved with hand-written kernels in one process.
 
-    python benchmarks/wide_forward.py [SHAPE ...] [--flash-libraries DIR]    writes results/<date>-<device>-wide-forward.json
+    python benchmarks/wide_forward.py [SHAPE ...] [--flash-libraries DIR]
+
+writes results/<date>-<device>-wide-forward.json and prints it.
 
 The device's clock and temperature drift by several percent within a minute, so all kernels take turns, ROUNDS times,
 and every record carries the median over the rounds of its time over that of each other kernel in the same round.
@@ -62,7 +64,6 @@ def implementations(shape: Shape, libraries: list[str]) -> dict[str, Forward]:
     key = (traits.arch, traits.smem_bytes)
     specialised = hopper_config(*key, shape.d_total, shape.d_v, 2)
     plain = forward_config(*key, shape.H, shape.d_total, shape.d_v, 2)
-    assert specialised is not None and plain is not None
 
     def ours(config: Any) -> Forward:
         return lambda q, kv, indices, d_v: launch_forward(
