@@ -90,6 +90,24 @@ def test_optional_arguments(batch: int | None, use: str, index_dtype: torch.dtyp
     check(wide_inputs(case, index_dtype=index_dtype, topk_length=use == "length", attn_sink=use == "sink"))
 
 
+@pytest.mark.parametrize("bad", [-1, -(2**31), 300, 2**31 - 1, 2**40, -(2**40), 2**63 - 1], ids=str)
+def test_positions_outside_are_invalid_whatever_their_bits(bad: int) -> None:
+    inputs = wide_inputs(index_dtype=torch.int64)
+    inputs.indices[:, 1::2, :, ::3] = bad
+    check(inputs)
+
+
+def test_repeated_positions_count_with_multiplicity() -> None:
+    inputs = wide_inputs(invalid=False)
+    check(replace(inputs, indices=inputs.indices[..., :5].repeat_interleave(30, -1)))
+
+
+def test_lengths_of_64_bits_are_clamped_before_they_are_narrowed() -> None:
+    inputs = wide_inputs(invalid=False)
+    lengths = torch.tensor([-(2**40) + 5, 2**40 + 5, 5, -(2**31), 0, 200], device="cuda")
+    check(replace(inputs, topk_length=lengths.expand(inputs.q.shape[:2])))
+
+
 @pytest.mark.parametrize("scale", [0.0, -0.7])
 def test_zero_and_negative_scale(scale: float) -> None:
     check(replace(wide_inputs(), softmax_scale=scale))
@@ -204,6 +222,50 @@ def test_a_replay_with_other_indices_is_what_eager_gives() -> None:
     inputs.topk_length.copy_(other.topk_length)
     graph.replay()
     assert_same(captured, run(inputs))
+
+
+# As the operator runs it
+
+AUTOMATIC = replace(WIDE, seq_q=70, batch=1)
+
+
+def operator_step(inputs: Inputs, operator: Callable[..., Any] = torch.ops.mla.sparse_attn) -> list[torch.Tensor]:
+    leaves = inputs.requires_grad()
+    out, lse = operator(*leaves.args)
+    return [out, lse, *torch.autograd.grad([out, lse], leaves.differentiable, [inputs.dout, inputs.dlse])]
+
+
+def test_the_operator_takes_it_and_trains_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "_launched", set())
+    inputs = wide_inputs(AUTOMATIC, topk_length=True, attn_sink=True)
+    results = dict(zip(("out", "lse", "dq", "dkv", "dsink"), operator_step(inputs), strict=True))
+    assert HopperConfig in {type(launched[-1]) for launched in backend._launched}
+    assert_matches_oracle(results, inputs)
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+@pytest.mark.parametrize("mode", [None, "reduce-overhead"])
+def test_a_compiled_call_gives_eagers_bits(mode: str | None) -> None:
+    compiled = torch.compile(lambda *args: torch.ops.mla.sparse_attn(*args), fullgraph=True, mode=mode)
+    for seed in range(4):
+        inputs = wide_inputs(AUTOMATIC, seed=seed, topk_length=True)
+        with torch.no_grad():
+            torch.compiler.cudagraph_mark_step_begin()
+            for actual, expected in zip(compiled(*inputs.args), torch.ops.mla.sparse_attn(*inputs.args), strict=True):
+                assert torch.equal(actual, expected)
+
+
+def test_a_warm_problem_compiles_nothing_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    from triton.runtime.jit import JITFunction
+
+    inputs = wide_inputs(AUTOMATIC)
+    mla_ops.warmup(inputs.q, inputs.kv, inputs.indices, **inputs.kwargs)
+
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("a kernel is compiled")
+
+    monkeypatch.setattr(JITFunction, "_do_compile", refuse)
+    operator_step(wide_inputs(AUTOMATIC, seed=1))
 
 
 @pytest.mark.parametrize(
