@@ -9,11 +9,15 @@ decoding one token at a time needs a package of its own, exported with a static 
 `torch.export.load` is not traced here any more: call `mla_ops.lowering.enable()` before packaging it.
 
 `--control` packages the same layer with the operator left out: what it says about a toolchain is not about mla_ops.
+So it was found that with torch 2.11's CUDA wheels on x86-64 any package, the control too, crashes while it is loaded:
+torch's libraries hold parts of libstdc++, and the regular expression with which a package reads its device's name meets
+locale facets of two copies. Loaded before torch, the system's libstdc++ is the only one: see `LD_PRELOAD` below.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
 import tempfile
@@ -94,7 +98,14 @@ def main() -> int:
     print(f"packaged {options.out / 'layer.pt2'}", flush=True)
 
     # -P: the folder this is called from, perhaps a checkout, is not on the path.
-    return subprocess.run([sys.executable, "-P", "-c", RUN, str(options.out)], check=False).returncode
+    command = [sys.executable, "-P", "-c", RUN, str(options.out)]
+    return subprocess.run(command, env={**os.environ, "LD_PRELOAD": libstdcxx()}, check=False).returncode
+
+
+def libstdcxx() -> str:
+    """Return the path of the C++ compiler's own libstdc++."""
+    command = [os.environ.get("CXX", "g++"), "-print-file-name=libstdc++.so.6"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
 if __name__ == "__main__":
