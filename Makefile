@@ -45,7 +45,7 @@ bench: $(READY)  ## forward and backward on the GPU beside other formulations; w
 	$(PYTHON) $(if $(shell command -v nvidia-smi),-m mla_ops bench --sweeps all,benchmarks/cpu_operator.py)
 
 compat:  ## the lowering's code generation on the oldest and the newest torch, each in an environment of its own
-	for torch in $(COMPAT_TORCH); do \
+	set -e; for torch in $(COMPAT_TORCH); do \
 	  env=.venv-torch-$$torch; test -x $$env/bin/python || $(BASE_PYTHON) -m venv $$env; \
 	  $$env/bin/python -m pip install --quiet torch==$$torch "setuptools>=77"; \
 	  $$env/bin/python -m pip install --quiet --no-build-isolation --editable ".[test]"; \
