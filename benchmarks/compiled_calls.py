@@ -24,10 +24,11 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -49,25 +50,27 @@ def draw(batch: int, seq_q: int, seq_kv: int, heads: int, d_total: int, topk: in
     return normal(batch, seq_q, heads, d_total), normal(batch, seq_kv, 1, d_total), indices
 
 
-def host_us(call: Callable[[], Any], rounds: int = 30, calls: int = 20) -> float:
-    """Median over rounds of the time to issue one call; the device catches up between rounds."""
-    for _ in range(20):
-        call()
-    times = []
-    for _ in range(rounds):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        for _ in range(calls):
-            call()
-        times.append((time.perf_counter() - start) / calls)
+def host_us(functions: Sequence[Callable[[], Any]], rounds: int = 40, calls: int = 15) -> list[float]:
+    """Median over rounds of the time to issue one call; functions take turns, the device catches up between rounds."""
+    times: list[list[float]] = [[] for _ in functions]
+    for round_number in range(rounds + 2):
+        for function, of_function in zip(functions, times, strict=True):
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            for _ in range(calls):
+                function()
+            if round_number >= 2:  # the first rounds warm up
+                of_function.append((time.perf_counter() - start) / calls)
     torch.cuda.synchronize()
-    return round(1e6 * statistics.median(times), 2)
+    return [round(1e6 * statistics.median(of_function), 2) for of_function in times]
 
 
-def compiled(function: Callable[..., Any], *, is_lowered: bool, **options: Any) -> Callable[..., Any]:
+def compiled(function: FunctionType, *, is_lowered: bool, **options: Any) -> Callable[..., Any]:
     """Compile `function` anew and call it once inside the switch, so that the graph is what the switch says."""
-    torch._dynamo.reset()
-    result = torch.compile(function, fullgraph=True, **options)
+    # Dynamo keeps graphs by code object and does not know the switch: a copy has graphs of its own.
+    own_code = function.__code__.replace()
+    copy = FunctionType(own_code, function.__globals__, None, function.__defaults__, function.__closure__)
+    result = torch.compile(copy, fullgraph=True, **options)
 
     def first_call(*args: Any) -> Callable[..., Any]:
         with lowering.enable() if is_lowered else lowering.disable(), torch.no_grad():
@@ -85,30 +88,36 @@ def part_host() -> list[Record]:
 
     with torch.no_grad():
         calls = {"eager": function}
-        times = {"eager": host_us(lambda: function(*args))}
         for name, is_lowered in (("extern", False), ("inlined", True)):
             calls[name] = compiled(function, is_lowered=is_lowered)(*args)
-            times[name] = host_us(lambda name=name: calls[name](*args))
+        medians = host_us([lambda call=call: call(*args) for call in calls.values()])
+    times = dict(zip(calls, medians, strict=True))
     return [{"part": "host", "us": times, "inlined_over_extern": round(times["inlined"] / times["extern"], 3)}]
 
 
 def part_slope() -> list[Record]:
-    q, kv, indices = draw(1, 2, 256, 28, 128, 64)
-    records = []
-    for name, is_lowered in (("extern", False), ("inlined", True)):
-        times = []
+    """With one block of slots a call is one kernel; with two the few queries are split, and a kernel merges."""
+    return [
+        slope_record(name, is_lowered=is_lowered, kernels=kernels)
+        for kernels in (1, 2)
+        for name, is_lowered in (("extern", False), ("inlined", True))
+    ]
+
+
+def slope_record(name: str, *, is_lowered: bool, kernels: int) -> Record:
+    args = draw(1, 2, 256, 28, 128, 32 * kernels)
+    calls = []
+    with torch.no_grad():
         for count in CALLS:
 
             def function(q: Tensor, kv: Tensor, indices: Tensor, count: int = count) -> list[Tensor]:
                 # Different scales, so that the calls are not one call.
                 return [torch.ops.mla.sparse_attn(q, kv, indices, 64, SCALE * (i + 1))[0] for i in range(count)]
 
-            with torch.no_grad():
-                call = compiled(function, is_lowered=is_lowered)(q, kv, indices)
-                times.append(host_us(lambda call=call: call(q, kv, indices)))
-        slope = statistics.linear_regression(CALLS, times).slope
-        records.append({"part": "slope", "lowering": name, "calls": CALLS, "us": times, "us_per_call": round(slope, 2)})
-    return records
+            calls.append(compiled(function, is_lowered=is_lowered)(*args))
+        times = host_us([lambda call=call: call(*args) for call in calls])
+    slope = round(statistics.linear_regression(CALLS, times).slope, 2)
+    return {"part": "slope", "lowering": name, "kernels": kernels, "calls": CALLS, "us": times, "us_per_call": slope}
 
 
 def part_gaps() -> list[Record]:
