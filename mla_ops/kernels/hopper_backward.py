@@ -132,12 +132,30 @@ def _add_scores(scores, q, k, t, SIDE: gl.constexpr, IS_FIRST: gl.constexpr):
 
 
 @gluon.jit
-def _add_dkv(rows_ptr, valid, tile, START: gl.constexpr, WIDTH: gl.constexpr, END: gl.constexpr):
+def _start_dkv(
+    dlogits, weights, q, do, t, c: gl.constexpr, WIDTH: gl.constexpr, HAS_DOUT: gl.constexpr,
+):  # fmt: skip
+    """Start dS^T q + P^T dout for some channels."""
+    LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
+    z = _zero(t)
+    tile = gl.full([TILE, WIDTH], 0.0, gl.float32, LAYOUT)
+    tile = warpgroup_mma(
+        dlogits.index(z).permute([1, 0]), q.index(z).slice(c * WIDTH, WIDTH, 1), tile, use_acc=False, is_async=True
+    )
+    if HAS_DOUT:
+        tile = warpgroup_mma(weights.index(z).permute([1, 0]), do.index(z).slice(c * WIDTH, WIDTH, 1), tile, is_async=True)
+    return tile
+
+
+@gluon.jit
+def _add_dkv(rows_ptr, valid, tile, START: gl.constexpr, WIDTH: gl.constexpr, END: gl.constexpr, ATOMICS: gl.constexpr):
     """Add a tile of dkv to the rows of its keys."""
     cols = gl.arange(0, WIDTH, layout=gl.SliceLayout(0, tile.type.layout))
     mask = valid[:, None]
     if START + WIDTH > END:
         mask = mask & (cols < END - START)[None, :]
+    if ATOMICS < 0:
+        mask = mask & (tile == 1e30)
     gl.atomic_add((rows_ptr + START)[:, None] + cols[None, :], tile, mask=mask, sem="relaxed")
 
 
@@ -167,7 +185,7 @@ def _gradients(
     q_side, q_own_tail, k_side, k_own_tail, do_side,
     HEADS: gl.constexpr, KV_GROUP: gl.constexpr, D_TOTAL: gl.constexpr, D_V: gl.constexpr,
     TAIL: gl.constexpr, VALUE: gl.constexpr,
-    SIDE: gl.constexpr, START: gl.constexpr, WIDTH: gl.constexpr, CHUNK: gl.constexpr, ATOMICS: gl.constexpr,
+    SIDE: gl.constexpr, START: gl.constexpr, WIDTH: gl.constexpr, CHUNK: gl.constexpr, ATOMICS: gl.constexpr, OVERLAP: gl.constexpr,
 ):  # fmt: skip
     ELEMENT: gl.constexpr = k_left.dtype
     HEADS_LAYOUT: gl.constexpr = gl.SliceLayout(1, SCORES_LAYOUT)
@@ -247,42 +265,66 @@ def _gradients(
             dq = warpgroup_mma(dlogits.index(z), k_side.index(z), dq, is_async=True)
             if TAIL > 0:
                 dq_tail = warpgroup_mma(dlogits.index(z), k_own_tail.index(z), dq_tail, is_async=True)
-                dq, dq_tail = warpgroup_mma_wait(0, deps=[dq, dq_tail])
-            else:
-                dq = warpgroup_mma_wait(0, deps=[dq])
-        mbarrier.arrive(k_free, count=1)
         if dkv_ptr is not None:
+            COUNT: gl.constexpr = WIDTH // PIECE
             position = positions.index(parity).load(gl.SliceLayout(1, OUT_LAYOUT))
             key_rows = dkv_ptr + position.to(gl.int64) * (KV_GROUP * D_TOTAL)
-            for c in gl.static_range(WIDTH // PIECE):
-                z = _zero(t)
-                tile = gl.full([TILE, PIECE], 0.0, gl.float32, PIECE_LAYOUT)
-                tile = warpgroup_mma(
-                    dlogits.index(z).permute([1, 0]), q_side.index(z).slice(c * PIECE, PIECE, 1), tile, use_acc=False, is_async=True
-                )
-                if dout_ptr is not None:
-                    tile = warpgroup_mma(
-                        weights.index(z).permute([1, 0]), do_side.index(z).slice(c * PIECE, PIECE, 1), tile, is_async=True
-                    )
-                tile = warpgroup_mma_wait(0, deps=[tile])
-                if TAIL == 0 and c + 1 == WIDTH // PIECE:
+            if OVERLAP:
+                tile = _start_dkv(dlogits, weights, q_side, do_side, t, 0, PIECE, dout_ptr is not None)
+                if dq_ptr is not None:
+                    if TAIL > 0:
+                        dq, dq_tail = warpgroup_mma_wait(2 if dout_ptr is not None else 1, deps=[dq, dq_tail])
+                    else:
+                        dq = warpgroup_mma_wait(2 if dout_ptr is not None else 1, deps=[dq])
+                mbarrier.arrive(k_free, count=1)
+            else:
+                if dq_ptr is not None:
+                    if TAIL > 0:
+                        dq, dq_tail = warpgroup_mma_wait(0, deps=[dq, dq_tail])
+                    else:
+                        dq = warpgroup_mma_wait(0, deps=[dq])
+                mbarrier.arrive(k_free, count=1)
+            for c in gl.static_range(COUNT):
+                if OVERLAP:
+                    if c + 1 < COUNT:
+                        following = _start_dkv(dlogits, weights, q_side, do_side, t, c + 1, PIECE, dout_ptr is not None)
+                        tile = warpgroup_mma_wait(2 if dout_ptr is not None else 1, deps=[tile])
+                    elif TAIL > 0:
+                        following = _start_dkv(dlogits, weights, q_own_tail, do_side, t, 0, HALF_TAIL, False)
+                        tile = warpgroup_mma_wait(1, deps=[tile])
+                    else:
+                        tile = warpgroup_mma_wait(0, deps=[tile])
+                else:
+                    tile = _start_dkv(dlogits, weights, q_side, do_side, t, c, PIECE, dout_ptr is not None)
+                    tile = warpgroup_mma_wait(0, deps=[tile])
+                if TAIL == 0 and c + 1 == COUNT:
                     mbarrier.arrive(weights_free, count=1)
                 if ATOMICS > 0:
+                    tile = gl.convert_layout(tile, _atomic_layout(PIECE, 1))
+                if ATOMICS > 1:
                     tile = gl.convert_layout(tile, OUT_LAYOUT)
-                _add_dkv(key_rows, position >= 0, tile, START + c * PIECE, PIECE, D_TOTAL)
+                _add_dkv(key_rows, position >= 0, tile, START + c * PIECE, PIECE, D_TOTAL, ATOMICS)
+                if OVERLAP and (c + 1 < COUNT or TAIL > 0):
+                    tile = following
             if TAIL > 0:
                 TAIL_OUT_LAYOUT: gl.constexpr = _atomic_layout(HALF_TAIL, ATOMICS)
-                z = _zero(t)
-                tile = gl.full([TILE, HALF_TAIL], 0.0, gl.float32, TAIL_LAYOUT)
-                tile = warpgroup_mma(dlogits.index(z).permute([1, 0]), q_own_tail.index(z), tile, use_acc=False, is_async=True)
+                if not OVERLAP:
+                    tile = _start_dkv(dlogits, weights, q_own_tail, do_side, t, 0, HALF_TAIL, False)
                 tile = warpgroup_mma_wait(0, deps=[tile])
                 mbarrier.arrive(weights_free, count=1)
                 if ATOMICS > 0:
+                    tile = gl.convert_layout(tile, _atomic_layout(HALF_TAIL, 1))
+                if ATOMICS > 1:
                     tile = gl.convert_layout(tile, TAIL_OUT_LAYOUT)
                 tail_position = gl.convert_layout(position, gl.SliceLayout(1, TAIL_OUT_LAYOUT))
                 tail_rows = dkv_ptr + tail_position.to(gl.int64) * (KV_GROUP * D_TOTAL)
-                _add_dkv(tail_rows, tail_position >= 0, tile, VALUE + SIDE * HALF_TAIL, HALF_TAIL, D_TOTAL)
+                _add_dkv(tail_rows, tail_position >= 0, tile, VALUE + SIDE * HALF_TAIL, HALF_TAIL, D_TOTAL, ATOMICS)
         else:
+            if TAIL > 0:
+                dq, dq_tail = warpgroup_mma_wait(0, deps=[dq, dq_tail])
+            else:
+                dq = warpgroup_mma_wait(0, deps=[dq])
+            mbarrier.arrive(k_free, count=1)
             mbarrier.arrive(weights_free, count=1)
     if dq_ptr is not None:
         rows_ptr = dq_ptr + (row * HEADS + first_head) * D_TOTAL
@@ -294,7 +336,7 @@ def _gradients(
 @gluon.constexpr_function
 def _atomic_layout(width, atomics):
     """Return how a product `[64 keys, width]` is spread over the threads that add it."""
-    if atomics == 0:
+    if atomics <= 0:
         return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, width, 16])
     wide = [[0, 1 << b] for b in range(5, width.bit_length() - 1)]
     if atomics == 1:
@@ -305,8 +347,8 @@ def _atomic_layout(width, atomics):
             warp_bases=[[16, 0], [32, 0]], block_bases=[], shape=[64, width],
         )  # fmt: skip
     return gl.DistributedLinearLayout(
-        reg_bases=[[0, 1], [0, 2], [4, 0], [8, 0], *wide],
-        lane_bases=[[0, 4], [0, 8], [0, 16], [1, 0], [2, 0]],
+        reg_bases=[[0, 1], [0, 2], [8, 0], [1, 0], *wide],
+        lane_bases=[[0, 8], [0, 4], [0, 16], [2, 0], [4, 0]],
         warp_bases=[[16, 0], [32, 0]], block_bases=[], shape=[64, width],
     )  # fmt: skip
 
@@ -323,7 +365,7 @@ def _sparse_attn_bwd_hopper_kernel(
     dq_ptr, dkv_ptr, dsink_ptr,  # contiguous; None for what is not needed; dkv fp32, dsink fp32 [rows, heads]
     softmax_scale, seq_q, seq_kv, topk,
     HEADS: gl.constexpr, KV_GROUP: gl.constexpr, D_TOTAL: gl.constexpr, D_V: gl.constexpr,
-    LEFT: gl.constexpr, RIGHT: gl.constexpr, TAIL: gl.constexpr, CHUNK: gl.constexpr, ATOMICS: gl.constexpr,
+    LEFT: gl.constexpr, RIGHT: gl.constexpr, TAIL: gl.constexpr, CHUNK: gl.constexpr, ATOMICS: gl.constexpr, OVERLAP: gl.constexpr,
     GRADIENT_REGISTERS: gl.constexpr, GATHER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     ELEMENT: gl.constexpr = q_ptr.dtype.element_ty
@@ -364,7 +406,7 @@ def _sparse_attn_bwd_hopper_kernel(
                 weights, dlogits, positions, k_full, k_free, weights_full, weights_free,
                 q_left, q_tail0, k_left, k_tail0, do_left,
                 HEADS, KV_GROUP, D_TOTAL, D_V, TAIL, VALUE,
-                gl.constexpr(0), gl.constexpr(0), LEFT, CHUNK, ATOMICS,
+                gl.constexpr(0), gl.constexpr(0), LEFT, CHUNK, ATOMICS, OVERLAP,
             )),
             (_gradients, (
                 out_ptr, lse_ptr, dout_ptr, stride_do_b, stride_do_s, stride_do_h, dlse_ptr,
@@ -373,7 +415,7 @@ def _sparse_attn_bwd_hopper_kernel(
                 weights, dlogits, positions, k_full, k_free, weights_full, weights_free,
                 q_right, q_tail1, k_right, k_tail1, do_right,
                 HEADS, KV_GROUP, D_TOTAL, D_V, TAIL, VALUE,
-                gl.constexpr(1), LEFT, RIGHT, CHUNK, ATOMICS,
+                gl.constexpr(1), LEFT, RIGHT, CHUNK, ATOMICS, OVERLAP,
             )),
             (_gather, (
                 q_ptr, stride_q_b, stride_q_s, stride_q_h,
