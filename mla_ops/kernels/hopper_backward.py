@@ -132,6 +132,38 @@ def _add_scores(scores, q, k, t, SIDE: gl.constexpr, IS_FIRST: gl.constexpr):
 
 
 @gluon.jit
+def _start_scores(
+    zero, q_left, q_right, q_tail0, q_tail1, k_left, k_right, k_tail0, k_tail1, t,
+    SIDE: gl.constexpr, TAIL: gl.constexpr,
+):  # fmt: skip
+    """Start Q K^T for the keys of one side."""
+    scores = _add_scores(zero, q_left, k_left, t, SIDE, True)
+    scores = _add_scores(scores, q_right, k_right, t, SIDE, False)
+    if TAIL > 0:
+        scores = _add_scores(scores, q_tail0, k_tail0, t, SIDE, False)
+        scores = _add_scores(scores, q_tail1, k_tail1, t, SIDE, False)
+    return scores
+
+
+@gluon.jit
+def _start_dweights(zero, k_left, k_right, do_left, do_right, t, SIDE: gl.constexpr):
+    dweights = _add_scores(zero, do_left, k_left, t, SIDE, True)
+    return _add_scores(dweights, do_right, k_right, t, SIDE, False)
+
+
+@gluon.jit
+def _start_piece(
+    dlogits, weights, q_side, q_own_tail, do_side, t,
+    c: gl.constexpr, PIECE: gl.constexpr, HALF_TAIL: gl.constexpr, HAS_DOUT: gl.constexpr,
+):  # fmt: skip
+    if HALF_TAIL > 0 and c == 0:
+        tile = _start_dkv(dlogits, weights, q_own_tail, do_side, t, 0, HALF_TAIL, False)
+    else:
+        tile = _start_dkv(dlogits, weights, q_side, do_side, t, c - (1 if HALF_TAIL > 0 else 0), PIECE, HAS_DOUT)
+    return tile
+
+
+@gluon.jit
 def _start_dkv(
     dlogits, weights, q, do, t, c: gl.constexpr, WIDTH: gl.constexpr, HAS_DOUT: gl.constexpr,
 ):  # fmt: skip
@@ -148,15 +180,25 @@ def _start_dkv(
 
 
 @gluon.jit
-def _add_dkv(rows_ptr, valid, tile, START: gl.constexpr, WIDTH: gl.constexpr, END: gl.constexpr, ATOMICS: gl.constexpr):
+def _add_dkv(
+    dkv_ptr, positions, tile,
+    START: gl.constexpr, WIDTH: gl.constexpr, END: gl.constexpr, ROW_STRIDE: gl.constexpr, ATOMICS: gl.constexpr,
+):  # fmt: skip
     """Add a tile of dkv to the rows of its keys."""
-    cols = gl.arange(0, WIDTH, layout=gl.SliceLayout(0, tile.type.layout))
-    mask = valid[:, None]
+    LAYOUT: gl.constexpr = _atomic_layout(WIDTH, ATOMICS)
+    if ATOMICS > 0:
+        tile = gl.convert_layout(tile, _atomic_layout(WIDTH, 1))
+    if ATOMICS > 1:
+        tile = gl.convert_layout(tile, LAYOUT)
+    position = positions.load(gl.SliceLayout(1, LAYOUT))
+    rows_ptr = dkv_ptr + START + position.to(gl.int64) * ROW_STRIDE
+    cols = gl.arange(0, WIDTH, layout=gl.SliceLayout(0, LAYOUT))
+    mask = (position >= 0)[:, None]
     if START + WIDTH > END:
         mask = mask & (cols < END - START)[None, :]
     if ATOMICS < 0:
         mask = mask & (tile == 1e30)
-    gl.atomic_add((rows_ptr + START)[:, None] + cols[None, :], tile, mask=mask, sem="relaxed")
+    gl.atomic_add(rows_ptr[:, None] + cols[None, :], tile, mask=mask, sem="relaxed")
 
 
 @gluon.jit
@@ -185,7 +227,7 @@ def _gradients(
     q_side, q_own_tail, k_side, k_own_tail, do_side,
     HEADS: gl.constexpr, KV_GROUP: gl.constexpr, D_TOTAL: gl.constexpr, D_V: gl.constexpr,
     TAIL: gl.constexpr, VALUE: gl.constexpr,
-    SIDE: gl.constexpr, START: gl.constexpr, WIDTH: gl.constexpr, CHUNK: gl.constexpr, ATOMICS: gl.constexpr, OVERLAP: gl.constexpr,
+    SIDE: gl.constexpr, START: gl.constexpr, WIDTH: gl.constexpr, CHUNK: gl.constexpr, ATOMICS: gl.constexpr, OVERLAP: gl.constexpr, EARLY: gl.constexpr,
 ):  # fmt: skip
     ELEMENT: gl.constexpr = k_left.dtype
     HEADS_LAYOUT: gl.constexpr = gl.SliceLayout(1, SCORES_LAYOUT)
@@ -193,8 +235,6 @@ def _gradients(
     DQ_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
     HALF_TAIL: gl.constexpr = TAIL // 2
     PIECE: gl.constexpr = CHUNK if CHUNK < WIDTH else WIDTH
-    PIECE_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, PIECE, 16])
-    OUT_LAYOUT: gl.constexpr = _atomic_layout(PIECE, ATOMICS)
     row, group, first_head, head_count = _locate_item(gl.program_id(0), HEADS, KV_GROUP)
     end_slot = _end_slot(topk_length_ptr, row, topk)
     batch = row // seq_q
@@ -229,24 +269,31 @@ def _gradients(
         dq_tail = gl.full([BLOCK_H, HALF_TAIL], 0.0, gl.float32, TAIL_LAYOUT)
     if dkv_ptr is not None:
         dkv_ptr += (batch * seq_kv * KV_GROUP + group) * D_TOTAL
-    for t in range((end_slot + TILE - 1) // TILE):
+    HAS_DOUT: gl.constexpr = dout_ptr is not None
+    HAS_TAIL: gl.constexpr = 1 if TAIL > 0 else 0
+    PIECES: gl.constexpr = WIDTH // PIECE + HAS_TAIL
+    num_tiles = (end_slot + TILE - 1) // TILE
+    if EARLY > 0:
+        mbarrier.wait(k_full, 0, pred=num_tiles > 0)
+        scores = _start_scores(
+            zero, q_left, q_right, q_tail0, q_tail1, k_left, k_right, k_tail0, k_tail1, num_tiles, SIDE, TAIL
+        )
+        scores = warpgroup_mma_wait(0, deps=[scores])
+    for t in range(num_tiles):
         parity = t & 1
-        mbarrier.wait(k_full, parity)
-        scores = _add_scores(zero, q_left, k_left, t, SIDE, True)
-        scores = _add_scores(scores, q_right, k_right, t, SIDE, False)
-        if TAIL > 0:
-            scores = _add_scores(scores, q_tail0, k_tail0, t, SIDE, False)
-            scores = _add_scores(scores, q_tail1, k_tail1, t, SIDE, False)
-        if dout_ptr is not None:
-            dweights = _add_scores(zero, do_left, k_left, t, SIDE, True)
-            dweights = _add_scores(dweights, do_right, k_right, t, SIDE, False)
-            scores = warpgroup_mma_wait(2, deps=[scores])
-        else:
-            scores = warpgroup_mma_wait(0, deps=[scores])
+        if EARLY == 0:
+            mbarrier.wait(k_full, parity)
+            scores = _start_scores(
+                zero, q_left, q_right, q_tail0, q_tail1, k_left, k_right, k_tail0, k_tail1, t, SIDE, TAIL
+            )
+        if HAS_DOUT:
+            dweights = _start_dweights(zero, k_left, k_right, do_left, do_right, t, SIDE)
+        if EARLY == 0:
+            scores = warpgroup_mma_wait(2 if HAS_DOUT else 0, deps=[scores])
         valid = positions.index(parity).slice(SIDE * HALF, HALF).load(SLOTS_LAYOUT) >= 0
         # Both selections are needed: an empty row has lse = -inf and may have NaN gradients.
         p = gl.where(valid[None, :], gl.exp2(scores * logit_scale - lse_log2[:, None]), 0.0)
-        if dout_ptr is not None:
+        if HAS_DOUT:
             dweights = warpgroup_mma_wait(0, deps=[dweights])
             ds = keep[:, None] * dweights - shift[:, None]
         else:
@@ -254,7 +301,7 @@ def _gradients(
         ds = gl.where(valid[None, :], p * ds * softmax_scale, 0.0)
         mbarrier.wait(weights_free, parity ^ 1)
         dlogits.index(0).slice(SIDE * HALF, HALF, 1).store(ds.to(ELEMENT))
-        if dkv_ptr is not None and dout_ptr is not None:
+        if dkv_ptr is not None and HAS_DOUT:
             weights.index(0).slice(SIDE * HALF, HALF, 1).store((p * keep[:, None]).to(ELEMENT))
         fence_async_shared()
         block_barrier()
@@ -265,67 +312,58 @@ def _gradients(
             dq = warpgroup_mma(dlogits.index(z), k_side.index(z), dq, is_async=True)
             if TAIL > 0:
                 dq_tail = warpgroup_mma(dlogits.index(z), k_own_tail.index(z), dq_tail, is_async=True)
-        if dkv_ptr is not None:
-            COUNT: gl.constexpr = WIDTH // PIECE
-            position = positions.index(parity).load(gl.SliceLayout(1, OUT_LAYOUT))
-            key_rows = dkv_ptr + position.to(gl.int64) * (KV_GROUP * D_TOTAL)
-            if OVERLAP:
-                tile = _start_dkv(dlogits, weights, q_side, do_side, t, 0, PIECE, dout_ptr is not None)
-                if dq_ptr is not None:
-                    if TAIL > 0:
-                        dq, dq_tail = warpgroup_mma_wait(2 if dout_ptr is not None else 1, deps=[dq, dq_tail])
-                    else:
-                        dq = warpgroup_mma_wait(2 if dout_ptr is not None else 1, deps=[dq])
-                mbarrier.arrive(k_free, count=1)
-            else:
-                if dq_ptr is not None:
-                    if TAIL > 0:
-                        dq, dq_tail = warpgroup_mma_wait(0, deps=[dq, dq_tail])
-                    else:
-                        dq = warpgroup_mma_wait(0, deps=[dq])
-                mbarrier.arrive(k_free, count=1)
-            for c in gl.static_range(COUNT):
-                if OVERLAP:
-                    if c + 1 < COUNT:
-                        following = _start_dkv(dlogits, weights, q_side, do_side, t, c + 1, PIECE, dout_ptr is not None)
-                        tile = warpgroup_mma_wait(2 if dout_ptr is not None else 1, deps=[tile])
-                    elif TAIL > 0:
-                        following = _start_dkv(dlogits, weights, q_own_tail, do_side, t, 0, HALF_TAIL, False)
-                        tile = warpgroup_mma_wait(1, deps=[tile])
-                    else:
-                        tile = warpgroup_mma_wait(0, deps=[tile])
-                else:
-                    tile = _start_dkv(dlogits, weights, q_side, do_side, t, c, PIECE, dout_ptr is not None)
-                    tile = warpgroup_mma_wait(0, deps=[tile])
-                if TAIL == 0 and c + 1 == COUNT:
-                    mbarrier.arrive(weights_free, count=1)
-                if ATOMICS > 0:
-                    tile = gl.convert_layout(tile, _atomic_layout(PIECE, 1))
-                if ATOMICS > 1:
-                    tile = gl.convert_layout(tile, OUT_LAYOUT)
-                _add_dkv(key_rows, position >= 0, tile, START + c * PIECE, PIECE, D_TOTAL, ATOMICS)
-                if OVERLAP and (c + 1 < COUNT or TAIL > 0):
-                    tile = following
-            if TAIL > 0:
-                TAIL_OUT_LAYOUT: gl.constexpr = _atomic_layout(HALF_TAIL, ATOMICS)
-                if not OVERLAP:
-                    tile = _start_dkv(dlogits, weights, q_own_tail, do_side, t, 0, HALF_TAIL, False)
-                tile = warpgroup_mma_wait(0, deps=[tile])
-                mbarrier.arrive(weights_free, count=1)
-                if ATOMICS > 0:
-                    tile = gl.convert_layout(tile, _atomic_layout(HALF_TAIL, 1))
-                if ATOMICS > 1:
-                    tile = gl.convert_layout(tile, TAIL_OUT_LAYOUT)
-                tail_position = gl.convert_layout(position, gl.SliceLayout(1, TAIL_OUT_LAYOUT))
-                tail_rows = dkv_ptr + tail_position.to(gl.int64) * (KV_GROUP * D_TOTAL)
-                _add_dkv(tail_rows, tail_position >= 0, tile, VALUE + SIDE * HALF_TAIL, HALF_TAIL, D_TOTAL, ATOMICS)
+        if OVERLAP > 0 and dkv_ptr is not None:
+            tile = _start_piece(dlogits, weights, q_side, q_own_tail, do_side, t, 0, PIECE, HALF_TAIL, HAS_DOUT)
+            LATER: gl.constexpr = 2 if TAIL == 0 and HAS_DOUT else 1
         else:
+            LATER: gl.constexpr = 0
+        if dq_ptr is not None:
             if TAIL > 0:
-                dq, dq_tail = warpgroup_mma_wait(0, deps=[dq, dq_tail])
+                dq, dq_tail = warpgroup_mma_wait(LATER, deps=[dq, dq_tail])
             else:
-                dq = warpgroup_mma_wait(0, deps=[dq])
-            mbarrier.arrive(k_free, count=1)
-            mbarrier.arrive(weights_free, count=1)
+                dq = warpgroup_mma_wait(LATER, deps=[dq])
+        mbarrier.arrive(k_free, count=1)
+        if dkv_ptr is not None:
+            for c in gl.static_range(PIECES):
+                if OVERLAP == 0 or (OVERLAP == 2 and c > 0):
+                    tile = _start_piece(dlogits, weights, q_side, q_own_tail, do_side, t, c, PIECE, HALF_TAIL, HAS_DOUT)
+                    tile = warpgroup_mma_wait(0, deps=[tile])
+                elif OVERLAP == 2:
+                    tile = warpgroup_mma_wait(0, deps=[tile])
+                elif c + 1 < PIECES:
+                    following = _start_piece(
+                        dlogits, weights, q_side, q_own_tail, do_side, t, c + 1, PIECE, HALF_TAIL, HAS_DOUT
+                    )
+                    tile = warpgroup_mma_wait(2 if HAS_DOUT else 1, deps=[tile])
+                else:
+                    tile = warpgroup_mma_wait(0, deps=[tile])
+                if c + 1 < PIECES:
+                    if c < HAS_TAIL:
+                        _add_dkv(
+                            dkv_ptr, positions.index(parity), tile, VALUE + SIDE * HALF_TAIL, HALF_TAIL, D_TOTAL,
+                            KV_GROUP * D_TOTAL, ATOMICS,
+                        )  # fmt: skip
+                    else:
+                        _add_dkv(
+                            dkv_ptr, positions.index(parity), tile, START + (c - HAS_TAIL) * PIECE, PIECE, D_TOTAL,
+                            KV_GROUP * D_TOTAL, ATOMICS,
+                        )  # fmt: skip
+                    if OVERLAP == 1:
+                        tile = following
+        mbarrier.arrive(weights_free, count=1)
+        if EARLY > 0:
+            # After the last tile the products are made of what is there, and not used.
+            mbarrier.wait(k_full, parity ^ 1, pred=t + 1 < num_tiles)
+            scores = _start_scores(
+                zero, q_left, q_right, q_tail0, q_tail1, k_left, k_right, k_tail0, k_tail1, t, SIDE, TAIL
+            )
+        if dkv_ptr is not None:
+            _add_dkv(
+                dkv_ptr, positions.index(parity), tile, START + (WIDTH - PIECE), PIECE, D_TOTAL,
+                KV_GROUP * D_TOTAL, ATOMICS,
+            )  # fmt: skip
+        if EARLY > 0:
+            scores = warpgroup_mma_wait(0, deps=[scores])
     if dq_ptr is not None:
         rows_ptr = dq_ptr + (row * HEADS + first_head) * D_TOTAL
         _store_rows(rows_ptr, k_side.index(0), dq, head_count, 0, START, WIDTH, D_TOTAL)
@@ -365,7 +403,7 @@ def _sparse_attn_bwd_hopper_kernel(
     dq_ptr, dkv_ptr, dsink_ptr,  # contiguous; None for what is not needed; dkv fp32, dsink fp32 [rows, heads]
     softmax_scale, seq_q, seq_kv, topk,
     HEADS: gl.constexpr, KV_GROUP: gl.constexpr, D_TOTAL: gl.constexpr, D_V: gl.constexpr,
-    LEFT: gl.constexpr, RIGHT: gl.constexpr, TAIL: gl.constexpr, CHUNK: gl.constexpr, ATOMICS: gl.constexpr, OVERLAP: gl.constexpr,
+    LEFT: gl.constexpr, RIGHT: gl.constexpr, TAIL: gl.constexpr, CHUNK: gl.constexpr, ATOMICS: gl.constexpr, OVERLAP: gl.constexpr, EARLY: gl.constexpr,
     GRADIENT_REGISTERS: gl.constexpr, GATHER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     ELEMENT: gl.constexpr = q_ptr.dtype.element_ty
@@ -406,7 +444,7 @@ def _sparse_attn_bwd_hopper_kernel(
                 weights, dlogits, positions, k_full, k_free, weights_full, weights_free,
                 q_left, q_tail0, k_left, k_tail0, do_left,
                 HEADS, KV_GROUP, D_TOTAL, D_V, TAIL, VALUE,
-                gl.constexpr(0), gl.constexpr(0), LEFT, CHUNK, ATOMICS, OVERLAP,
+                gl.constexpr(0), gl.constexpr(0), LEFT, CHUNK, ATOMICS, OVERLAP, EARLY,
             )),
             (_gradients, (
                 out_ptr, lse_ptr, dout_ptr, stride_do_b, stride_do_s, stride_do_h, dlse_ptr,
@@ -415,7 +453,7 @@ def _sparse_attn_bwd_hopper_kernel(
                 weights, dlogits, positions, k_full, k_free, weights_full, weights_free,
                 q_right, q_tail1, k_right, k_tail1, do_right,
                 HEADS, KV_GROUP, D_TOTAL, D_V, TAIL, VALUE,
-                gl.constexpr(1), LEFT, RIGHT, CHUNK, ATOMICS, OVERLAP,
+                gl.constexpr(1), LEFT, RIGHT, CHUNK, ATOMICS, OVERLAP, EARLY,
             )),
             (_gather, (
                 q_ptr, stride_q_b, stride_q_s, stride_q_h,
