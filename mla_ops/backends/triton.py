@@ -414,7 +414,7 @@ def launch_backward(
             others = (None, None) if two_passes else (dq, dsink)
             if deterministic:
                 dkv = _dkv_in_index_order(
-                    lambda partial, first_row, num_rows: run(config, others[0], partial, others[1], first_row, num_rows),
+                    lambda partial, *chunk: run(config, others[0], partial, others[1], *chunk),
                     q, kv, indices, topk_length, head_blocks(config), wrap,
                 )  # fmt: skip
             else:

@@ -133,7 +133,7 @@ def launch_backward(
     config: HopperBwdConfig,
     traits: DeviceTraits,
 ) -> None:
-    """Run the warp-specialised backward: write `dq` and `dsink` (`[..., heads]`), add to `dkv` (fp32); None is left out.
+    """Run the warp-specialised backward: write `dq` and `dsink` (`[..., heads]`), add to `dkv` (fp32); or not, if None.
 
     The inner strides of q, kv and indices are 1, the rows of `dout` are as aligned as those of a contiguous tensor, and
     everything else is contiguous.

@@ -41,8 +41,8 @@ Every tile t completes one phase of each barrier; readers wait for parity t & 1,
 `positions` is read until the last addition of a tile, after `k_free`; so it is kept twice, and the gather writes it
 again after the `k_free` of the tile between, which the additions precede. dQ leaves through the rows' buffer, each
 group through its own channels, which are read by nobody else once `weights_full` of the last tile is complete.
-What is written for wgmma (rows by the gather, P and dS by the gradients) is fenced by every thread that wrote it, before
-the barrier that precedes the arrival; see NOTE [What orders the accesses] in `hopper_forward.py`.
+What is written for wgmma (rows by the gather, P and dS by the gradients) is fenced by every thread that wrote it,
+before the barrier that precedes the arrival; see NOTE [What orders the accesses] in `hopper_forward.py`.
 """
 
 from triton.experimental import gluon
@@ -336,9 +336,7 @@ def _gradients(
         mbarrier.wait(k_full, parity ^ 1, pred=t + 1 < num_tiles)
         scores = _start_scores(q_parts, k_parts, t, SIDE, PARTS)
         if dkv_ptr is not None:
-            _add_piece(
-                dkv_ptr, positions.index(parity), piece, (SIDE + 1) * WIDTH - PIECE, PIECE, D_TOTAL, ROW_STRIDE
-            )
+            _add_piece(dkv_ptr, positions.index(parity), piece, (SIDE + 1) * WIDTH - PIECE, PIECE, D_TOTAL, ROW_STRIDE)
         scores = warpgroup_mma_wait(0, deps=[scores])
 
     if dq_ptr is not None:
@@ -354,13 +352,13 @@ def _allocate_parts(ELEMENT: gl.constexpr, WIDTH: gl.constexpr, HALF_TAIL: gl.co
     ROWS: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     left = gl.allocate_shared_memory(ELEMENT, [1, TILE, WIDTH], ROWS)
     right = gl.allocate_shared_memory(ELEMENT, [1, TILE, WIDTH], ROWS)
-    if HALF_TAIL == 0:
-        return left, right
-    else:
+    parts = (left, right)
+    if HALF_TAIL > 0:
         TAIL_ROWS: gl.constexpr = gl.NVMMASharedLayout(2 * min(HALF_TAIL, 64), 16, 2)
         tail0 = gl.allocate_shared_memory(ELEMENT, [1, TILE, HALF_TAIL], TAIL_ROWS)
         tail1 = gl.allocate_shared_memory(ELEMENT, [1, TILE, HALF_TAIL], TAIL_ROWS)
-        return left, right, tail0, tail1
+        parts = (left, right, tail0, tail1)
+    return parts
 
 
 # Lengths change from call to call: one binary serves them all, and a warm one is warm for any length.
