@@ -8,6 +8,7 @@ the operator, which runs everything the operator runs, and the log says why: `TO
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -59,7 +60,7 @@ def _lower_forward(
 ) -> Any:
     try:
         plan = _plan(q, kv, indices, d_v, backend, needs_grad=False)
-        _leave_specialised_to_the_operator(plan)
+        _leave_specialised_to_the_operator(plan, triton_hopper.automatic_config)
     except _StayExtern as reason:
         args = (q, kv, indices, d_v, softmax_scale, topk_length, attn_sink, backend)
         return _extern(SPARSE_ATTN, args, reason)
@@ -107,6 +108,7 @@ def _lower_backward(
 ) -> Any:
     try:
         plan = _plan(q, kv, indices, d_v, backend, needs_grad=True)
+        _leave_specialised_to_the_operator(plan, triton_hopper.automatic_backward_config)
     except _StayExtern as reason:
         args = (dout, dlse, q, kv, indices, out, lse, d_v, softmax_scale)
         return _extern(SPARSE_ATTN_BWD, (*args, topk_length, attn_sink, need_dq, need_dkv, backend), reason)
@@ -138,12 +140,12 @@ def _lower_backward(
     return inductor.inline(launch, (dout, dlse, q, kv, indices, out, lse, topk_length, attn_sink))
 
 
-def _leave_specialised_to_the_operator(plan: _Plan) -> None:
+def _leave_specialised_to_the_operator(plan: _Plan, automatic_config: Callable[..., object]) -> None:
     """Raise `_StayExtern` where eager runs a faster kernel that cannot be inlined; a package takes the plain one."""
     problem, rows = plan.problem, plan.hints.batch * plan.hints.seq_q
     widths = (problem.d_total, problem.d_v, problem.dtype.itemsize)
     tuned_rows = current().tuned_rows
-    config = triton_hopper.automatic_config(plan.traits, rows, problem.heads, problem.kv_group, widths, tuned_rows)
+    config = automatic_config(plan.traits, rows, problem.heads, problem.kv_group, widths, tuned_rows)
     if config is not None and not inductor.is_ahead_of_time():
         raise _StayExtern(f"{config} is twice as fast as the plain kernel and written in Gluon, which is not inlined")
 

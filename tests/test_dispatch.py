@@ -16,8 +16,8 @@ import torch
 import mla_ops
 from mla_ops import settings
 from mla_ops.backends import triton as triton_backend
-from mla_ops.configs import backward_configs, forward_config, hopper_config
-from mla_ops.configs.launch import BwdConfig, FwdConfig, HopperConfig
+from mla_ops.configs import backward_configs, forward_config, hopper_backward_config, hopper_config
+from mla_ops.configs.launch import BwdConfig, FwdConfig, HopperBwdConfig, HopperConfig
 from mla_ops.configs.tuned import TunedRow, write_rows
 from mla_ops.device import DeviceTraits
 from mla_ops.dispatch import BACKENDS, select
@@ -297,13 +297,22 @@ def test_the_hopper_forward_covers_a_row_with_as_few_channels_as_it_can(
 
 
 @pytest.mark.parametrize(
+    ("d_total", "d_v", "halves"),
+    [(576, 512, (256, 32)), (512, 512, (256, 0)), (480, 448, (256, 0)), (320, 256, (128, 32)), (384, 256, (128, 64))],
+)
+def test_the_hopper_backward_covers_a_row_in_two_equal_halves(d_total: int, d_v: int, halves: tuple[int, int]) -> None:
+    assert hopper_backward_config(H100.arch, H100.smem_bytes, d_total, d_v, 2) == HopperBwdConfig(*halves)
+
+
+@pytest.mark.parametrize(
     ("arch", "d_total", "d_v", "element_size"),
     [(80, 576, 512, 2), (100, 576, 512, 2), (90, 576, 512, 4), (90, 640, 512, 2), (90, 128, 64, 2), (90, 580, 512, 2)],
 )
-def test_the_hopper_forward_is_for_wide_rows_of_two_byte_channels_on_sm90(
+def test_the_hopper_kernels_are_for_wide_rows_of_two_byte_channels_on_sm90(
     arch: int, d_total: int, d_v: int, element_size: int
 ) -> None:
     assert hopper_config(arch, H100.smem_bytes, d_total, d_v, element_size) is None
+    assert hopper_backward_config(arch, H100.smem_bytes, d_total, d_v, element_size) is None
 
 
 @pytest.mark.parametrize(
@@ -324,26 +333,45 @@ def test_the_hopper_forward_is_for_wide_rows_of_two_byte_channels_on_sm90(
     ],
     ids=str,
 )
-def test_when_the_hopper_forward_is_taken(change: dict[str, Any], is_taken: bool) -> None:
+def test_when_the_hopper_kernels_are_taken(change: dict[str, Any], is_taken: bool) -> None:
     pytest.importorskip("triton", reason="triton is not installed")
     sizes = {"d_total": 576, "d_v": 512, "heads": 64, "kv_group": 1, "dtype": torch.bfloat16, "seq_q": 4096, "arch": 90}
     sizes |= change
     hints = Hints(batch=1, seq_q=sizes.pop("seq_q"), seq_kv=8192)
     traits = replace(H100, arch=sizes.pop("arch"))
-    launches = triton_backend.TritonBackend().describe_launch(SparseAttnProblem(topk=2048, **sizes), traits, hints)
+    launches = triton_backend.TritonBackend().describe_launch(
+        SparseAttnProblem(topk=2048, needs_grad=True, **sizes), traits, hints
+    )
     assert ("HopperConfig" in str(launches)) == is_taken
+    assert ("HopperBwdConfig" in str(launches)) == is_taken
 
 
-def test_a_tuned_forward_goes_before_the_hopper_forward(tmp_path: Path) -> None:
+@pytest.mark.usefixtures("deterministic")
+def test_a_deterministic_backward_takes_the_plain_kernel() -> None:
     pytest.importorskip("triton", reason="triton is not installed")
-    fwd = FwdConfig(block_h=32, block_k=64, max_chunk=64, num_warps=4, num_stages=2)
-    path = tuned_file(tmp_path / "rows.json", d_total=576, d_v=512, heads=64, fwd=fwd)
-    problem = SparseAttnProblem(d_total=576, d_v=512, topk=2048, heads=64, kv_group=1, dtype=torch.bfloat16)
+    problem = SparseAttnProblem(
+        d_total=576, d_v=512, topk=2048, heads=64, kv_group=1, dtype=torch.bfloat16, needs_grad=True
+    )
+    hints = Hints(batch=1, seq_q=4096, seq_kv=8192)
+    assert "HopperBwdConfig" not in str(triton_backend.TritonBackend().describe_launch(problem, H100, hints))
+
+
+@pytest.mark.parametrize(("side", "other"), [("fwd", "HopperBwdConfig"), ("bwd", "HopperConfig")])
+def test_a_tuned_side_goes_before_its_hopper_kernel(side: str, other: str, tmp_path: Path) -> None:
+    pytest.importorskip("triton", reason="triton is not installed")
+    tuned = {
+        "fwd": FwdConfig(block_h=32, block_k=64, max_chunk=64, num_warps=4, num_stages=2),
+        "bwd": (BwdConfig(block_h=32, block_k=32, max_chunk=64, num_warps=4, num_stages=3),),
+    }
+    path = tuned_file(tmp_path / "rows.json", d_total=576, d_v=512, heads=64, **{side: tuned[side]})
+    problem = SparseAttnProblem(
+        d_total=576, d_v=512, topk=2048, heads=64, kv_group=1, dtype=torch.bfloat16, needs_grad=True
+    )
     with settings.override(tuned_rows=path):
         launches = triton_backend.TritonBackend().describe_launch(
             problem, H100, Hints(batch=1, seq_q=4096, seq_kv=8192)
         )
-    assert "HopperConfig" not in str(launches)
+    assert [name for name in ("HopperConfig", "HopperBwdConfig") if name in str(launches)] == [other]
 
 
 def test_the_hopper_forward_is_refused_where_it_cannot_run() -> None:
@@ -360,3 +388,29 @@ def test_the_hopper_forward_is_refused_where_it_cannot_run() -> None:
     for reason, options in refusals.items():
         with pytest.raises(mla_ops.UnsupportedProblemError, match=reason):
             triton_backend.launch_forward(*inputs.args, **{"traits": H100, "config": config, **options})
+
+
+def test_the_hopper_backward_is_refused_where_it_cannot_run() -> None:
+    pytest.importorskip("triton", reason="triton is not installed")
+    inputs = make_inputs(Case(d_total=576, d_v=512, heads=64), torch.bfloat16)
+    q, kv, indices, *rest = inputs.args
+    arguments = (inputs.dout, None, q, kv, indices, inputs.dout, inputs.dlse, *rest, True, True)
+    config = HopperBwdConfig(256, 32)
+    refusals: dict[str, dict[str, Any]] = {
+        "got sm80": {"traits": replace(H100, arch=80)},
+        "d_v=512, d_total=576": {"configs": HopperBwdConfig(256, 0)},
+        "traced=True": {"wrap": lambda kernel: kernel},
+    }
+    for reason, options in refusals.items():
+        with pytest.raises(mla_ops.UnsupportedProblemError, match=reason):
+            triton_backend.launch_backward(*arguments, **{"traits": H100, "configs": config, **options})
+
+
+@pytest.mark.usefixtures("deterministic")
+def test_the_hopper_backward_is_refused_where_the_order_of_a_sum_is_asked_for() -> None:
+    pytest.importorskip("triton", reason="triton is not installed")
+    inputs = make_inputs(Case(d_total=576, d_v=512, heads=64), torch.bfloat16)
+    q, kv, indices, *rest = inputs.args
+    arguments = (inputs.dout, None, q, kv, indices, inputs.dout, inputs.dlse, *rest, True, True)
+    with pytest.raises(mla_ops.UnsupportedProblemError, match="deterministic=True"):
+        triton_backend.launch_backward(*arguments, traits=H100, configs=HopperBwdConfig(256, 32))

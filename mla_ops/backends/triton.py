@@ -16,7 +16,7 @@ import torch
 from mla_ops.backends import triton_hopper
 from mla_ops.backends.triton_strides import aligned_like_contiguous, alignment, outer_strides, with_unit_inner_stride
 from mla_ops.configs import MAX_D_TOTAL, backward_configs, forward_config
-from mla_ops.configs.launch import BwdConfig, FwdConfig, HopperConfig, chunk_widths, launch_options
+from mla_ops.configs.launch import BwdConfig, FwdConfig, HopperBwdConfig, HopperConfig, chunk_widths, launch_options
 from mla_ops.device import DeviceTraits, traits_of
 from mla_ops.errors import UnsupportedProblemError
 from mla_ops.problem import Hints, SparseAttnProblem
@@ -103,7 +103,11 @@ class TritonBackend:
             programs = program_count(rows, problem.heads, problem.kv_group, fwd)
             splits = split_count(programs, problem.topk, fwd.block_k, traits.num_sms)
             launches.append((f"forward: {fwd}, slots split over {splits} programs", fwd))
-        for bwd in (backward_configs(*key) or ()) if problem.needs_grad else ():
+        specialised_bwd = triton_hopper.automatic_backward_config(
+            traits, rows, problem.heads, problem.kv_group, widths, current().tuned_rows
+        )
+        bwds = backward_configs(*key) if specialised_bwd is None else (specialised_bwd,)
+        for bwd in (bwds or ()) if problem.needs_grad else ():
             launches.append((f"backward: {bwd}", bwd))
         sizes = (problem.d_total, problem.d_v, problem.heads, problem.kv_group, problem.dtype)
         cold = "; not warm: mla_ops.warmup(...) compiles it ahead of the first call"
@@ -324,11 +328,14 @@ def launch_backward(
     need_dkv: bool,
     *,
     use_int64_offsets: bool | None = None,
-    configs: tuple[BwdConfig, ...] | None = None,
+    configs: tuple[BwdConfig, ...] | HopperBwdConfig | None = None,
     traits: DeviceTraits | None = None,
     wrap: Wrap = _identity,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Run the backward kernel: once for both gradients, or once for each if the table's row says so.
+
+    With a `HopperBwdConfig`, or where one is automatic, it is the warp-specialised kernel instead: in eager, and where
+    the order of a sum is free. A trace takes the plain kernel, because compilers inline Triton and not Gluon.
 
     dkv is summed in fp32: by atomics, or with `torch.use_deterministic_algorithms(True)` in the order of the indices.
     """
@@ -347,8 +354,12 @@ def launch_backward(
             lse.new_zeros(dsink_shape),
         )
     if configs is None:
-        key = (traits.arch, traits.smem_bytes, heads // kv_group, d_total, d_v, q.element_size(), current().tuned_rows)
-        configs = _fitting(backward_configs(*key), "backward", d_total, q.dtype, traits)
+        widths, tuned_rows = (d_total, d_v, q.element_size()), current().tuned_rows
+        if wrap is _identity:
+            configs = triton_hopper.automatic_backward_config(traits, rows, heads, kv_group, widths, tuned_rows)
+        if configs is None:
+            found = backward_configs(traits.arch, traits.smem_bytes, heads // kv_group, *widths, tuned_rows)
+            configs = _fitting(found, "backward", d_total, q.dtype, traits)
     topk_length, attn_sink, dlse = _contiguous(topk_length), _contiguous(attn_sink), _contiguous(dlse)
     out, lse = out.contiguous(), lse.contiguous()
     strides = (*outer_strides(q.stride()), *outer_strides(kv.stride()))
@@ -380,21 +391,36 @@ def launch_backward(
     dq = q.new_empty(q.shape) if need_dq else None
     dkv = None
     dsink = None if attn_sink is None else torch.empty_like(lse)
-    two_passes = need_dq and need_dkv and len(configs) == 2
-    if two_passes or (not need_dkv and (need_dq or dsink is not None)):
-        run(configs[0], dq, None, dsink)
-    if need_dkv:
-        config = configs[-1]
-        others = (None, None) if two_passes else (dq, dsink)
-        if deterministic:
-            dkv = _dkv_in_index_order(
-                lambda partial, first_row, num_rows: run(config, others[0], partial, others[1], first_row, num_rows),
-                q, kv, indices, topk_length, head_blocks(config), wrap,
+    if isinstance(configs, HopperBwdConfig):
+        if deterministic or wrap is not _identity:
+            raise UnsupportedProblemError(
+                "a HopperBwdConfig is for an eager call that may add dkv in any order, got "
+                f"deterministic={deterministic}, traced={wrap is not _identity}; pass BwdConfigs"
+            )
+        dkv = q.new_zeros(kv.shape, dtype=torch.float32) if need_dkv else None
+        if need_dq or need_dkv or dsink is not None:
+            triton_hopper.launch_backward(
+                dout, dlse, q, kv, indices, out, lse, softmax_scale, topk_length, attn_sink, dq, dkv, dsink,
+                configs, traits,
             )  # fmt: skip
-        else:
-            dkv = q.new_zeros(kv.shape, dtype=torch.float32)
-            run(config, others[0], dkv, others[1])
-            dkv = dkv.to(kv.dtype)
+            _launched.add((d_total, d_v, heads, kv_group, q.dtype, configs))
+        dkv = None if dkv is None else dkv.to(kv.dtype)
+    else:
+        two_passes = need_dq and need_dkv and len(configs) == 2
+        if two_passes or (not need_dkv and (need_dq or dsink is not None)):
+            run(configs[0], dq, None, dsink)
+        if need_dkv:
+            config = configs[-1]
+            others = (None, None) if two_passes else (dq, dsink)
+            if deterministic:
+                dkv = _dkv_in_index_order(
+                    lambda partial, *chunk: run(config, others[0], partial, others[1], *chunk),
+                    q, kv, indices, topk_length, head_blocks(config), wrap,
+                )  # fmt: skip
+            else:
+                dkv = q.new_zeros(kv.shape, dtype=torch.float32)
+                run(config, others[0], dkv, others[1])
+                dkv = dkv.to(kv.dtype)
     if dsink is not None:
         dsink = dsink.view(-1, heads).sum(0)
     return (

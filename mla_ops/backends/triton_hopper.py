@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 from math import gcd
 
 import torch
 
 from mla_ops.backends.triton_strides import outer_strides
-from mla_ops.configs import MIN_HOPPER_D_V, forward_is_tuned, hopper_config
-from mla_ops.configs.launch import HOPPER_BLOCK_H, HopperConfig
+from mla_ops.configs import (
+    MIN_HOPPER_D_V,
+    backward_is_tuned,
+    forward_is_tuned,
+    hopper_backward_config,
+    hopper_config,
+)
+from mla_ops.configs.launch import HOPPER_BLOCK_H, HopperBwdConfig, HopperConfig
 from mla_ops.device import DeviceTraits
 from mla_ops.errors import UnsupportedProblemError
 
@@ -32,12 +39,38 @@ def automatic_config(
 def _automatic_config(
     traits: DeviceTraits, rows: int, heads: int, kv_group: int, widths: tuple[int, int, int], tuned_rows: str
 ) -> HopperConfig | None:
-    heads_per_group = heads // kv_group
-    if 2 * heads_per_group <= HOPPER_BLOCK_H or 2 * item_count(rows, heads, kv_group) < traits.num_sms:
+    if not _is_worth_it(traits, rows, heads, kv_group):
         return None
-    if gluon_reason() is not None or forward_is_tuned(traits.arch, heads_per_group, *widths, tuned_rows):
+    if gluon_reason() is not None or forward_is_tuned(traits.arch, heads // kv_group, *widths, tuned_rows):
         return None
     return hopper_config(traits.arch, traits.smem_bytes, *widths)
+
+
+def automatic_backward_config(
+    traits: DeviceTraits, rows: int, heads: int, kv_group: int, widths: tuple[int, int, int], tuned_rows: str
+) -> HopperBwdConfig | None:
+    """Return the configuration that a backward takes by itself, or None: see `automatic_config`.
+
+    A deterministic backward takes the plain kernel, which can store what the other one only adds.
+    """
+    if traits.arch != 90 or widths[1] < MIN_HOPPER_D_V or torch.are_deterministic_algorithms_enabled():
+        return None
+    return _automatic_backward_config(traits, rows, heads, kv_group, widths, tuned_rows)
+
+
+@lru_cache(maxsize=4096)
+def _automatic_backward_config(
+    traits: DeviceTraits, rows: int, heads: int, kv_group: int, widths: tuple[int, int, int], tuned_rows: str
+) -> HopperBwdConfig | None:
+    if not _is_worth_it(traits, rows, heads, kv_group):
+        return None
+    if gluon_reason() is not None or backward_is_tuned(traits.arch, heads // kv_group, *widths, tuned_rows):
+        return None
+    return hopper_backward_config(traits.arch, traits.smem_bytes, *widths)
+
+
+def _is_worth_it(traits: DeviceTraits, rows: int, heads: int, kv_group: int) -> bool:
+    return 2 * (heads // kv_group) > HOPPER_BLOCK_H and 2 * item_count(rows, heads, kv_group) >= traits.num_sms
 
 
 def item_count(rows: int, heads: int, kv_group: int) -> int:
@@ -65,7 +98,8 @@ def launch_forward(
         UnsupportedProblemError: the device, the installed triton, the dtype or the widths are not for this kernel.
     """
     d_total, d_v = q.shape[-1], out.shape[-1]
-    _check(config, traits, q.dtype, d_total, d_v)
+    is_covered = d_v <= config.left + config.right and d_total <= config.left + config.right + config.tail
+    _check(hopper_config, is_covered, config, traits, q.dtype, d_total, d_v)
     from mla_ops.kernels.hopper_forward import _sparse_attn_fwd_hopper_kernel
 
     q, kv = _with_aligned_rows(q), _with_aligned_rows(kv)
@@ -82,6 +116,48 @@ def launch_forward(
     )  # fmt: skip
 
 
+def launch_backward(
+    dout: torch.Tensor | None,
+    dlse: torch.Tensor | None,
+    q: torch.Tensor,
+    kv: torch.Tensor,
+    indices: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    softmax_scale: float,
+    topk_length: torch.Tensor | None,
+    attn_sink: torch.Tensor | None,
+    dq: torch.Tensor | None,
+    dkv: torch.Tensor | None,
+    dsink: torch.Tensor | None,
+    config: HopperBwdConfig,
+    traits: DeviceTraits,
+) -> None:
+    """Run the warp-specialised backward: write `dq` and `dsink` (`[..., heads]`), add to `dkv` (fp32); or not, if None.
+
+    The inner strides of q, kv and indices are 1, the rows of `dout` are as aligned as those of a contiguous tensor, and
+    everything else is contiguous.
+
+    Raises:
+        UnsupportedProblemError: the device, the installed triton, the dtype or the widths are not for this kernel.
+    """
+    d_total, d_v = q.shape[-1], out.shape[-1]
+    is_covered = d_v <= 2 * config.half_value and d_total <= 2 * (config.half_value + config.half_tail)
+    _check(hopper_backward_config, is_covered, config, traits, q.dtype, d_total, d_v)
+    from mla_ops.kernels.hopper_backward import _sparse_attn_bwd_hopper_kernel
+
+    q, kv = _with_aligned_rows(q), _with_aligned_rows(kv)
+    heads, (seq_kv, kv_group) = q.shape[-2], kv.shape[-3:-1]
+    do_strides = (0, 0, 0) if dout is None else outer_strides(dout.stride())
+    _sparse_attn_bwd_hopper_kernel[(item_count(q.shape[:-2].numel(), heads, kv_group),)](
+        q, *outer_strides(q.stride()), kv, *outer_strides(kv.stride()), indices, *outer_strides(indices.stride()),
+        topk_length, attn_sink, out, lse, dout, *do_strides, dlse, dq, dkv, dsink,
+        softmax_scale, q.shape[-3], seq_kv, indices.shape[-1],
+        heads, kv_group, d_total, d_v, config.half_value, config.half_tail,
+        num_warps=4,
+    )  # fmt: skip
+
+
 @lru_cache(maxsize=1)
 def gluon_reason() -> str | None:
     """Return why the installed triton can't compile the kernels, or None."""
@@ -91,17 +167,24 @@ def gluon_reason() -> str | None:
 
 
 @lru_cache(maxsize=4096)
-def _check(config: HopperConfig, traits: DeviceTraits, dtype: torch.dtype, d_total: int, d_v: int) -> None:
+def _check(
+    lookup: Callable[..., object],
+    is_covered: bool,
+    config: HopperConfig | HopperBwdConfig,
+    traits: DeviceTraits,
+    dtype: torch.dtype,
+    d_total: int,
+    d_v: int,
+) -> None:
     reason = gluon_reason()
     if reason is not None:
         raise UnsupportedProblemError(reason)
-    value_width = config.left + config.right
-    is_covered = value_width >= d_v and value_width + config.tail >= d_total
-    if not is_covered or hopper_config(traits.arch, traits.smem_bytes, d_total, d_v, dtype.itemsize) is None:
+    if not is_covered or lookup(traits.arch, traits.smem_bytes, d_total, d_v, dtype.itemsize) is None:
+        side, plain = ("forward", "a FwdConfig") if isinstance(config, HopperConfig) else ("backward", "BwdConfigs")
         raise UnsupportedProblemError(
-            "the Hopper forward needs sm90, bf16 or fp16, and widths that are multiples of 8, d_v from 256 to 512 and "
+            f"the Hopper {side} needs sm90, bf16 or fp16, and widths that are multiples of 8, d_v from 256 to 512 and "
             f"d_total up to 576, all covered by its configuration; got sm{traits.arch}, {dtype}, d_v={d_v}, "
-            f"d_total={d_total}, {config}; pass a FwdConfig"
+            f"d_total={d_total}, {config}; pass {plain}"
         )
 
 

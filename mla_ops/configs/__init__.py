@@ -21,10 +21,12 @@ from mla_ops.configs.launch import (
     BwdConfig,
     Config,
     FwdConfig,
+    HopperBwdConfig,
     HopperConfig,
     Row,
     bwd_smem_bytes,
     fwd_smem_bytes,
+    hopper_bwd_smem_bytes,
     hopper_smem_bytes,
     shrink_to_fit,
 )
@@ -72,7 +74,7 @@ def forward_config(
     return _fitted_forward(row, arch, smem_bytes, heads, d_total, d_v)
 
 
-# The narrowest value that the warp-specialised forward takes: below, its second value group would have nothing to do.
+# The narrowest value that the warp-specialised kernels take: below, their second value group would have nothing to do.
 MIN_HOPPER_D_V = 256
 
 
@@ -91,10 +93,30 @@ def hopper_config(arch: int, smem_bytes: int, d_total: int, d_v: int, element_si
 
 
 @cache
+def hopper_backward_config(
+    arch: int, smem_bytes: int, d_total: int, d_v: int, element_size: int
+) -> HopperBwdConfig | None:
+    """Return how to launch the warp-specialised backward, or None where it can't run: see `hopper_config`."""
+    if arch != 90 or element_size != 2 or d_v < MIN_HOPPER_D_V or d_v % 8 or d_total % 8:
+        return None
+    for max_d_v, max_d_total, config in sm90.HOPPER_BWD:
+        if d_v <= max_d_v and d_total <= max_d_total and hopper_bwd_smem_bytes(config) <= smem_bytes:
+            return config
+    return None
+
+
+@cache
 def forward_is_tuned(arch: int, heads: int, d_total: int, d_v: int, element_size: int, tuned: str) -> bool:
     """Return whether a user's file holds a forward of the plain kernel for exactly this problem."""
     own = tuned_row(tuned, arch, heads, d_total, d_v, element_size)
     return own is not None and own.fwd is not None
+
+
+@cache
+def backward_is_tuned(arch: int, heads: int, d_total: int, d_v: int, element_size: int, tuned: str) -> bool:
+    """Return whether a user's file holds a backward of the plain kernel for exactly this problem."""
+    own = tuned_row(tuned, arch, heads, d_total, d_v, element_size)
+    return own is not None and own.bwd is not None
 
 
 @cache

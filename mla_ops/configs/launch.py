@@ -45,6 +45,14 @@ class HopperConfig:
     gather_registers: int
 
 
+@dataclass(frozen=True)
+class HopperBwdConfig:
+    """How to launch the warp-specialised backward of `kernels/hopper_backward.py`: 64 heads a block, 64 keys a tile."""
+
+    half_value: int  # value channels of each of the two gradient groups, a power of two; two of them cover d_v
+    half_tail: int  # of each group among the remaining channels of a row, 0, 32 or 64
+
+
 # Query heads of a work item of the Hopper kernels, and keys of a tile: what one wgmma tile holds.
 HOPPER_BLOCK_H = 64
 
@@ -128,6 +136,12 @@ def hopper_smem_bytes(config: HopperConfig) -> int:
     width = config.left + config.right
     # Weights lie in the tails of the tiles, which have 64 channels for them if there is no tail.
     return 2 * 64 * (3 * width + config.tail + 2 * max(config.tail, 64)) + _HOPPER_SMALL_BYTES
+
+
+def hopper_bwd_smem_bytes(config: HopperBwdConfig) -> int:
+    """Return an upper bound of the shared memory of the Hopper backward: q, dout, a tile of rows, P and dS."""
+    channels = 2 * 2 * (config.half_value + config.half_tail) + 2 * config.half_value
+    return 2 * 64 * (channels + 2 * 64) + _HOPPER_SMALL_BYTES
 
 
 def _row_buffers(num_stages: int, arch: int, is_wide: bool) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mla_ops.configs.launch import BwdConfig, FwdConfig, HopperConfig, Row
+from mla_ops.configs.launch import BwdConfig, FwdConfig, HopperBwdConfig, HopperConfig, Row
 
 # Measured rows: H100 80GB HBM3, torch 2.11, triton 3.6, bf16, random distinct indices; shapes and figures are those of
 # benchmarks/results/*-h100-sparse-attn.json. What other configurations gave, here and in benchmarks/NOTES.md, was seen
@@ -144,4 +144,11 @@ HOPPER: tuple[tuple[int, int, HopperConfig], ...] = tuple(
         (256, 256, 160, 56),
     )
     for tail in (0, 64, 128)
+)
+
+# The warp-specialised backward, in the same manner.
+HOPPER_BWD: tuple[tuple[int, int, HopperBwdConfig], ...] = tuple(
+    (2 * half_value, 2 * (half_value + half_tail), HopperBwdConfig(half_value, half_tail))
+    for half_value in (128, 256)
+    for half_tail in (0, 32, 64)
 )

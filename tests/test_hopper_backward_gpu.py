@@ -1,0 +1,303 @@
+"""The warp-specialised backward on an sm90 GPU, asked for by its configuration: the contract, against the oracle."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+import mla_ops
+from mla_ops.backends import triton as backend
+from mla_ops.configs import hopper_backward_config, hopper_config
+from mla_ops.configs.launch import HopperBwdConfig
+from mla_ops.device import traits_of
+from mla_ops.testing import Case, Inputs, assert_matches_oracle, make_inputs
+
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poisoned_memory", "_on_hopper")]
+
+WIDE = Case(d_total=576, d_v=512, topk=200, heads=64, seq_q=6, seq_kv=300)
+Results = dict[str, torch.Tensor]
+
+
+@pytest.fixture
+def _on_hopper() -> None:
+    traits = traits_of(torch.device("cuda"))
+    if traits.arch != 90:
+        pytest.skip(f"needs compute capability 9.0, this device has {traits.arch / 10}")
+
+
+def config_of(inputs: Inputs) -> HopperBwdConfig:
+    traits, d_total = traits_of(inputs.q.device), inputs.q.shape[-1]
+    config = hopper_backward_config(traits.arch, traits.smem_bytes, d_total, inputs.d_v, inputs.q.element_size())
+    assert config is not None
+    return config
+
+
+def backward(
+    inputs: Inputs, out: torch.Tensor, lse: torch.Tensor, *, use_dout: bool = True, use_dlse: bool = True,
+    need_dq: bool = True, need_dkv: bool = True,
+) -> Results:  # fmt: skip
+    q, kv, indices, *rest = inputs.args
+    gradients = inputs.dout if use_dout else None, inputs.dlse if use_dlse else None
+    results = backend.launch_backward(
+        *gradients, q, kv, indices, out, lse, *rest, need_dq, need_dkv, configs=config_of(inputs)
+    )
+    count = 2 if inputs.attn_sink is None else 3
+    return dict(zip(["dq", "dkv", "dsink"][:count], results, strict=False))
+
+
+def forward(inputs: Inputs) -> tuple[torch.Tensor, torch.Tensor]:
+    traits, d_total = traits_of(inputs.q.device), inputs.q.shape[-1]
+    config = hopper_config(traits.arch, traits.smem_bytes, d_total, inputs.d_v, inputs.q.element_size())
+    return backend.launch_forward(*inputs.args, config=config)
+
+
+def run(inputs: Inputs, **uses: bool) -> Results:
+    return backward(inputs, *forward(inputs), **uses)
+
+
+def wide_inputs(case: Case = WIDE, dtype: torch.dtype = torch.bfloat16, **options: Any) -> Inputs:
+    return make_inputs(case, dtype, "cuda", **options)
+
+
+def check(inputs: Inputs, **uses: bool) -> Results:
+    out, lse = forward(inputs)
+    actual = backward(inputs, out, lse, **uses)
+    assert_matches_oracle({"out": out, "lse": lse, **actual}, inputs, **uses)
+    return actual
+
+
+def assert_same(actual: Results, expected: Results) -> None:
+    """Assert bitwise equality; dkv may differ by the order of its atomic additions."""
+    for name, value in actual.items():
+        if name == "dkv":
+            torch.testing.assert_close(value, expected[name], rtol=1e-2, atol=1e-3 * float(expected[name].abs().max()))
+        else:
+            assert torch.equal(value, expected[name]), name
+
+
+# The first to run when something is wrong: one program and one tile, every slot valid, then more of each.
+@pytest.mark.parametrize(
+    ("topk", "seq_q"), [(64, 1), (128, 1), (320, 1), (128, 400)], ids=["a tile", "two tiles", "five tiles", "400 rows"]
+)
+def test_a_program_and_a_tile_at_a_time(topk: int, seq_q: int) -> None:
+    check(wide_inputs(replace(WIDE, batch=1, topk=topk, seq_q=seq_q, seq_kv=512), invalid=False))
+
+
+@pytest.mark.parametrize("d_v", [256, 320, 384, 448, 512])
+@pytest.mark.parametrize("d_tail", [0, 8, 64, 128])
+def test_widths(d_v: int, d_tail: int) -> None:
+    if d_v + d_tail > 576:
+        pytest.skip("more than 576 channels do not fit shared memory; the plain kernel serves them")
+    check(wide_inputs(replace(WIDE, d_total=d_v + d_tail, d_v=d_v), topk_length=True, attn_sink=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("topk", [1, 63, 64, 65, 128, 129, 2048])
+def test_partial_tiles(topk: int, dtype: torch.dtype) -> None:
+    check(wide_inputs(replace(WIDE, topk=topk, seq_kv=4096), dtype))
+
+
+@pytest.mark.parametrize(("heads", "kv_group"), [(1, 1), (16, 1), (63, 1), (65, 1), (128, 1), (128, 2), (120, 3)])
+def test_partial_head_blocks_and_groups(heads: int, kv_group: int) -> None:
+    check(wide_inputs(replace(WIDE, heads=heads, kv_group=kv_group), attn_sink=True))
+
+
+@pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64], ids=str)
+@pytest.mark.parametrize("use", ["plain", "length", "sink"])
+@pytest.mark.parametrize("batch", [None, 2])
+def test_optional_arguments(batch: int | None, use: str, index_dtype: torch.dtype) -> None:
+    case = replace(WIDE, batch=batch)
+    check(wide_inputs(case, index_dtype=index_dtype, topk_length=use == "length", attn_sink=use == "sink"))
+
+
+@pytest.mark.parametrize("bad", [-1, -(2**31), 300, 2**31 - 1, 2**40, -(2**40), 2**63 - 1], ids=str)
+def test_positions_outside_are_invalid_whatever_their_bits(bad: int) -> None:
+    inputs = wide_inputs(index_dtype=torch.int64)
+    inputs.indices[:, 1::2, :, ::3] = bad
+    check(inputs)
+
+
+def test_repeated_positions_count_with_multiplicity() -> None:
+    inputs = wide_inputs(invalid=False)
+    check(replace(inputs, indices=inputs.indices[..., :5].repeat_interleave(30, -1)))
+
+
+@pytest.mark.parametrize(("dout", "dlse"), [(True, False), (False, True)])
+def test_one_gradient_missing(dout: bool, dlse: bool) -> None:
+    check(wide_inputs(attn_sink=True), use_dout=dout, use_dlse=dlse)
+
+
+def test_needs_flags_skip_one_gradient_and_leave_the_other_unchanged() -> None:
+    inputs = wide_inputs(attn_sink=True)
+    expected = run(inputs)
+    for need_dq, need_dkv in ((True, False), (False, True), (False, False)):
+        actual = run(inputs, need_dq=need_dq, need_dkv=need_dkv)
+        for name, is_needed in (("dq", need_dq), ("dkv", need_dkv)):
+            if not is_needed:
+                assert actual.pop(name).shape == (0,)
+        assert_same(actual, expected)
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.7])
+def test_zero_and_negative_scale(scale: float) -> None:
+    check(replace(wide_inputs(), softmax_scale=scale))
+
+
+def test_infinite_sinks() -> None:
+    inputs = wide_inputs(attn_sink=True)
+    inputs.attn_sink[0], inputs.attn_sink[1] = torch.inf, -torch.inf
+    assert (check(inputs)["dsink"][:2] == 0).all()
+
+
+def test_more_programs_than_the_device_holds_with_lengths_from_none_to_all() -> None:
+    inputs = wide_inputs(replace(WIDE, batch=2, seq_q=700, heads=80, topk=300, seq_kv=1000), topk_length=True)
+    inputs.topk_length.copy_(torch.arange(1400, device="cuda").view(2, 700) * 7 % 320 - 10)
+    check(inputs)
+
+
+def test_nan_in_unselected_and_empty_rows_stays_there() -> None:
+    inputs = wide_inputs(attn_sink=True)
+    inputs.indices[inputs.indices == 0] = -1
+    expected = run(inputs)
+    clean = {name: getattr(inputs, name).clone() for name in ("q", "kv", "dout", "dlse")}
+    for tensor in clean.values():
+        tensor[:, 0] = torch.nan  # make_inputs leaves the first query without a valid slot
+    actual = run(replace(inputs, **clean))
+    assert_same(actual, expected)
+    assert (actual["dkv"][:, 0] == 0).all()
+    assert (actual["dq"][:, 0] == 0).all()
+
+
+def test_strided_inputs_give_the_contiguous_result() -> None:
+    inputs = wide_inputs(topk_length=True)
+    expected = run(inputs)
+
+    def sliced(tensor: torch.Tensor, dim: int) -> torch.Tensor:
+        wide = torch.cat([torch.full_like(tensor, 7), tensor, torch.full_like(tensor, 7)], dim)
+        return wide.narrow(dim, tensor.shape[dim], tensor.shape[dim])
+
+    def padded(tensor: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.pad(tensor, (1, 2), value=7)[..., 1:-2]
+
+    strided = replace(
+        inputs, q=sliced(inputs.q, -2), kv=sliced(inputs.kv, -1), indices=sliced(inputs.indices, -1),
+        dout=sliced(inputs.dout, 1), dlse=sliced(inputs.dlse, -1), topk_length=sliced(inputs.topk_length, 1),
+    )  # fmt: skip
+    assert_same(run(strided), expected)
+    assert_same(run(replace(inputs, q=inputs.q.mT.contiguous().mT, kv=inputs.kv.mT.contiguous().mT)), expected)
+    odd_rows = replace(inputs, **{name: padded(getattr(inputs, name)) for name in ("q", "kv", "dout")})
+    assert_same(run(odd_rows), expected)
+    summed = replace(inputs, dout=torch.ones_like(inputs.dout), dlse=torch.ones_like(inputs.dlse))
+    one = torch.ones((), device="cuda")
+    expanded = replace(summed, dout=one.bfloat16().expand_as(summed.dout), dlse=one.expand_as(summed.dlse))
+    assert_same(run(expanded), run(summed))
+
+
+@pytest.mark.parametrize("sizes", [{"topk": 0}, {"seq_kv": 0}, {"seq_q": 0}, {"topk": 1}, {"seq_q": 1}], ids=str)
+def test_empty_and_single_sizes(sizes: dict[str, Any]) -> None:
+    inputs = wide_inputs(replace(WIDE, **sizes), attn_sink=True)
+    if 0 in sizes.values():
+        assert all((result == 0).all() for result in run(inputs).values())
+    else:
+        check(inputs)
+
+
+def test_rows_beyond_2_to_the_31_elements() -> None:
+    seq_kv = 2**31 // 576 + 200
+    kv = torch.empty(seq_kv, 1, 576, dtype=torch.bfloat16, device="cuda")
+    last = torch.arange(seq_kv - 150, seq_kv, device="cuda")
+    kv[last] = torch.randn(150, 1, 576, device="cuda").bfloat16()
+    q, dout = torch.randn(2, 64, 576, device="cuda").bfloat16(), torch.randn(2, 64, 512, device="cuda").bfloat16()
+    results = []
+    for rows, positions in ((kv, last), (kv[last], torch.arange(150, device="cuda"))):
+        indices = positions.expand(2, 1, 150)
+        out, lse = backend.launch_forward(q, rows, indices, 512, 0.05, None, None)
+        dq, dkv, _ = backend.launch_backward(
+            dout, None, q, rows, indices, out, lse, 512, 0.05, None, None, True, True,
+            configs=HopperBwdConfig(half_value=256, half_tail=32),
+        )  # fmt: skip
+        results.append({"dq": dq, "dkv": dkv[positions]})
+    assert_same(*results)
+
+
+def test_512_unit_contributions_sum_to_exactly_512() -> None:
+    case = Case(d_total=320, d_v=256, topk=1, heads=64, batch=None, seq_q=8, seq_kv=4)
+    inputs = wide_inputs(case, invalid=False)
+    inputs = replace(
+        inputs, q=torch.zeros_like(inputs.q), kv=torch.zeros_like(inputs.kv), dout=torch.ones_like(inputs.dout),
+        indices=torch.zeros_like(inputs.indices),
+    )  # fmt: skip
+    dkv = run(inputs, use_dlse=False)["dkv"]
+    assert (dkv[0, 0, :256] == 512).all()
+    assert (dkv[1:] == 0).all()
+
+
+@pytest.mark.parametrize("heads", [64, 100])
+def test_a_thousand_runs_give_the_same(heads: int) -> None:
+    case = replace(WIDE, batch=1, seq_q=512, heads=heads, topk=700, seq_kv=4096)
+    inputs = wide_inputs(case, topk_length=True, attn_sink=True)
+    out, lse = forward(inputs)
+    first = backward(inputs, out, lse)
+    for _ in range(1000):
+        assert_same(backward(inputs, out, lse), first)
+
+
+def test_a_replay_with_other_indices_is_what_eager_gives() -> None:
+    inputs, other = wide_inputs(topk_length=True), wide_inputs(topk_length=True, seed=1)
+    run(inputs)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run(inputs)
+    inputs.indices.copy_(other.indices)
+    inputs.topk_length.copy_(other.topk_length)
+    graph.replay()
+    assert_same(captured, run(inputs))
+
+
+# As the operator runs it
+
+AUTOMATIC = replace(WIDE, seq_q=70, batch=1)
+
+
+def operator_gradients(inputs: Inputs) -> Results:
+    leaves = inputs.requires_grad()
+    out, lse = mla_ops.sparse_attn(leaves.q, leaves.kv, leaves.indices, **leaves.kwargs)
+    gradients = torch.autograd.grad([out, lse], leaves.differentiable, [inputs.dout, inputs.dlse])
+    return dict(zip(("dq", "dkv", "dsink"), gradients, strict=False))
+
+
+def launched_backwards() -> set[type]:
+    return {type(launched[-1]) for launched in backend._launched if "Bwd" in type(launched[-1]).__name__}
+
+
+@pytest.fixture
+def _nothing_launched(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "_launched", set())
+
+
+@pytest.mark.usefixtures("_nothing_launched")
+def test_the_operator_takes_it() -> None:
+    assert_matches_oracle(operator_gradients(inputs := wide_inputs(AUTOMATIC, attn_sink=True)), inputs)
+    assert launched_backwards() == {HopperBwdConfig}
+
+
+@pytest.mark.usefixtures("deterministic", "_nothing_launched")
+def test_a_deterministic_backward_takes_the_plain_kernel() -> None:
+    operator_gradients(wide_inputs(AUTOMATIC))
+    assert HopperBwdConfig not in launched_backwards()
+
+
+@pytest.mark.usefixtures("fresh_dynamo", "_nothing_launched")
+@pytest.mark.parametrize("mode", [None, "reduce-overhead"])
+def test_a_compiled_backward_gives_eagers_bits(mode: str | None) -> None:
+    compiled = torch.compile(lambda *args: torch.ops.mla.sparse_attn(*args), fullgraph=True, mode=mode)
+    for seed in range(4):
+        inputs = wide_inputs(AUTOMATIC, seed=seed, topk_length=True)
+        torch.compiler.cudagraph_mark_step_begin()
+        leaves = inputs.requires_grad()
+        gradients = torch.autograd.grad(compiled(*leaves.args), leaves.differentiable, [inputs.dout, inputs.dlse])
+        assert_same(dict(zip(("dq", "dkv"), gradients, strict=True)), operator_gradients(inputs))
+    assert launched_backwards() == {HopperBwdConfig}
