@@ -6,7 +6,7 @@ Gluon is experimental: a version that nobody has compiled the kernels with is re
 import triton
 from triton.experimental.gluon import language as gl
 
-FIRST_VERSION, END_VERSION = (3, 6), (3, 8)
+FIRST_VERSION, END_VERSION = (3, 6), (3, 9)
 
 
 def unsupported_reason() -> str | None:
@@ -14,7 +14,7 @@ def unsupported_reason() -> str | None:
     version = tuple(int(part) for part in triton.__version__.split(".")[:2])
     if FIRST_VERSION <= version < END_VERSION:
         return None
-    return f"triton is {triton.__version__}, the Gluon kernels need >=3.6,<3.8; the plain kernel runs instead"
+    return f"triton is {triton.__version__}, the Gluon kernels need >=3.6,<3.9; the plain kernel runs instead"
 
 
 # A barrier of the warps of one role. Renamed in triton 3.7.
