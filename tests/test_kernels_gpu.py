@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from mla_ops.backends import triton as backend
+from mla_ops.backends import triton_deterministic
 from mla_ops.configs.launch import BwdConfig, FwdConfig
 from mla_ops.device import DeviceTraits
 from mla_ops.reference import sparse_attn_reference
@@ -265,11 +266,35 @@ def test_backward_configurations_sum_head_blocks(configs: tuple[BwdConfig, ...],
 
 @pytest.mark.parametrize("workspace_bytes", [1, 1 << 17, 1 << 30])
 def test_deterministic_dkv_in_chunks(workspace_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backend, "DETERMINISTIC_WORKSPACE_BYTES", workspace_bytes)
+    monkeypatch.setattr(triton_deterministic, "WORKSPACE_BYTES", workspace_bytes)
     inputs = make_inputs(SMALL, torch.float32, DEVICE, topk_length=True, attn_sink=True, index_dtype=torch.int64)
     with deterministic_algorithms():
         results = check(inputs)
         assert_same(run(inputs), results, atomics=False)
+
+
+@pytest.mark.parametrize("seq_kv", [24, pytest.param(40000, marks=on_gpu_only)], ids=["16-bit keys", "32-bit keys"])
+def test_deterministic_dkv_sorts_by_keys_of_any_size(seq_kv: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = replace(SMALL, seq_kv=seq_kv, d_total=32, d_v=16, topk=130)
+    inputs = make_inputs(case, torch.float32, DEVICE, topk_length=True)
+    inputs.indices[:, :, :, -1] = seq_kv - 1  # the largest key there is
+    with deterministic_algorithms():
+        one_chunk = check(inputs)
+        monkeypatch.setattr(triton_deterministic, "WORKSPACE_BYTES", 1 << 16)
+        chunks = check(inputs)
+        assert_same(run(inputs), chunks, atomics=False)
+    torch.testing.assert_close(chunks["dkv"], one_chunk["dkv"])
+
+
+@pytest.mark.parametrize(
+    ("rows", "fitting", "programs_per_row", "expected"),
+    [(100, 100, 1, 100), (1000, 440, 1, 396), (1000, 440, 2, 396), (1000, 100, 2, 66), (1000, 50, 1, 50), (9, 0, 1, 1)],
+)
+def test_chunks_fill_every_sm_or_hold_what_fits(
+    rows: int, fitting: int, programs_per_row: int, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(triton_deterministic, "WORKSPACE_BYTES", 1000 * fitting)
+    assert triton_deterministic.rows_per_chunk(rows, 1000, programs_per_row, 132) == expected
 
 
 def test_wide_offsets_give_the_same_result(monkeypatch: pytest.MonkeyPatch) -> None:

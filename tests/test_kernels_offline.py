@@ -78,8 +78,12 @@ def compile_kernel(kernel: Any, arch: int, constants: dict[str, Any], config: An
             return "fp32"
         if not name.endswith("_ptr"):
             return "i32"
-        if name in ("indices_ptr", "topk_length_ptr", "order_ptr", "first_ptr"):
+        if name in ("indices_ptr", "topk_length_ptr"):
             return "*i32"
+        if name in ("order_ptr", "first_ptr"):
+            return "*i64"
+        if name == "sort_keys_ptr":
+            return "*i16"
         is_float = name in ("lse_ptr", "dlse_ptr", "dkv_ptr", "dsink_ptr", "attn_sink_ptr") or "partial" in name
         return "*fp32" if is_float else f"*{element}"
 
@@ -235,7 +239,7 @@ def test_max_logits_stop_at_the_logits_and_do_not_spill(
 
 
 def test_split_forward_merge_and_ordered_sum_compile() -> None:
-    from mla_ops.kernels.backward_reduce import _sum_slot_rows_kernel
+    from mla_ops.kernels.backward_reduce import _slot_keys_kernel, _sum_slot_rows_kernel
     from mla_ops.kernels.forward_split import _sparse_attn_merge_kernel
 
     config = FwdConfig(block_h=16, block_k=64, max_chunk=64, num_warps=4, num_stages=2)
@@ -244,3 +248,5 @@ def test_split_forward_merge_and_ordered_sum_compile() -> None:
     assert compile_kernel(_sparse_attn_merge_kernel, 90, merge, config, "bf16").stack_bytes == 0
     ordered = {"HEAD_BLOCKS": 2, "D_TOTAL": 576, "BLOCK_SLOTS": 4, "BLOCK_D": 1024, "IS_FIRST": False}
     assert compile_kernel(_sum_slot_rows_kernel, 90, ordered, config, "bf16").stack_bytes == 0
+    keys = {"KV_GROUP": 1, "LOWEST": -(2**15), "BLOCK": 256}
+    assert compile_kernel(_slot_keys_kernel, 90, keys, config, "bf16").stack_bytes == 0

@@ -1,1 +1,4 @@
-"""Who runs a call: one module per backend, each behind the protocol of `base`. Backends never import one another."""
+"""Who runs a call: one module per backend, each behind the protocol of `base`. Backends never import one another.
+
+`triton_deterministic` is a part of `triton`.
+"""

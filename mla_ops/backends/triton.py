@@ -14,15 +14,13 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 
+from mla_ops.backends.triton_deterministic import dkv_in_index_order
 from mla_ops.configs import MAX_D_TOTAL, backward_configs, forward_config
 from mla_ops.configs.launch import BwdConfig, FwdConfig, chunk_widths, launch_options
 from mla_ops.device import DeviceTraits, traits_of
 from mla_ops.errors import UnsupportedProblemError
 from mla_ops.problem import Hints, SparseAttnProblem
 from mla_ops.settings import current
-
-# Bytes of the per-slot rows that a deterministic backward may hold at a time; queries are processed in chunks below it.
-DETERMINISTIC_WORKSPACE_BYTES = 1 << 30
 
 # Element offsets of KV rows from here on are computed in 64 bits.
 INT32_OFFSETS = 2**31
@@ -363,9 +361,10 @@ def launch_backward(
         config = configs[-1]
         others = (None, None) if two_passes else (dq, dsink)
         if deterministic:
-            dkv = _dkv_in_index_order(
+            dkv = dkv_in_index_order(
                 lambda partial, first_row, num_rows: run(config, others[0], partial, others[1], first_row, num_rows),
-                q, kv, indices, topk_length, head_blocks(config), wrap,
+                q, kv, indices, _outer_strides(indices.stride()), topk_length, head_blocks(config), traits.num_sms, wrap,
+                is_traced=wrap is not _identity,
             )  # fmt: skip
         else:
             dkv = q.new_zeros(kv.shape, dtype=torch.float32)
@@ -378,79 +377,6 @@ def launch_backward(
         kv.new_empty(0) if dkv is None else dkv,
         lse.new_empty(0) if dsink is None else dsink,
     )
-
-
-def _dkv_in_index_order(
-    run_rows: Callable[[torch.Tensor, int, int], None],
-    q: torch.Tensor,
-    kv: torch.Tensor,
-    indices: torch.Tensor,
-    topk_length: torch.Tensor | None,
-    head_blocks: int,
-    wrap: Wrap,
-) -> torch.Tensor:
-    """Return dkv as a sum whose order depends on the indices alone.
-
-    Every (slot, head block) stores an fp32 row: a query needs kv_group * topk * head_blocks * d_total floats. Queries
-    are taken in chunks of at most DETERMINISTIC_WORKSPACE_BYTES of them, one query at least; a second kernel adds the
-    rows of each key in slot order, chunk after chunk.
-    """
-    from mla_ops.kernels.backward_reduce import _sum_slot_rows_kernel
-
-    d_total, topk = kv.shape[-1], indices.shape[-1]
-    rows, slots_per_row = q.shape[:-2].numel(), indices.shape[-2] * topk
-    floats_per_row = slots_per_row * head_blocks * d_total
-    chunk = max(1, min(rows, DETERMINISTIC_WORKSPACE_BYTES // max(1, 4 * floats_per_row)))
-    is_one_chunk = chunk >= rows
-    dkv = kv.new_empty(kv.shape, dtype=kv.dtype if is_one_chunk else torch.float32)
-    if dkv.numel() == 0:
-        return dkv.to(kv.dtype)
-
-    partial = _unfilled_floats(chunk * floats_per_row, q, wrap)
-    block_d = 1 << (d_total - 1).bit_length()
-    for first_row in range(0, rows, chunk):
-        num_rows = min(chunk, rows - first_row)
-        run_rows(partial, first_row, num_rows)
-        order, starts = _slots_by_key(indices, topk_length, kv.shape, first_row, num_rows)
-        wrap(_sum_slot_rows_kernel)[(dkv.numel() // d_total,)](
-            partial, order, starts, dkv,
-            head_blocks, d_total, max(1, 4096 // block_d), block_d, first_row == 0, num_warps=4,
-        )  # fmt: skip
-    return dkv.to(kv.dtype)
-
-
-def _slots_by_key(
-    indices: torch.Tensor, topk_length: torch.Tensor | None, kv_shape: torch.Size, first_row: int, num_rows: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sort the slots of some rows by the flat KV row they name; return the slots and where each KV row's begin."""
-    seq_q, kv_group, topk = indices.shape[-3:]
-    seq_kv = kv_shape[-3]
-    num_keys = kv_shape[:-1].numel()
-    key_dtype = torch.int32 if num_keys < 2**31 else torch.int64
-    positions = indices.reshape(-1, kv_group, topk).narrow(0, first_row, num_rows)
-    valid = (positions >= 0) & (positions < seq_kv)
-    if topk_length is not None:
-        lengths = topk_length.reshape(-1, 1, 1).narrow(0, first_row, num_rows)
-        valid &= torch.arange(topk, device=indices.device) < lengths
-    batch = torch.arange(first_row, first_row + num_rows, device=indices.device).view(-1, 1, 1) // seq_q
-    group = torch.arange(kv_group, device=indices.device).view(-1, 1)
-    keys = (batch * seq_kv + positions) * kv_group + group
-    keys = torch.where(valid, keys, num_keys).to(key_dtype)
-    sorted_keys, order = torch.sort(keys.flatten(), stable=True)
-    starts = torch.searchsorted(sorted_keys, torch.arange(num_keys + 1, device=indices.device, dtype=key_dtype))
-    return order, starts
-
-
-def _unfilled_floats(count: int, like: torch.Tensor, wrap: Wrap) -> torch.Tensor:
-    """Return fp32 scratch that is written before it is read.
-
-    In deterministic mode `torch.empty` fills with NaN, a write as long as the workspace itself; a storage made by hand
-    is left alone. In a trace the compiler allocates and doesn't fill.
-    """
-    if wrap is not _identity:
-        return like.new_empty(count, dtype=torch.float32)
-    storage = torch.UntypedStorage(4 * count, device=like.device)
-    return torch.empty(0, dtype=torch.float32, device=like.device).set_(storage, 0, (count,), (1,))
 
 
 def _fitting(found: _Config | None, side: str, d_total: int, dtype: torch.dtype, traits: DeviceTraits) -> _Config:
