@@ -315,27 +315,23 @@ def test_deterministic_dkv_in_chunks(workspace_bytes: int, monkeypatch: pytest.M
 
 @pytest.mark.parametrize(
     ("batch", "seq_q", "fitting", "expected"),
-    [
-        (2, 10, 20, [(0, 20)]),
-        (3, 10, 29, [(0, 20), (20, 10)]),
-        (2, 10, 9, [(0, 5), (5, 5), (10, 5), (15, 5)]),
-        (1, 10, 4, [(0, 4), (4, 4), (8, 2)]),
-        (1, 3, 0, [(0, 1), (1, 1), (2, 1)]),
-    ],
-)
-def test_chunks_are_whole_batch_elements_or_parts_of_one(
-    batch: int, seq_q: int, fitting: int, expected: list[tuple[int, int]]
+    [(4, 500, 3000, (4, 500)), (4, 500, 1100, (2, 500)), (2, 500, 440, (1, 396)), (2, 500, 60, (1, 60)),
+     (2, 500, 0, (1, 1))],
+)  # fmt: skip
+def test_chunks_are_whole_batch_elements_or_waves_of_one(
+    batch: int, seq_q: int, fitting: int, expected: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert list(triton_deterministic.chunks(batch, seq_q, fitting)) == expected
+    monkeypatch.setattr(triton_deterministic, "WORKSPACE_BYTES", 1000 * fitting)
+    assert triton_deterministic.cut(batch, seq_q, 1000, wave_programs=264, programs_per_row=4) == expected
 
 
-@pytest.mark.parametrize("most_counters", [1, 200, 1 << 24])
-@pytest.mark.parametrize("block_rows", [1, 16])
+@pytest.mark.parametrize("counters", [1, 200, 1 << 22])
+@pytest.mark.parametrize("workspace_bytes", [1 << 15, 1 << 30])
 def test_deterministic_dkv_of_repeated_keys_in_blocks_of_any_size(
-    block_rows: int, most_counters: int, monkeypatch: pytest.MonkeyPatch
+    workspace_bytes: int, counters: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(triton_deterministic, "MIN_BLOCK_ROWS", block_rows)
-    monkeypatch.setattr(triton_deterministic, "MAX_COUNTERS", most_counters)
+    monkeypatch.setattr(triton_deterministic, "WORKSPACE_BYTES", workspace_bytes)
+    monkeypatch.setattr(triton_deterministic, "COUNTERS", counters)
     inputs = make_inputs(replace(SMALL, topk=40), torch.float32, DEVICE, topk_length=True)
     inputs.indices[..., ::3] = 5  # many slots of each query name one key
     with deterministic_algorithms():
@@ -345,7 +341,7 @@ def test_deterministic_dkv_of_repeated_keys_in_blocks_of_any_size(
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_places_are_a_sort_by_key_then_query(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton_deterministic, "MIN_BLOCK_ROWS", 2)
+    monkeypatch.setattr(triton_deterministic, "COUNTERS", 200)
     inputs = make_inputs(SMALL, dtype, DEVICE, topk_length=True)
     launches: list[Launch] = []
     with deterministic_algorithms():

@@ -368,8 +368,8 @@ def launch_backward(
         if torch.are_deterministic_algorithms_enabled():
             dkv = dkv_in_query_order(
                 lambda partial, *rows: run(config, others[0], partial, others[1], *rows),
-                kv, indices, _outer_strides(indices.stride()), topk_length, head_blocks(config), wrap,
-                is_traced=is_traced,
+                kv, indices, _outer_strides(indices.stride()), topk_length, head_blocks(config),
+                wave_programs(config, traits), wrap, is_traced=is_traced,
             )  # fmt: skip
         else:
             dkv = q.new_zeros(kv.shape, dtype=torch.float32)
@@ -382,6 +382,11 @@ def launch_backward(
         kv.new_empty(0) if dkv is None else dkv,
         lse.new_empty(0) if dsink is None else dsink,
     )
+
+
+def wave_programs(config: BwdConfig, traits: DeviceTraits) -> int:
+    """Return how many programs of the backward kernel the registers of a device hold at a time."""
+    return traits.num_sms * max(1, 65536 // ((config.max_registers or 256) * 32 * config.num_warps))
 
 
 def _fitting(found: _Config | None, side: str, d_total: int, dtype: torch.dtype, traits: DeviceTraits) -> _Config:

@@ -5,7 +5,8 @@ Like the launchers of `triton.py`, this allocates from shapes, never synchronise
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from math import gcd
 from typing import Any
 
 import torch
@@ -13,9 +14,8 @@ import torch
 # Bytes of the rows that may be held at a time; queries are processed in chunks below it.
 WORKSPACE_BYTES = 1 << 30
 
-# Queries that take their places one after the other, at least, and counters there may be: see NOTE [Places].
-MIN_BLOCK_ROWS = 16
-MAX_COUNTERS = 1 << 24
+# Counters that the slots are sorted with, unless a counter per chunk and key is more: 16 MiB of them stay in cache.
+COUNTERS = 1 << 22
 
 
 def dkv_in_query_order(
@@ -25,53 +25,76 @@ def dkv_in_query_order(
     index_strides: tuple[int, int, int],
     topk_length: torch.Tensor | None,
     head_blocks: int,
+    wave_programs: int,
     wrap: Callable[[Any], Any],
     *,
     is_traced: bool,
 ) -> torch.Tensor:
-    """Return dkv as a sum whose order depends on the indices alone (and the chunks, which depend on sizes).
+    """Return dkv as a sum whose order depends on the indices alone (and the chunks, which depend on sizes and device).
 
     `run_rows(partial, places, first_row, num_rows)` runs the backward kernel over some queries and stores the rows of
-    their (slot, head block) pairs in `partial`. Held at a time, of a chunk (see `chunks`) of n queries:
-    `n * kv_group * topk * head_blocks * d_total` elements of `row_dtype`, at most WORKSPACE_BYTES unless one query has
-    more; 4 bytes a slot; and 8 bytes each of at most max(MAX_COUNTERS, keys) counters.
+    their (slot, head block) pairs in `partial`; `wave_programs` are those of its programs that run at a time. Held are
+
+        n * kv_group * topk * head_blocks * d_total elements of `row_dtype`, for a chunk of n queries (see `cut`): at
+            most WORKSPACE_BYTES, unless one query has more
+        4 bytes for every slot of all queries
+        8 bytes for each of max(COUNTERS, chunks * keys) counters, at most
     """
     from mla_ops.kernels.backward_reduce import _count_slots_kernel, _place_slots_kernel, _sum_placed_rows_kernel
 
     seq_q, kv_group, topk = indices.shape[-3:]
     seq_kv, _, d_total = kv.shape[-3:]
     rows = indices.shape[:-2].numel()
-    slots_per_row, dtype = kv_group * topk, row_dtype(kv.dtype)
-    elements_per_row = slots_per_row * head_blocks * d_total
-    spans = list(chunks(rows // seq_q, seq_q, WORKSPACE_BYTES // max(1, elements_per_row * dtype.itemsize)))
-    most_rows = max(num_rows for _, num_rows in spans)
-    partial = unfilled((most_rows * elements_per_row,), dtype, kv, is_traced=is_traced)
-    places = unfilled((most_rows * slots_per_row,), torch.int32, kv, is_traced=is_traced)
-    is_summed_once = most_rows >= seq_q
-    dkv = unfilled(kv.shape, kv.dtype if is_summed_once else torch.float32, kv, is_traced=is_traced)
-    block_slots = min(1024, max(32, 1 << (topk - 1).bit_length()))
-    block_d = min(128, 1 << (d_total - 1).bit_length())
-    slot_arguments = (indices, *index_strides, topk_length)
-    for first_row, num_rows in spans:
-        num_keys = -(-num_rows // seq_q) * seq_kv * kv_group
-        block_rows = max(MIN_BLOCK_ROWS, -(-num_keys * min(num_rows, seq_q) // MAX_COUNTERS))
-        blocks = -(-min(num_rows, seq_q) // block_rows)
-        lengths = (seq_q, seq_kv, topk, block_rows, blocks)
-        counters = indices.new_zeros(num_keys * blocks + 1, dtype=torch.int32)
-        wrap(_count_slots_kernel)[(num_rows * kv_group,)](
-            *slot_arguments, counters, first_row, *lengths, kv_group, block_slots, num_warps=4
-        )
-        counters = counters.cumsum(0, dtype=torch.int32)
-        wrap(_place_slots_kernel)[(-(-num_rows // seq_q) * blocks * kv_group,)](
-            *slot_arguments, counters, places, first_row, num_rows, *lengths, kv_group, block_slots, num_warps=4
-        )
-        run_rows(partial, places, first_row, num_rows)
+    dtype, batch = row_dtype(kv.dtype), rows // seq_q
+    elements_per_row = kv_group * topk * head_blocks * d_total
+    chunk_batch, chunk_queries = cut(
+        batch, seq_q, elements_per_row * dtype.itemsize, wave_programs, kv_group * head_blocks
+    )
+    parts = -(-seq_q // chunk_queries)
+    chunks = -(-batch // chunk_batch) * parts
+    chunk_keys = chunk_batch * seq_kv * kv_group
+    block_queries = -(-chunks * chunk_keys * chunk_queries // COUNTERS)
+    blocks = -(-chunk_queries // max(1, block_queries))
+    counters = indices.new_zeros(chunks * chunk_keys * blocks + 1, dtype=torch.int32)
+    places = unfilled(indices.shape, torch.int32, kv, is_traced=is_traced)
+    lengths = (seq_q, seq_kv, topk, chunk_batch, chunk_queries, max(1, block_queries))
+    constants = (kv_group, min(1024, max(32, 1 << (topk - 1).bit_length())))
+    wrap(_count_slots_kernel)[(rows * kv_group,)](
+        indices, *index_strides, topk_length, counters, *lengths, *constants, num_warps=4
+    )
+    counters = counters.cumsum(0, dtype=torch.int32)
+    chunk_ends = counters[chunk_keys * blocks - 1 :: max(1, chunk_keys * blocks)].clone()
+    wrap(_place_slots_kernel)[(batch * parts * blocks * kv_group,)](
+        indices, *index_strides, topk_length, counters, chunk_ends, places, *lengths, *constants, num_warps=4
+    )
+
+    partial = unfilled((chunk_batch * chunk_queries * elements_per_row,), dtype, kv, is_traced=is_traced)
+    dkv = unfilled(kv.shape, kv.dtype if parts == 1 else torch.float32, kv, is_traced=is_traced)
+    block_d = min(64, 1 << (d_total - 1).bit_length())
+    for chunk in range(chunks):
+        first_batch, part = chunk // parts * chunk_batch, chunk % parts
+        num_batch = min(chunk_batch, batch - first_batch)
+        num_queries = min(chunk_queries, seq_q - part * chunk_queries)
+        run_rows(partial, places, first_batch * seq_q + part * chunk_queries, num_batch * num_queries)
+        num_keys = num_batch * seq_kv * kv_group
         if num_keys > 0:
             wrap(_sum_placed_rows_kernel)[(num_keys * -(-d_total // block_d),)](
-                partial, counters, dkv, first_row // seq_q * seq_kv * kv_group, blocks,
-                head_blocks, d_total, 32, block_d, first_row % seq_q == 0, num_warps=4,
+                partial, counters, dkv, chunk, chunk_keys, blocks, first_batch * seq_kv * kv_group,
+                head_blocks, d_total, 16, block_d, part == 0, num_warps=2,
             )  # fmt: skip
     return dkv.to(kv.dtype)
+
+
+def cut(batch: int, seq_q: int, row_bytes: int, wave_programs: int, programs_per_row: int) -> tuple[int, int]:
+    """Return (batch elements, queries of each) of a chunk that fits WORKSPACE_BYTES: one of the two is all or one.
+
+    Where a chunk is a part of a batch element, whole waves of programs leave no SM idle at its end.
+    """
+    fitting = max(1, WORKSPACE_BYTES // max(1, row_bytes))
+    if fitting >= seq_q:
+        return min(batch, fitting // seq_q), seq_q
+    wave = wave_programs // gcd(wave_programs, programs_per_row)
+    return 1, max(fitting // wave * wave, min(fitting, wave))
 
 
 def row_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -83,20 +106,6 @@ def row_dtype(dtype: torch.dtype) -> torch.dtype:
     sqrt(3 / 2). The sum over queries stays fp32. A row in fp16 could overflow where the sum doesn't.
     """
     return torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
-
-
-def chunks(batch: int, seq_q: int, fitting: int) -> Iterator[tuple[int, int]]:
-    """Yield (first row, rows) of chunks of about `fitting` queries: whole batch elements, or equal parts of one."""
-    if fitting >= seq_q:
-        chunk = fitting // seq_q * seq_q
-        for first_row in range(0, batch * seq_q, chunk):
-            yield first_row, min(chunk, batch * seq_q - first_row)
-    else:
-        parts = -(-seq_q // max(1, fitting))
-        chunk = -(-seq_q // parts)
-        for first_of_batch in range(0, batch * seq_q, seq_q):
-            for query in range(0, seq_q, chunk):
-                yield first_of_batch + query, min(chunk, seq_q - query)
 
 
 def unfilled(shape: tuple[int, ...], dtype: torch.dtype, like: torch.Tensor, *, is_traced: bool) -> torch.Tensor:

@@ -57,7 +57,7 @@ def _sparse_attn_bwd_kernel(
     out_ptr, lse_ptr,  # contiguous, as the forward made them
     dout_ptr, stride_do_b, stride_do_s, stride_do_h, dlse_ptr,  # a pointer is None for a gradient that did not arrive
     dq_ptr, dkv_ptr, dsink_ptr,  # contiguous; None for what is not needed; dkv fp32, dsink fp32 [rows, heads]
-    places_ptr,  # int32 [rows, groups, topk]: where dkv, then [places, head blocks, d_total], has the slots; or None
+    places_ptr,  # None, or int32 [all rows, groups, topk]: where dkv, then [places, head blocks, d_total], has the slots
     softmax_scale, first_row, seq_q, seq_kv, topk,
     HEADS: tl.constexpr, KV_GROUP: tl.constexpr, D_TOTAL: tl.constexpr, D_V: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_DT: tl.constexpr,
@@ -123,11 +123,9 @@ def _sparse_attn_bwd_kernel(
 
     if dkv_ptr is not None:
         if places_ptr is not None:
-            # The grid minus the heads is (row, group), head block last.
             HEAD_BLOCKS: tl.constexpr = (HEADS // KV_GROUP + BLOCK_H - 1) // BLOCK_H
-            program = tl.program_id(0)
-            places_ptr += (program // HEAD_BLOCKS).to(tl.int64) * topk
-            dkv_ptr += program % HEAD_BLOCKS * D_TOTAL
+            places_ptr += (row * KV_GROUP + group) * topk
+            dkv_ptr += tl.program_id(0) % HEAD_BLOCKS * D_TOTAL
         else:
             dkv_ptr += (batch * seq_kv * KV_GROUP + group) * D_TOTAL
 
@@ -142,6 +140,8 @@ def _sparse_attn_bwd_kernel(
         else:
             position = tl.load(indices_ptr + slots, mask=slots < end_slot, other=0)
             position, valid = check_positions(position, slots, end_slot, seq_kv, USE_INT64_OFFSETS)
+        if places_ptr is not None:
+            place = tl.load(places_ptr + slots, mask=valid, other=0)  # early: needed last, and as late as a row
         kv_offsets = position * stride_kv_s
         kv_tiles = load_chunks(kv_ptr, kv_offsets, valid, 0, BLOCK_DV, NUM_DV, D_TOTAL)
         kv_tail = load_chunks(kv_ptr, kv_offsets, valid, TAIL, BLOCK_DT, NUM_DT, D_TOTAL)
@@ -178,7 +178,6 @@ def _sparse_attn_bwd_kernel(
                 dq_tail = add_weighted_rows(dq_tail, dlogits, kv_tail, NUM_DT, INPUT_PRECISION)
         if dkv_ptr is not None:
             if places_ptr is not None:
-                place = tl.load(places_ptr + slots, mask=valid, other=0)
                 dkv_offsets = place.to(position.dtype) * (HEAD_BLOCKS * D_TOTAL)
             else:
                 dkv_offsets = position * (KV_GROUP * D_TOTAL)

@@ -1,11 +1,13 @@
 """Deterministic sum of the dkv rows that the slots of the backward kernel stored.
 
 NOTE [Places]
-A counting sort gives every valid slot its place among all slots of the same key row, in the order of the queries, so
-that the rows of a key become neighbours and are read once, in sequence. Counters are `[keys, blocks]` with a block of
-consecutive queries each: first the slots are counted, by atomics, whose order doesn't matter to integers; then the
-counters are summed; then one program per block counts back and gives its slots their places, the last query first. Only
-slots of one query that name the same key row race for their places, and their rows are bitwise the same.
+A counting sort gives every valid slot its place among those of its chunk of queries, by key row and then by query, so
+that the rows of a key become neighbours and are read once, in sequence. Counters are `[chunks, keys, blocks]` with a
+block of consecutive queries each: first the slots are counted, by atomics, whose order doesn't matter to integers; then
+the counters are summed; then one program per block counts back and gives its slots their places, the last query first.
+Only slots of one query that name the same key row race for their places, and their rows are bitwise the same.
+
+A chunk is some whole batch elements, or some queries of one; so its keys are those of `chunk_batch` batch elements.
 """
 
 import triton
@@ -15,79 +17,89 @@ from mla_ops.kernels.primitives import check_positions
 
 
 @triton.jit
-def first_counter(chunk_row, group, seq_q, seq_kv, block_rows, blocks, KV_GROUP: tl.constexpr):
-    """Return the counter that position 0 has in the block of a query; each position further is `KV_GROUP * blocks` on.
-
-    A chunk of queries is whole batch elements or a part of one, so that its row number tells the batch element.
-    """
-    key = chunk_row // seq_q * seq_kv * KV_GROUP + group
-    return key * blocks + chunk_row % seq_q // block_rows
+def locate_counters(
+    row, group, seq_q, seq_kv, chunk_batch, chunk_queries, block_queries, KV_GROUP: tl.constexpr
+):  # fmt: skip
+    """Return `(chunk, counter, blocks)`: the counter of position 0; each position further is `KV_GROUP * blocks` on."""
+    batch, query = row // seq_q, row % seq_q
+    parts = (seq_q + chunk_queries - 1) // chunk_queries
+    blocks = (chunk_queries + block_queries - 1) // block_queries
+    chunk = batch // chunk_batch * parts + query // chunk_queries
+    key = (chunk * chunk_batch + batch % chunk_batch) * seq_kv * KV_GROUP + group
+    return chunk, key * blocks + query % chunk_queries // block_queries, blocks
 
 
 # Lengths change from call to call: one binary serves them all.
-@triton.jit(do_not_specialize=["first_row", "seq_q", "seq_kv", "topk", "block_rows", "blocks"])
+@triton.jit(do_not_specialize=["seq_q", "seq_kv", "topk", "chunk_batch", "chunk_queries", "block_queries"])
 def _count_slots_kernel(
     indices_ptr, stride_i_b, stride_i_s, stride_i_g,
     topk_length_ptr,  # None when the call has none
-    counters_ptr,  # int32 [keys, blocks]
-    first_row, seq_q, seq_kv, topk, block_rows, blocks,
+    counters_ptr,  # int32 [chunks, keys, blocks]
+    seq_q, seq_kv, topk, chunk_batch, chunk_queries, block_queries,
     KV_GROUP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Count the valid slots of one query and group."""
     program = tl.program_id(0).to(tl.int64)
-    chunk_row, group = program // KV_GROUP, program % KV_GROUP
-    row = first_row + chunk_row
+    row, group = program // KV_GROUP, program % KV_GROUP
     end_slot = topk  # see NOTE [Loads that become addresses]
     if topk_length_ptr is not None:
         end_slot = tl.minimum(tl.load(topk_length_ptr + row), topk).to(tl.int32)
     indices_ptr += row // seq_q * stride_i_b + row % seq_q * stride_i_s + group * stride_i_g
-    counters_ptr += first_counter(chunk_row, group, seq_q, seq_kv, block_rows, blocks, KV_GROUP)
+    _, counter, blocks = locate_counters(
+        row, group, seq_q, seq_kv, chunk_batch, chunk_queries, block_queries, KV_GROUP
+    )
     for start in tl.range(0, end_slot, BLOCK):
         slots = start + tl.arange(0, BLOCK)
         position = tl.load(indices_ptr + slots, mask=slots < end_slot, other=0)
         position, valid = check_positions(position, slots, end_slot, seq_kv, True)
-        tl.atomic_add(counters_ptr + position * (KV_GROUP * blocks), 1, mask=valid, sem="relaxed")
+        tl.atomic_add(counters_ptr + counter + position * (KV_GROUP * blocks), 1, mask=valid, sem="relaxed")
 
 
-@triton.jit(do_not_specialize=["first_row", "num_rows", "seq_q", "seq_kv", "topk", "block_rows", "blocks"])
+@triton.jit(do_not_specialize=["seq_q", "seq_kv", "topk", "chunk_batch", "chunk_queries", "block_queries"])
 def _place_slots_kernel(
     indices_ptr, stride_i_b, stride_i_s, stride_i_g,
     topk_length_ptr,  # None when the call has none
-    counters_ptr,  # int32 [keys, blocks], summed: from the end of its slots each counter goes down to their start
-    places_ptr,  # int32 [queries of the chunk, groups, topk]; those of invalid slots stay unwritten
-    first_row, num_rows, seq_q, seq_kv, topk, block_rows, blocks,
+    counters_ptr,  # int32 [chunks, keys, blocks], summed: from the end of its slots each goes down to their start
+    chunk_ends_ptr,  # int32 [chunks]: the last sum of each
+    places_ptr,  # int32 [rows, groups, topk]; those of invalid slots stay unwritten
+    seq_q, seq_kv, topk, chunk_batch, chunk_queries, block_queries,
     KV_GROUP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Give the slots of a block of queries their places; see NOTE [Places]."""
     program = tl.program_id(0).to(tl.int64)
-    block, group = program // KV_GROUP, program % KV_GROUP
-    first_of_batch = block // blocks * seq_q
-    start_row = first_of_batch + block % blocks * block_rows
-    end_row = tl.minimum(tl.minimum(start_row + block_rows, first_of_batch + seq_q), num_rows)
-    counters_ptr += first_counter(start_row, group, seq_q, seq_kv, block_rows, blocks, KV_GROUP)
-    for chunk_row in tl.range(end_row - 1, start_row - 1, -1):
-        row = first_row + chunk_row
+    group, block = program % KV_GROUP, program // KV_GROUP
+    blocks = (chunk_queries + block_queries - 1) // block_queries
+    parts = (seq_q + chunk_queries - 1) // chunk_queries
+    batch, part = block // (parts * blocks), block // blocks % parts
+    first_query = part * chunk_queries + block % blocks * block_queries
+    end_query = tl.minimum(tl.minimum(first_query + block_queries, (part + 1) * chunk_queries), seq_q)
+    chunk, counter, blocks = locate_counters(
+        batch * seq_q + tl.minimum(first_query, seq_q - 1), group,
+        seq_q, seq_kv, chunk_batch, chunk_queries, block_queries, KV_GROUP,
+    )  # fmt: skip
+    first_place = tl.load(chunk_ends_ptr + chunk - 1, mask=chunk > 0, other=0)
+    for query in tl.range(end_query - 1, first_query - 1, -1):
+        row = batch * seq_q + query
         end_slot = topk
         if topk_length_ptr is not None:
             end_slot = tl.minimum(tl.load(topk_length_ptr + row), topk).to(tl.int32)
-        row_indices_ptr = indices_ptr + row // seq_q * stride_i_b + row % seq_q * stride_i_s + group * stride_i_g
-        row_places_ptr = places_ptr + (chunk_row * KV_GROUP + group) * topk
+        row_indices_ptr = indices_ptr + batch * stride_i_b + query * stride_i_s + group * stride_i_g
         for start in tl.range(0, end_slot, BLOCK):
             slots = start + tl.arange(0, BLOCK)
             position = tl.load(row_indices_ptr + slots, mask=slots < end_slot, other=0)
             position, valid = check_positions(position, slots, end_slot, seq_kv, True)
-            counter = counters_ptr + position * (KV_GROUP * blocks)
-            place = tl.atomic_add(counter, -1, mask=valid, sem="relaxed") - 1
-            tl.store(row_places_ptr + slots, place, mask=valid)
+            counters = counters_ptr + counter + position * (KV_GROUP * blocks)
+            place = tl.atomic_add(counters, -1, mask=valid, sem="relaxed") - 1 - first_place
+            tl.store(places_ptr + (row * KV_GROUP + group) * topk + slots, place, mask=valid)
         tl.debug_barrier()  # in every counter the query before this one comes next
 
 
-@triton.jit(do_not_specialize=["first_key", "blocks"])
+@triton.jit(do_not_specialize=["chunk", "chunk_keys", "blocks", "first_key"])
 def _sum_placed_rows_kernel(
-    partial_ptr,  # [places * head blocks, d_total], fp32 or bf16
-    counters_ptr,  # int32 [keys * blocks + 1]: where the places of each begin, and at last where all end
+    partial_ptr,  # [places of a chunk, head blocks, d_total], fp32 or bf16
+    counters_ptr,  # int32 [chunks * keys * blocks + 1]: where the places of each begin, and at last where all end
     dkv_ptr,  # [keys, d_total]
-    first_key, blocks,
+    chunk, chunk_keys, blocks, first_key,
     HEAD_BLOCKS: tl.constexpr, D_TOTAL: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
     IS_FIRST: tl.constexpr,
 ):  # fmt: skip
@@ -95,8 +107,10 @@ def _sum_placed_rows_kernel(
     COLUMN_BLOCKS: tl.constexpr = (D_TOTAL + BLOCK_D - 1) // BLOCK_D
     program = tl.program_id(0).to(tl.int64)
     key, column_block = program // COLUMN_BLOCKS, program % COLUMN_BLOCKS
-    first = tl.load(counters_ptr + key * blocks).to(tl.int64) * HEAD_BLOCKS
-    end = tl.load(counters_ptr + (key + 1) * blocks).to(tl.int64) * HEAD_BLOCKS
+    counters_ptr += chunk * chunk_keys.to(tl.int64) * blocks
+    first_place = tl.load(counters_ptr)
+    first = (tl.load(counters_ptr + key * blocks) - first_place).to(tl.int64) * HEAD_BLOCKS
+    end = (tl.load(counters_ptr + (key + 1) * blocks) - first_place).to(tl.int64) * HEAD_BLOCKS
     cols = column_block * BLOCK_D + tl.arange(0, BLOCK_D)
     in_row = cols < D_TOTAL
 
