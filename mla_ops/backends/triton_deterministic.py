@@ -53,11 +53,11 @@ def dkv_in_query_order(
     parts = -(-seq_q // chunk_queries)
     chunks = -(-batch // chunk_batch) * parts
     chunk_keys = chunk_batch * seq_kv * kv_group
-    block_queries = -(-chunks * chunk_keys * chunk_queries // COUNTERS)
-    blocks = -(-chunk_queries // max(1, block_queries))
+    block_queries = max(1, -(-chunks * chunk_keys * chunk_queries // COUNTERS))
+    blocks = -(-chunk_queries // block_queries)
     counters = indices.new_zeros(chunks * chunk_keys * blocks + 1, dtype=torch.int32)
     places = unfilled(indices.shape, torch.int32, kv, is_traced=is_traced)
-    lengths = (seq_q, seq_kv, topk, chunk_batch, chunk_queries, max(1, block_queries))
+    lengths = (seq_q, seq_kv, topk, chunk_batch, chunk_queries, block_queries)
     constants = (kv_group, min(1024, max(32, 1 << (topk - 1).bit_length())))
     wrap(_count_slots_kernel)[(rows * kv_group,)](
         indices, *index_strides, topk_length, counters, *lengths, *constants, num_warps=4
