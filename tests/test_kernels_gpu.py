@@ -185,7 +185,7 @@ def test_a_gradient_that_is_not_needed_is_not_computed(need: str, deterministic:
         )  # fmt: skip
     (arguments,) = (arguments for name, arguments in launches if name == "_sparse_attn_bwd_kernel")
     assert (arguments["dq_ptr"] is None, arguments["dkv_ptr"] is None) == (need == "kv", need == "q")
-    sums = ["_count_slots_kernel", "_place_slots_kernel", "_sum_placed_rows_kernel"]
+    sums = ["_rank_slots_kernel", "_place_slots_kernel", "_sum_placed_rows_kernel"]
     expected = sums if deterministic and need == "kv" else []
     assert [name for name, _ in launches if name != "_sparse_attn_bwd_kernel"] == expected
 

@@ -83,7 +83,7 @@ def compile_kernel(
             return "fp32"
         if not name.endswith("_ptr"):
             return "i32"
-        if name in ("indices_ptr", "topk_length_ptr", "places_ptr", "counters_ptr"):
+        if name in ("indices_ptr", "topk_length_ptr", "places_ptr", "ranks_ptr", "counters_ptr", "starts_ptr"):
             return "*i32"
         if name in ("lse_ptr", "dlse_ptr", "dsink_ptr", "attn_sink_ptr"):
             return "*fp32"
@@ -253,7 +253,7 @@ def test_max_logits_stop_at_the_logits_and_do_not_spill(
 
 
 def test_split_forward_merge_and_ordered_sum_compile() -> None:
-    from mla_ops.kernels.backward_reduce import _count_slots_kernel, _place_slots_kernel, _sum_placed_rows_kernel
+    from mla_ops.kernels.backward_reduce import _place_slots_kernel, _rank_slots_kernel, _sum_placed_rows_kernel
     from mla_ops.kernels.forward_split import _sparse_attn_merge_kernel
 
     config = FwdConfig(block_h=16, block_k=64, max_chunk=64, num_warps=4, num_stages=2)
@@ -262,5 +262,5 @@ def test_split_forward_merge_and_ordered_sum_compile() -> None:
     assert compile_kernel(_sparse_attn_merge_kernel, 90, merge, config, "bf16").stack_bytes == 0
     ordered = {"HEAD_BLOCKS": 2, "D_TOTAL": 576, "BLOCK_ROWS": 32, "BLOCK_D": 128, "IS_FIRST": False}
     assert compile_kernel(_sum_placed_rows_kernel, 90, ordered, config, "bf16").stack_bytes == 0
-    for kernel in (_count_slots_kernel, _place_slots_kernel):
+    for kernel in (_rank_slots_kernel, _place_slots_kernel):
         assert compile_kernel(kernel, 90, {"KV_GROUP": 1, "BLOCK": 256}, config, "bf16").stack_bytes == 0

@@ -88,13 +88,14 @@ class TritonBackend:
         if heads == 0:
             return ("no heads: nothing is launched",)
         key = (traits.arch, traits.smem_bytes, heads, *widths, current().tuned_rows)
+        is_deterministic = torch.are_deterministic_algorithms_enabled()
         launches: list[tuple[str, object]] = []
         fwd = forward_config(*key)
         if fwd is not None:
             programs = hints.batch * hints.seq_q * problem.kv_group * -(-heads // fwd.block_h)
             splits = split_count(programs, problem.topk, fwd.block_k, traits.num_sms)
             launches.append((f"forward: {fwd}, slots split over {splits} programs", fwd))
-        for bwd in (backward_configs(*key) or ()) if problem.needs_grad else ():
+        for bwd in (backward_configs(*key, is_deterministic) or ()) if problem.needs_grad else ():
             launches.append((f"backward: {bwd}", bwd))
         sizes = (problem.d_total, problem.d_v, problem.heads, problem.kv_group, problem.dtype)
         cold = "; not warm: mla_ops.warmup(...) compiles it ahead of the first call"
@@ -321,9 +322,10 @@ def launch_backward(
             kv.new_zeros(kv.shape if need_dkv else 0),
             lse.new_zeros(dsink_shape),
         )
+    is_deterministic = need_dkv and torch.are_deterministic_algorithms_enabled()
     if configs is None:
         key = (traits.arch, traits.smem_bytes, heads // kv_group, d_total, d_v, q.element_size(), current().tuned_rows)
-        configs = _fitting(backward_configs(*key), "backward", d_total, q.dtype, traits)
+        configs = _fitting(backward_configs(*key, is_deterministic), "backward", d_total, q.dtype, traits)
     topk_length, attn_sink, dlse = _contiguous(topk_length), _contiguous(attn_sink), _contiguous(dlse)
     out, lse = out.contiguous(), lse.contiguous()
     strides = (*_outer_strides(q.stride()), *_outer_strides(kv.stride()))
@@ -365,7 +367,7 @@ def launch_backward(
     if need_dkv:
         config = configs[-1]
         others = (None, None) if two_passes else (dq, dsink)
-        if torch.are_deterministic_algorithms_enabled():
+        if is_deterministic:
             dkv = dkv_in_query_order(
                 lambda partial, *rows: run(config, others[0], partial, others[1], *rows),
                 kv, indices, _outer_strides(indices.stride()), topk_length, head_blocks(config),

@@ -40,7 +40,7 @@ def dkv_in_query_order(
         4 bytes for every slot of all queries
         8 bytes for each of max(COUNTERS, chunks * keys) counters, at most
     """
-    from mla_ops.kernels.backward_reduce import _count_slots_kernel, _place_slots_kernel, _sum_placed_rows_kernel
+    from mla_ops.kernels.backward_reduce import _place_slots_kernel, _rank_slots_kernel, _sum_placed_rows_kernel
 
     seq_q, kv_group, topk = indices.shape[-3:]
     seq_kv, _, d_total = kv.shape[-3:]
@@ -55,17 +55,16 @@ def dkv_in_query_order(
     chunk_keys = chunk_batch * seq_kv * kv_group
     block_queries = max(1, -(-chunks * chunk_keys * chunk_queries // COUNTERS))
     blocks = -(-chunk_queries // block_queries)
-    counters = indices.new_zeros(chunks * chunk_keys * blocks + 1, dtype=torch.int32)
+    counters = indices.new_zeros(1 + chunks * chunk_keys * blocks, dtype=torch.int32)
     places = unfilled(indices.shape, torch.int32, kv, is_traced=is_traced)
     lengths = (seq_q, seq_kv, topk, chunk_batch, chunk_queries, block_queries)
     constants = (kv_group, min(1024, max(32, 1 << (topk - 1).bit_length())))
-    wrap(_count_slots_kernel)[(rows * kv_group,)](
-        indices, *index_strides, topk_length, counters, *lengths, *constants, num_warps=4
+    wrap(_rank_slots_kernel)[(batch * parts * blocks * kv_group,)](
+        indices, *index_strides, topk_length, counters, places, *lengths, *constants, num_warps=4
     )
-    counters = counters.cumsum(0, dtype=torch.int32)
-    chunk_ends = counters[chunk_keys * blocks - 1 :: max(1, chunk_keys * blocks)].clone()
-    wrap(_place_slots_kernel)[(batch * parts * blocks * kv_group,)](
-        indices, *index_strides, topk_length, counters, chunk_ends, places, *lengths, *constants, num_warps=4
+    starts = counters.cumsum(0, dtype=torch.int32)
+    wrap(_place_slots_kernel)[(rows * kv_group,)](
+        indices, *index_strides, topk_length, starts, places, *lengths, *constants, num_warps=4
     )
 
     partial = unfilled((chunk_batch * chunk_queries * elements_per_row,), dtype, kv, is_traced=is_traced)
@@ -79,7 +78,7 @@ def dkv_in_query_order(
         num_keys = num_batch * seq_kv * kv_group
         if num_keys > 0:
             wrap(_sum_placed_rows_kernel)[(num_keys * -(-d_total // block_d),)](
-                partial, counters, dkv, chunk, chunk_keys, blocks, first_batch * seq_kv * kv_group,
+                partial, starts, dkv, chunk, chunk_keys, blocks, first_batch * seq_kv * kv_group,
                 head_blocks, d_total, 16, block_d, part == 0, num_warps=2,
             )  # fmt: skip
     return dkv.to(kv.dtype)

@@ -57,7 +57,7 @@ def _sparse_attn_bwd_kernel(
     out_ptr, lse_ptr,  # contiguous, as the forward made them
     dout_ptr, stride_do_b, stride_do_s, stride_do_h, dlse_ptr,  # a pointer is None for a gradient that did not arrive
     dq_ptr, dkv_ptr, dsink_ptr,  # contiguous; None for what is not needed; dkv fp32, dsink fp32 [rows, heads]
-    places_ptr,  # None, or int32 [all rows, groups, topk]: where dkv, then [places, head blocks, d_total], has the slots
+    places_ptr,  # None, or int32 [rows, groups, topk]: where dkv, then [places, head blocks, d_total], has the slots
     softmax_scale, first_row, seq_q, seq_kv, topk,
     HEADS: tl.constexpr, KV_GROUP: tl.constexpr, D_TOTAL: tl.constexpr, D_V: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_DT: tl.constexpr,

@@ -3,9 +3,9 @@
 NOTE [Places]
 A counting sort gives every valid slot its place among those of its chunk of queries, by key row and then by query, so
 that the rows of a key become neighbours and are read once, in sequence. Counters are `[chunks, keys, blocks]` with a
-block of consecutive queries each: first the slots are counted, by atomics, whose order doesn't matter to integers; then
-the counters are summed; then one program per block counts back and gives its slots their places, the last query first.
-Only slots of one query that name the same key row race for their places, and their rows are bitwise the same.
+block of consecutive queries each. One program per block counts its slots, one query after the other, and what it finds
+in a counter is the slot's rank; summed, the counters say where the ranks of each start. Only slots of one query that
+name the same key row race for their ranks, and their rows are bitwise the same.
 
 A chunk is some whole batch elements, or some queries of one; so its keys are those of `chunk_batch` batch elements.
 """
@@ -20,52 +20,28 @@ from mla_ops.kernels.primitives import check_positions
 def locate_counters(
     row, group, seq_q, seq_kv, chunk_batch, chunk_queries, block_queries, KV_GROUP: tl.constexpr
 ):  # fmt: skip
-    """Return `(chunk, counter, blocks)`: the counter of position 0; each position further is `KV_GROUP * blocks` on."""
+    """Return `(first, counter, step)` for a query: the first counter of its chunk, and the one of position 0, from
+    which those of the next positions are `step` apart.
+    """
     batch, query = row // seq_q, row % seq_q
     parts = (seq_q + chunk_queries - 1) // chunk_queries
-    blocks = (chunk_queries + block_queries - 1) // block_queries
-    chunk = batch // chunk_batch * parts + query // chunk_queries
-    key = (chunk * chunk_batch + batch % chunk_batch) * seq_kv * KV_GROUP + group
-    return chunk, key * blocks + query % chunk_queries // block_queries, blocks
+    step = KV_GROUP * ((chunk_queries + block_queries - 1) // block_queries)
+    first = (batch // chunk_batch * parts + query // chunk_queries) * chunk_batch * seq_kv * step
+    counter = (batch % chunk_batch * seq_kv * KV_GROUP + group) * (step // KV_GROUP)
+    return first, first + counter + query % chunk_queries // block_queries, step
 
 
 # Lengths change from call to call: one binary serves them all.
 @triton.jit(do_not_specialize=["seq_q", "seq_kv", "topk", "chunk_batch", "chunk_queries", "block_queries"])
-def _count_slots_kernel(
+def _rank_slots_kernel(
     indices_ptr, stride_i_b, stride_i_s, stride_i_g,
     topk_length_ptr,  # None when the call has none
-    counters_ptr,  # int32 [chunks, keys, blocks]
+    counters_ptr,  # int32 [1 + chunks * keys * blocks], zeros; the first stays 0
+    ranks_ptr,  # int32 [rows, groups, topk]; those of invalid slots stay unwritten
     seq_q, seq_kv, topk, chunk_batch, chunk_queries, block_queries,
     KV_GROUP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Count the valid slots of one query and group."""
-    program = tl.program_id(0).to(tl.int64)
-    row, group = program // KV_GROUP, program % KV_GROUP
-    end_slot = topk  # see NOTE [Loads that become addresses]
-    if topk_length_ptr is not None:
-        end_slot = tl.minimum(tl.load(topk_length_ptr + row), topk).to(tl.int32)
-    indices_ptr += row // seq_q * stride_i_b + row % seq_q * stride_i_s + group * stride_i_g
-    _, counter, blocks = locate_counters(
-        row, group, seq_q, seq_kv, chunk_batch, chunk_queries, block_queries, KV_GROUP
-    )
-    for start in tl.range(0, end_slot, BLOCK):
-        slots = start + tl.arange(0, BLOCK)
-        position = tl.load(indices_ptr + slots, mask=slots < end_slot, other=0)
-        position, valid = check_positions(position, slots, end_slot, seq_kv, True)
-        tl.atomic_add(counters_ptr + counter + position * (KV_GROUP * blocks), 1, mask=valid, sem="relaxed")
-
-
-@triton.jit(do_not_specialize=["seq_q", "seq_kv", "topk", "chunk_batch", "chunk_queries", "block_queries"])
-def _place_slots_kernel(
-    indices_ptr, stride_i_b, stride_i_s, stride_i_g,
-    topk_length_ptr,  # None when the call has none
-    counters_ptr,  # int32 [chunks, keys, blocks], summed: from the end of its slots each goes down to their start
-    chunk_ends_ptr,  # int32 [chunks]: the last sum of each
-    places_ptr,  # int32 [rows, groups, topk]; those of invalid slots stay unwritten
-    seq_q, seq_kv, topk, chunk_batch, chunk_queries, block_queries,
-    KV_GROUP: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Give the slots of a block of queries their places; see NOTE [Places]."""
+    """Count the valid slots of a block of queries; see NOTE [Places]."""
     program = tl.program_id(0).to(tl.int64)
     group, block = program % KV_GROUP, program // KV_GROUP
     blocks = (chunk_queries + block_queries - 1) // block_queries
@@ -73,31 +49,57 @@ def _place_slots_kernel(
     batch, part = block // (parts * blocks), block // blocks % parts
     first_query = part * chunk_queries + block % blocks * block_queries
     end_query = tl.minimum(tl.minimum(first_query + block_queries, (part + 1) * chunk_queries), seq_q)
-    chunk, counter, blocks = locate_counters(
-        batch * seq_q + tl.minimum(first_query, seq_q - 1), group,
-        seq_q, seq_kv, chunk_batch, chunk_queries, block_queries, KV_GROUP,
-    )  # fmt: skip
-    first_place = tl.load(chunk_ends_ptr + chunk - 1, mask=chunk > 0, other=0)
-    for query in tl.range(end_query - 1, first_query - 1, -1):
+    for query in tl.range(first_query, end_query):
         row = batch * seq_q + query
-        end_slot = topk
+        end_slot = topk  # see NOTE [Loads that become addresses]
         if topk_length_ptr is not None:
             end_slot = tl.minimum(tl.load(topk_length_ptr + row), topk).to(tl.int32)
         row_indices_ptr = indices_ptr + batch * stride_i_b + query * stride_i_s + group * stride_i_g
+        _, counter, step = locate_counters(
+            row, group, seq_q, seq_kv, chunk_batch, chunk_queries, block_queries, KV_GROUP
+        )
         for start in tl.range(0, end_slot, BLOCK):
             slots = start + tl.arange(0, BLOCK)
             position = tl.load(row_indices_ptr + slots, mask=slots < end_slot, other=0)
             position, valid = check_positions(position, slots, end_slot, seq_kv, True)
-            counters = counters_ptr + counter + position * (KV_GROUP * blocks)
-            place = tl.atomic_add(counters, -1, mask=valid, sem="relaxed") - 1 - first_place
-            tl.store(places_ptr + (row * KV_GROUP + group) * topk + slots, place, mask=valid)
-        tl.debug_barrier()  # in every counter the query before this one comes next
+            rank = tl.atomic_add(counters_ptr + 1 + counter + position * step, 1, mask=valid, sem="relaxed")
+            tl.store(ranks_ptr + (row * KV_GROUP + group) * topk + slots, rank, mask=valid)
+        tl.debug_barrier()  # a query finds what the ones before it counted
+
+
+@triton.jit(do_not_specialize=["seq_q", "seq_kv", "topk", "chunk_batch", "chunk_queries", "block_queries"])
+def _place_slots_kernel(
+    indices_ptr, stride_i_b, stride_i_s, stride_i_g,
+    topk_length_ptr,  # None when the call has none
+    starts_ptr,  # int32: the counters, summed
+    places_ptr,  # int32 [rows, groups, topk]: ranks, which become places
+    seq_q, seq_kv, topk, chunk_batch, chunk_queries, block_queries,
+    KV_GROUP: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Turn the ranks of one query and group into places in its chunk."""
+    program = tl.program_id(0).to(tl.int64)
+    row, group = program // KV_GROUP, program % KV_GROUP
+    end_slot = topk
+    if topk_length_ptr is not None:
+        end_slot = tl.minimum(tl.load(topk_length_ptr + row), topk).to(tl.int32)
+    indices_ptr += row // seq_q * stride_i_b + row % seq_q * stride_i_s + group * stride_i_g
+    first, counter, step = locate_counters(
+        row, group, seq_q, seq_kv, chunk_batch, chunk_queries, block_queries, KV_GROUP
+    )
+    first_start = tl.load(starts_ptr + first)
+    for start in tl.range(0, end_slot, BLOCK):
+        slots = start + tl.arange(0, BLOCK)
+        position = tl.load(indices_ptr + slots, mask=slots < end_slot, other=0)
+        position, valid = check_positions(position, slots, end_slot, seq_kv, True)
+        place = tl.load(starts_ptr + counter + position * step, mask=valid, other=0) - first_start
+        place += tl.load(places_ptr + program * topk + slots, mask=valid, other=0)
+        tl.store(places_ptr + program * topk + slots, place, mask=valid)
 
 
 @triton.jit(do_not_specialize=["chunk", "chunk_keys", "blocks", "first_key"])
 def _sum_placed_rows_kernel(
     partial_ptr,  # [places of a chunk, head blocks, d_total], fp32 or bf16
-    counters_ptr,  # int32 [chunks * keys * blocks + 1]: where the places of each begin, and at last where all end
+    starts_ptr,  # int32 [chunks * keys * blocks + 1]: where the slots of each begin, and at last where all end
     dkv_ptr,  # [keys, d_total]
     chunk, chunk_keys, blocks, first_key,
     HEAD_BLOCKS: tl.constexpr, D_TOTAL: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -107,10 +109,10 @@ def _sum_placed_rows_kernel(
     COLUMN_BLOCKS: tl.constexpr = (D_TOTAL + BLOCK_D - 1) // BLOCK_D
     program = tl.program_id(0).to(tl.int64)
     key, column_block = program // COLUMN_BLOCKS, program % COLUMN_BLOCKS
-    counters_ptr += chunk * chunk_keys.to(tl.int64) * blocks
-    first_place = tl.load(counters_ptr)
-    first = (tl.load(counters_ptr + key * blocks) - first_place).to(tl.int64) * HEAD_BLOCKS
-    end = (tl.load(counters_ptr + (key + 1) * blocks) - first_place).to(tl.int64) * HEAD_BLOCKS
+    starts_ptr += chunk * chunk_keys.to(tl.int64) * blocks
+    first_start = tl.load(starts_ptr)
+    first = (tl.load(starts_ptr + key * blocks) - first_start).to(tl.int64) * HEAD_BLOCKS
+    end = (tl.load(starts_ptr + (key + 1) * blocks) - first_start).to(tl.int64) * HEAD_BLOCKS
     cols = column_block * BLOCK_D + tl.arange(0, BLOCK_D)
     in_row = cols < D_TOTAL
 
