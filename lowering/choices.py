@@ -47,7 +47,8 @@ def backward(
     need_dkv: bool,
 ) -> tuple[BwdConfig, ...]:
     """Return the configurations, one per pass, to inline a backward with."""
-    candidates = backward_candidates(*_key(problem, traits), count=_count(hints))
+    is_deterministic = need_dkv and torch.are_deterministic_algorithms_enabled()
+    candidates = backward_candidates(*_key(problem, traits), is_deterministic, count=_count(hints))
 
     def prepare() -> Callable[[tuple[BwdConfig, ...]], Any]:
         inputs = _random_inputs(problem, hints, traits)

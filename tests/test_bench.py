@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import re
@@ -23,6 +24,7 @@ from mla_ops.device import DeviceTraits
 from mla_ops.errors import InvalidInputError
 from mla_ops.reference import sparse_attn_reference
 
+ROOT = Path(__file__).parent.parent
 H100 = DeviceTraits(type="cuda", arch=90, smem_bytes=232448, num_sms=132, name="NVIDIA H100 80GB HBM3")
 
 
@@ -113,3 +115,13 @@ assert [key[-1].block_k for key in _launched] == [{row["fwd"]["block_k"]}], _lau
     environment = {**os.environ, "MLA_OPS_TUNED_ROWS": str(path)}
     used = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     assert used.returncode == 0, used.stderr
+
+
+def test_training_step_benchmark_runs_at_toy_sizes() -> None:
+    command = [sys.executable, "-W", "ignore", str(ROOT / "benchmarks/training_step.py")]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+    result = subprocess.run(command, capture_output=True, text=True, timeout=100, env=environment, check=False)
+    assert result.returncode == 0, result.stderr[-2000:]
+    records = [ast.literal_eval(line) for line in result.stdout.splitlines()]
+    assert [record["attention"] for record in records] == ["mla_ops", "dense", "rest"]
+    assert 0 < records[1]["loss_difference"] < 0.01

@@ -78,7 +78,10 @@ def test_optional_arguments_match_oracle(
     check(inputs, target)
 
 
-def test_bf16_meets_the_absolute_bars(target: Target) -> None:
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_bf16_meets_the_absolute_bars(deterministic: bool, target: Target, request: pytest.FixtureRequest) -> None:
+    if deterministic:
+        request.getfixturevalue("deterministic")
     case = Case(d_total=128, d_v=64, topk=64, heads=16, seq_q=32, seq_kv=256)
     inputs = replace(make_inputs(case, torch.bfloat16, target.device), softmax_scale=128**-0.5)
     oracle = run_reference(inputs, torch.float64)

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from mla_ops.backends import triton as backend
+from mla_ops.backends import triton_deterministic
 from mla_ops.configs.launch import BwdConfig, FwdConfig
 from mla_ops.device import DeviceTraits
 from mla_ops.reference import sparse_attn_reference
@@ -32,6 +33,7 @@ on_gpu_only = pytest.mark.skipif(INTERPRETED, reason="too large for the interpre
 
 SMALL = Case(d_total=128, d_v=64, topk=20, heads=6, kv_group=2, seq_q=4, seq_kv=24)
 Results = dict[str, torch.Tensor]
+Launch = tuple[str, dict[str, Any]]  # a kernel's name and its arguments
 
 
 def run(inputs: Inputs, *, use_dout: bool = True, use_dlse: bool = True, fwd: Any = None, bwd: Any = None) -> Results:
@@ -76,6 +78,23 @@ def assert_same(actual: Results, expected: Results, *, atomics: bool = True) -> 
             torch.testing.assert_close(value, expected[name], rtol=1e-2, atol=1e-3 * float(expected[name].abs().max()))
         else:
             assert torch.equal(value, expected[name]), name
+
+
+def recorder(launches: list[Launch]) -> Callable[[Any], Any]:
+    """Return what `launch_*` takes as `wrap`, to append every launch to `launches` and run it."""
+
+    class Recorder:
+        def __init__(self, kernel: Any) -> None:
+            self.kernel = kernel
+
+        def __getitem__(self, grid: Any) -> Callable[..., None]:
+            def launch(*args: Any, **options: Any) -> None:
+                launches.append((self.kernel.fn.__name__, dict(zip(self.kernel.arg_names, args, strict=False))))
+                self.kernel[grid](*args, **options)
+
+            return launch
+
+    return Recorder
 
 
 @contextmanager
@@ -158,6 +177,25 @@ def test_needs_flags_skip_one_gradient_and_leave_the_other_unchanged() -> None:
             torch.testing.assert_close(dkv, results["dkv"])
 
 
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("need", ["q", "kv"])
+def test_a_gradient_that_is_not_needed_is_not_computed(need: str, deterministic: bool) -> None:
+    inputs = make_inputs(SMALL, torch.float32, DEVICE)
+    q, kv, indices, *rest = inputs.args
+    out, lse = backend.launch_forward(*inputs.args, traits=TRAITS)
+    launches: list[Launch] = []
+    with deterministic_algorithms() if deterministic else nullcontext():
+        backend.launch_backward(
+            inputs.dout, inputs.dlse, q, kv, indices, out, lse, *rest, need == "q", need == "kv",
+            traits=TRAITS, wrap=recorder(launches),
+        )  # fmt: skip
+    (arguments,) = (arguments for name, arguments in launches if name == "_sparse_attn_bwd_kernel")
+    assert (arguments["dq_ptr"] is None, arguments["dkv_ptr"] is None) == (need == "kv", need == "q")
+    sums = ["_rank_slots_kernel", "_place_slots_kernel", "_sum_placed_rows_kernel"]
+    expected = sums if deterministic and need == "kv" else []
+    assert [name for name, _ in launches if name != "_sparse_attn_bwd_kernel"] == expected
+
+
 def test_nan_in_unselected_and_empty_rows_stays_there() -> None:
     inputs = make_inputs(SMALL, torch.float32, DEVICE, attn_sink=True)
     inputs.indices[inputs.indices == 0] = -1  # row 0 is where a careless kernel points invalid slots
@@ -233,14 +271,17 @@ def test_strided_inputs_give_the_contiguous_result(dtype: torch.dtype) -> None:
     [{"topk": 0}, {"seq_kv": 0}, {"seq_q": 0}, {"batch": 0}, {"topk": 1}, {"seq_q": 1, "batch": None, "heads": 2}],
     ids=str,
 )
-def test_empty_and_single_sizes(sizes: dict[str, Any]) -> None:
-    results = run(make_inputs(replace(SMALL, **sizes), torch.float32, DEVICE, attn_sink=True))
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_empty_and_single_sizes(sizes: dict[str, Any], deterministic: bool) -> None:
+    inputs = make_inputs(replace(SMALL, **sizes), torch.float32, DEVICE, attn_sink=True)
+    with deterministic_algorithms() if deterministic else nullcontext():
+        results = run(inputs)
     if 0 in sizes.values():
         assert all((results[name] == 0).all() for name in ("out", "dq", "dkv", "dsink"))
         assert torch.isneginf(results["lse"]).all()
         assert torch.isneginf(max_logits_of(make_inputs(replace(SMALL, **sizes), torch.float32, DEVICE))).all()
     else:
-        check(make_inputs(replace(SMALL, **sizes), torch.float32, DEVICE, attn_sink=True))
+        assert_matches_oracle(results, inputs)
 
 
 @pytest.mark.parametrize("num_splits", [2, 3, 7])
@@ -269,13 +310,59 @@ def test_backward_configurations_sum_head_blocks(configs: tuple[BwdConfig, ...],
         check(inputs, bwd={"configs": configs})
 
 
-@pytest.mark.parametrize("workspace_bytes", [1, 1 << 17, 1 << 30])
+@pytest.mark.parametrize("workspace_bytes", [1, 1 << 15, 1 << 17, 1 << 30])
 def test_deterministic_dkv_in_chunks(workspace_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backend, "DETERMINISTIC_WORKSPACE_BYTES", workspace_bytes)
+    monkeypatch.setattr(triton_deterministic, "WORKSPACE_BYTES", workspace_bytes)
     inputs = make_inputs(SMALL, torch.float32, DEVICE, topk_length=True, attn_sink=True, index_dtype=torch.int64)
     with deterministic_algorithms():
         results = check(inputs)
         assert_same(run(inputs), results, atomics=False)
+
+
+@pytest.mark.parametrize(
+    ("batch", "seq_q", "fitting", "expected"),
+    [(4, 500, 3000, (4, 500)), (4, 500, 1100, (2, 500)), (2, 500, 440, (1, 396)), (2, 500, 60, (1, 60)),
+     (2, 500, 0, (1, 1))],
+)  # fmt: skip
+def test_chunks_are_whole_batch_elements_or_waves_of_one(
+    batch: int, seq_q: int, fitting: int, expected: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(triton_deterministic, "WORKSPACE_BYTES", 1000 * fitting)
+    assert triton_deterministic.cut(batch, seq_q, 1000, wave_programs=264, programs_per_row=4) == expected
+
+
+@pytest.mark.parametrize("counters", [1, 200, 1 << 22])
+@pytest.mark.parametrize("workspace_bytes", [1 << 15, 1 << 30])
+def test_deterministic_dkv_of_repeated_keys_in_blocks_of_any_size(
+    workspace_bytes: int, counters: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(triton_deterministic, "WORKSPACE_BYTES", workspace_bytes)
+    monkeypatch.setattr(triton_deterministic, "COUNTERS", counters)
+    inputs = make_inputs(replace(SMALL, topk=40), torch.float32, DEVICE, topk_length=True)
+    inputs.indices[..., ::3] = 5  # many slots of each query name one key
+    with deterministic_algorithms():
+        results = check(inputs)
+        assert_same(run(inputs), results, atomics=False)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_places_are_a_sort_by_key_then_query(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_deterministic, "COUNTERS", 200)
+    inputs = make_inputs(SMALL, dtype, DEVICE, topk_length=True)
+    launches: list[Launch] = []
+    with deterministic_algorithms():
+        run(inputs, bwd={"wrap": recorder(launches)})
+    (places,) = (arguments["places_ptr"] for name, arguments in launches if name == "_place_slots_kernel")
+    batch, seq_q, group, topk = inputs.indices.shape
+    keys = inputs.indices.long() * group + torch.arange(group, device=DEVICE).view(-1, 1)
+    keys += inputs.kv.shape[1] * group * torch.arange(batch, device=DEVICE).view(-1, 1, 1, 1)
+    is_valid = (inputs.indices >= 0) & (inputs.indices < inputs.kv.shape[1])
+    is_valid &= torch.arange(topk, device=DEVICE) < inputs.topk_length[..., None, None]
+    queries = torch.arange(batch * seq_q, device=DEVICE).view(batch, seq_q, 1, 1).expand_as(keys)
+    by_place = places[: keys.numel()].view_as(keys)[is_valid].argsort()
+    pairs = list(zip(keys[is_valid][by_place].tolist(), queries[is_valid][by_place].tolist(), strict=True))
+    assert sorted(places.view_as(keys)[is_valid].tolist()) == list(range(len(pairs)))
+    assert pairs == sorted(pairs)
 
 
 def test_wide_offsets_give_the_same_result(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,16 +14,20 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 
 from mla_ops.backends import triton_hopper
-from mla_ops.backends.triton_strides import aligned_like_contiguous, alignment, outer_strides, with_unit_inner_stride
+from mla_ops.backends.triton_deterministic import dkv_in_query_order
+from mla_ops.backends.triton_tensors import (
+    aligned_like_contiguous,
+    alignment,
+    outer_strides,
+    unfilled,
+    with_unit_inner_stride,
+)
 from mla_ops.configs import MAX_D_TOTAL, backward_configs, forward_config
 from mla_ops.configs.launch import BwdConfig, FwdConfig, HopperBwdConfig, HopperConfig, chunk_widths, launch_options
 from mla_ops.device import DeviceTraits, traits_of
 from mla_ops.errors import UnsupportedProblemError
 from mla_ops.problem import Hints, SparseAttnProblem
 from mla_ops.settings import current
-
-# Bytes of the per-slot rows that a deterministic backward may hold at a time; queries are processed in chunks below it.
-DETERMINISTIC_WORKSPACE_BYTES = 1 << 30
 
 # Element offsets of KV rows from here on are computed in 64 bits.
 INT32_OFFSETS = 2**31
@@ -91,6 +95,7 @@ class TritonBackend:
         if heads == 0:
             return ("no heads: nothing is launched",)
         key = (traits.arch, traits.smem_bytes, heads, *widths, current().tuned_rows)
+        is_deterministic = torch.are_deterministic_algorithms_enabled()
         launches: list[tuple[str, object]] = []
         rows = hints.batch * hints.seq_q
         specialised = triton_hopper.automatic_config(
@@ -106,7 +111,7 @@ class TritonBackend:
         specialised_bwd = triton_hopper.automatic_backward_config(
             traits, rows, problem.heads, problem.kv_group, widths, current().tuned_rows
         )
-        bwds = backward_configs(*key) if specialised_bwd is None else (specialised_bwd,)
+        bwds = backward_configs(*key, is_deterministic) if specialised_bwd is None else (specialised_bwd,)
         for bwd in (bwds or ()) if problem.needs_grad else ():
             launches.append((f"backward: {bwd}", bwd))
         sizes = (problem.d_total, problem.d_v, problem.heads, problem.kv_group, problem.dtype)
@@ -190,8 +195,9 @@ def launch_forward(
     traits = traits or traits_of(q.device)
     q, kv, indices = with_unit_inner_stride(q), with_unit_inner_stride(kv), with_unit_inner_stride(indices)
     q_shape, topk = q.shape, indices.shape[-1]
-    out = q.new_empty(0 if max_logits_only else (*q_shape[:-1], d_v))
-    lse = q.new_empty(q_shape[:-1], dtype=torch.float32)
+    is_traced = wrap is not _identity
+    out = unfilled((0,) if max_logits_only else (*q_shape[:-1], d_v), q.dtype, q, is_traced=is_traced)
+    lse = unfilled(q_shape[:-1], torch.float32, q, is_traced=is_traced)
     if lse.numel() == 0:
         return out, lse
     topk_length, attn_sink = _contiguous(topk_length), _contiguous(attn_sink)
@@ -220,8 +226,8 @@ def launch_forward(
     if is_split:
         partials = (lse.numel() // q_shape[-2], num_splits, q_shape[-2])
         if not max_logits_only:
-            kernel_out = q.new_empty((*partials, d_v), dtype=torch.float32)
-        kernel_lse = q.new_empty(partials, dtype=torch.float32)
+            kernel_out = unfilled((*partials, d_v), torch.float32, q, is_traced=is_traced)
+        kernel_lse = unfilled(partials, torch.float32, q, is_traced=is_traced)
 
     wrap(_sparse_attn_fwd_kernel)[plan.grid](
         q, *plan.q_strides, kv, *plan.kv_strides, indices, *outer_strides(indices.stride()),
@@ -353,13 +359,14 @@ def launch_backward(
             kv.new_zeros(kv.shape if need_dkv else 0),
             lse.new_zeros(dsink_shape),
         )
+    is_deterministic = need_dkv and torch.are_deterministic_algorithms_enabled()
     if configs is None:
         widths, tuned_rows = (d_total, d_v, q.element_size()), current().tuned_rows
         if wrap is _identity:
             configs = triton_hopper.automatic_backward_config(traits, rows, heads, kv_group, widths, tuned_rows)
         if configs is None:
-            found = backward_configs(traits.arch, traits.smem_bytes, heads // kv_group, *widths, tuned_rows)
-            configs = _fitting(found, "backward", d_total, q.dtype, traits)
+            key = (traits.arch, traits.smem_bytes, heads // kv_group, *widths, tuned_rows, is_deterministic)
+            configs = _fitting(backward_configs(*key), "backward", d_total, q.dtype, traits)
     topk_length, attn_sink, dlse = _contiguous(topk_length), _contiguous(attn_sink), _contiguous(dlse)
     out, lse = out.contiguous(), lse.contiguous()
     strides = (*outer_strides(q.stride()), *outer_strides(kv.stride()))
@@ -369,33 +376,37 @@ def launch_backward(
         do_strides = outer_strides(dout.stride())
     if use_int64_offsets is None:
         use_int64_offsets = bool(seq_kv * max(strides[4], kv_group * d_total) >= INT32_OFFSETS)
-    deterministic = torch.are_deterministic_algorithms_enabled()
 
     def head_blocks(config: BwdConfig) -> int:
         return -(-(heads // kv_group) // config.block_h)
 
-    def run(config: BwdConfig, dq: _Out, dkv: _Out, dsink: _Out, first_row: int = 0, num_rows: int = rows) -> None:
+    def run(
+        config: BwdConfig, dq: _Out, dkv: _Out, dsink: _Out,
+        places: _Out = None, first_row: int = 0, num_rows: int = rows,
+    ) -> None:  # fmt: skip
+        has_far_places = places is not None and dkv is not None and dkv.numel() >= INT32_OFFSETS
         wrap(_sparse_attn_bwd_kernel)[(num_rows * kv_group * head_blocks(config),)](
             q, *strides[:3], kv, *strides[3:], indices, *outer_strides(indices.stride()),
-            topk_length, attn_sink, out, lse, dout, *do_strides, dlse, dq, dkv, dsink,
+            topk_length, attn_sink, out, lse, dout, *do_strides, dlse, dq, dkv, dsink, places,
             softmax_scale, first_row, seq_q, seq_kv, indices.shape[-1],
             heads, kv_group, d_total, d_v,
             config.block_h, config.block_k, *chunk_widths(d_total, d_v, config.max_chunk),
-            alignment(strides), use_int64_offsets, _input_precision(q),
-            config.is_key_major, config.is_ahead, deterministic,
+            alignment(strides), use_int64_offsets or has_far_places, _input_precision(q),
+            config.is_key_major, config.is_ahead,
             **launch_options(config),
         )  # fmt: skip
         if wrap is _identity:
             _launched.add((d_total, d_v, heads, kv_group, q.dtype, config))
 
-    dq = q.new_empty(q.shape) if need_dq else None
+    is_traced = wrap is not _identity
+    dq = unfilled(q.shape, q.dtype, q, is_traced=is_traced) if need_dq else None
     dkv = None
-    dsink = None if attn_sink is None else torch.empty_like(lse)
+    dsink = None if attn_sink is None else unfilled(lse.shape, lse.dtype, lse, is_traced=is_traced)
     if isinstance(configs, HopperBwdConfig):
-        if deterministic or wrap is not _identity:
+        if is_deterministic or is_traced:
             raise UnsupportedProblemError(
                 "a HopperBwdConfig is for an eager call that may add dkv in any order, got "
-                f"deterministic={deterministic}, traced={wrap is not _identity}; pass BwdConfigs"
+                f"deterministic={is_deterministic}, traced={is_traced}; pass BwdConfigs"
             )
         dkv = q.new_zeros(kv.shape, dtype=torch.float32) if need_dkv else None
         if need_dq or need_dkv or dsink is not None:
@@ -404,7 +415,6 @@ def launch_backward(
                 configs, traits,
             )  # fmt: skip
             _launched.add((d_total, d_v, heads, kv_group, q.dtype, configs))
-        dkv = None if dkv is None else dkv.to(kv.dtype)
     else:
         two_passes = need_dq and need_dkv and len(configs) == 2
         if two_passes or (not need_dkv and (need_dq or dsink is not None)):
@@ -412,15 +422,17 @@ def launch_backward(
         if need_dkv:
             config = configs[-1]
             others = (None, None) if two_passes else (dq, dsink)
-            if deterministic:
-                dkv = _dkv_in_index_order(
-                    lambda partial, *chunk: run(config, others[0], partial, others[1], *chunk),
-                    q, kv, indices, topk_length, head_blocks(config), wrap,
+            if is_deterministic:
+                dkv = dkv_in_query_order(
+                    lambda partial, *rows: run(config, others[0], partial, others[1], *rows),
+                    kv, indices, outer_strides(indices.stride()), topk_length, head_blocks(config),
+                    wave_programs(config, traits), wrap, is_traced=is_traced,
                 )  # fmt: skip
             else:
                 dkv = q.new_zeros(kv.shape, dtype=torch.float32)
                 run(config, others[0], dkv, others[1])
-                dkv = dkv.to(kv.dtype)
+    if dkv is not None:
+        dkv = dkv.to(kv.dtype)
     if dsink is not None:
         dsink = dsink.view(-1, heads).sum(0)
     return (
@@ -430,77 +442,9 @@ def launch_backward(
     )
 
 
-def _dkv_in_index_order(
-    run_rows: Callable[[torch.Tensor, int, int], None],
-    q: torch.Tensor,
-    kv: torch.Tensor,
-    indices: torch.Tensor,
-    topk_length: torch.Tensor | None,
-    head_blocks: int,
-    wrap: Wrap,
-) -> torch.Tensor:
-    """Return dkv as a sum whose order depends on the indices alone.
-
-    Every (slot, head block) stores an fp32 row: a query needs kv_group * topk * head_blocks * d_total floats. Queries
-    are taken in chunks of at most DETERMINISTIC_WORKSPACE_BYTES of them, one query at least; a second kernel adds the
-    rows of each key in slot order, chunk after chunk.
-    """
-    from mla_ops.kernels.backward_reduce import _sum_slot_rows_kernel
-
-    d_total, topk = kv.shape[-1], indices.shape[-1]
-    rows, slots_per_row = q.shape[:-2].numel(), indices.shape[-2] * topk
-    floats_per_row = slots_per_row * head_blocks * d_total
-    chunk = max(1, min(rows, DETERMINISTIC_WORKSPACE_BYTES // max(1, 4 * floats_per_row)))
-    is_one_chunk = chunk >= rows
-    dkv = kv.new_empty(kv.shape, dtype=kv.dtype if is_one_chunk else torch.float32)
-    if dkv.numel() == 0:
-        return dkv.to(kv.dtype)
-
-    partial = _unfilled_floats(chunk * floats_per_row, q, wrap)
-    block_d = 1 << (d_total - 1).bit_length()
-    for first_row in range(0, rows, chunk):
-        num_rows = min(chunk, rows - first_row)
-        run_rows(partial, first_row, num_rows)
-        order, starts = _slots_by_key(indices, topk_length, kv.shape, first_row, num_rows)
-        wrap(_sum_slot_rows_kernel)[(dkv.numel() // d_total,)](
-            partial, order, starts, dkv,
-            head_blocks, d_total, max(1, 4096 // block_d), block_d, first_row == 0, num_warps=4,
-        )  # fmt: skip
-    return dkv.to(kv.dtype)
-
-
-def _slots_by_key(
-    indices: torch.Tensor, topk_length: torch.Tensor | None, kv_shape: torch.Size, first_row: int, num_rows: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sort the slots of some rows by the flat KV row they name; return the slots and where each KV row's begin."""
-    seq_q, kv_group, topk = indices.shape[-3:]
-    seq_kv = kv_shape[-3]
-    num_keys = kv_shape[:-1].numel()
-    key_dtype = torch.int32 if num_keys < 2**31 else torch.int64
-    positions = indices.reshape(-1, kv_group, topk).narrow(0, first_row, num_rows)
-    valid = (positions >= 0) & (positions < seq_kv)
-    if topk_length is not None:
-        lengths = topk_length.reshape(-1, 1, 1).narrow(0, first_row, num_rows)
-        valid &= torch.arange(topk, device=indices.device) < lengths
-    batch = torch.arange(first_row, first_row + num_rows, device=indices.device).view(-1, 1, 1) // seq_q
-    group = torch.arange(kv_group, device=indices.device).view(-1, 1)
-    keys = (batch * seq_kv + positions) * kv_group + group
-    keys = torch.where(valid, keys, num_keys).to(key_dtype)
-    sorted_keys, order = torch.sort(keys.flatten(), stable=True)
-    starts = torch.searchsorted(sorted_keys, torch.arange(num_keys + 1, device=indices.device, dtype=key_dtype))
-    return order, starts
-
-
-def _unfilled_floats(count: int, like: torch.Tensor, wrap: Wrap) -> torch.Tensor:
-    """Return fp32 scratch that is written before it is read.
-
-    In deterministic mode `torch.empty` fills with NaN, a write as long as the workspace itself; a storage made by hand
-    is left alone. In a trace the compiler allocates and doesn't fill.
-    """
-    if wrap is not _identity:
-        return like.new_empty(count, dtype=torch.float32)
-    storage = torch.UntypedStorage(4 * count, device=like.device)
-    return torch.empty(0, dtype=torch.float32, device=like.device).set_(storage, 0, (count,), (1,))
+def wave_programs(config: BwdConfig, traits: DeviceTraits) -> int:
+    """Return how many programs of the backward kernel the registers of a device hold at a time."""
+    return traits.num_sms * max(1, 65536 // ((config.max_registers or 256) * 32 * config.num_warps))
 
 
 def _fitting(found: _Config | None, side: str, d_total: int, dtype: torch.dtype, traits: DeviceTraits) -> _Config:

@@ -8,7 +8,7 @@ from math import gcd
 
 import torch
 
-from mla_ops.backends.triton_strides import outer_strides
+from mla_ops.backends.triton_tensors import outer_strides
 from mla_ops.configs import (
     MIN_HOPPER_D_V,
     backward_is_tuned,

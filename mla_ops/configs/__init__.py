@@ -121,14 +121,21 @@ def backward_is_tuned(arch: int, heads: int, d_total: int, d_v: int, element_siz
 
 @cache
 def backward_configs(
-    arch: int, smem_bytes: int, heads: int, d_total: int, d_v: int, element_size: int, tuned: str = ""
+    arch: int,
+    smem_bytes: int,
+    heads: int,
+    d_total: int,
+    d_v: int,
+    element_size: int,
+    tuned: str = "",
+    is_deterministic: bool = False,
 ) -> tuple[BwdConfig, ...] | None:
     """Return how to launch the backward: one pass, or a dq pass and a dkv pass; None when one of them does not fit."""
     own = tuned_row(tuned, arch, heads, d_total, d_v, element_size)
     row = nearest_rows(arch, heads, d_total, d_v, element_size)[0]
     if own is not None and own.bwd is not None:
-        row = replace(row, bwd=own.bwd)
-    return _fitted_backward(row, arch, smem_bytes, heads, d_total, d_v)
+        row = replace(row, bwd=own.bwd, placed=None)
+    return _fitted_backward(row, arch, smem_bytes, heads, d_total, d_v, is_deterministic)
 
 
 def forward_candidates(
@@ -142,12 +149,22 @@ def forward_candidates(
 
 
 def backward_candidates(
-    arch: int, smem_bytes: int, heads: int, d_total: int, d_v: int, element_size: int, tuned: str = "", *, count: int
+    arch: int,
+    smem_bytes: int,
+    heads: int,
+    d_total: int,
+    d_v: int,
+    element_size: int,
+    tuned: str = "",
+    is_deterministic: bool = False,
+    *,
+    count: int,
 ) -> list[tuple[BwdConfig, ...]]:
     """Return up to `count` different ways to launch the backward: `backward_configs` first, then the nearest rows'."""
-    first = backward_configs(arch, smem_bytes, heads, d_total, d_v, element_size, tuned)
+    first = backward_configs(arch, smem_bytes, heads, d_total, d_v, element_size, tuned, is_deterministic)
     rows = nearest_rows(arch, heads, d_total, d_v, element_size)
-    configs = [first, *(_fitted_backward(row, arch, smem_bytes, heads, d_total, d_v) for row in rows)]
+    others = (_fitted_backward(row, arch, smem_bytes, heads, d_total, d_v, is_deterministic) for row in rows)
+    configs = [first, *others]
     return list(dict.fromkeys(config for config in configs if config is not None))[:count]
 
 
@@ -158,10 +175,10 @@ def _fitted_forward(row: Row, arch: int, smem_bytes: int, heads: int, d_total: i
 
 
 def _fitted_backward(
-    row: Row, arch: int, smem_bytes: int, heads: int, d_total: int, d_v: int
+    row: Row, arch: int, smem_bytes: int, heads: int, d_total: int, d_v: int, is_deterministic: bool
 ) -> tuple[BwdConfig, ...] | None:
     fitting = []
-    for config in row.bwd:
+    for config in (row.placed,) if is_deterministic and row.placed else row.bwd:
         fitted = shrink_to_fit(
             _cut_heads(config, heads), smem_bytes, lambda c: bwd_smem_bytes(c, arch, d_total, d_v, row.element_size)
         )

@@ -68,13 +68,15 @@ class Row:
     """One line of an architecture's table: the configurations made for a head-dim family and a number of heads.
 
     `bwd` holds one configuration that computes dq and dkv in one pass, or two: one for a dq pass and one for a dkv
-    pass, which repeat two of the five products and in exchange keep no gradient in registers besides their own.
+    pass, which repeat two of the five products and in exchange keep no gradient in registers besides their own. Where a
+    backward must be deterministic, `placed` goes before `bwd`: rows are stored then, not added.
     """
 
     family: str  # a name in `head_dims.FAMILIES`
     heads: int  # query heads per KV group
     fwd: FwdConfig
     bwd: tuple[BwdConfig, ...]
+    placed: BwdConfig | None = None
     element_size: int = 2  # bytes of a channel: 2 for bf16 and fp16, 4 for fp32
 
 

@@ -26,6 +26,7 @@ ROWS: tuple[Row, ...] = (
                 block_h=32, block_k=32, max_chunk=64, num_warps=2, num_stages=3, is_key_major=False, max_registers=200
             ),
         ),
+        placed=BwdConfig(block_h=32, block_k=64, max_chunk=64, num_warps=4, num_stages=2),
     ),
     # Derived by shared-memory arithmetic, not yet measured.
     Row(
@@ -40,6 +41,7 @@ ROWS: tuple[Row, ...] = (
         heads=32,
         fwd=FwdConfig(block_h=32, block_k=32, max_chunk=64, num_warps=1, num_stages=2, max_registers=200),
         bwd=(BwdConfig(block_h=32, block_k=32, max_chunk=64, num_warps=2, num_stages=2, is_key_major=False),),
+        placed=BwdConfig(block_h=32, block_k=64, max_chunk=64, num_warps=4, num_stages=2),
     ),
     # Derived by shared-memory arithmetic, not yet measured.
     Row(
@@ -58,6 +60,7 @@ ROWS: tuple[Row, ...] = (
         heads=32,
         fwd=FwdConfig(block_h=32, block_k=128, max_chunk=64, num_warps=4, num_stages=2),
         bwd=(BwdConfig(block_h=32, block_k=16, max_chunk=64, num_warps=2, num_stages=2, is_key_major=False),),
+        placed=BwdConfig(block_h=32, block_k=32, max_chunk=64, num_warps=4, num_stages=2, is_key_major=False),
     ),
     # Measured (DS16).
     Row(
@@ -68,6 +71,9 @@ ROWS: tuple[Row, ...] = (
             BwdConfig(
                 block_h=16, block_k=32, max_chunk=128, num_warps=4, num_stages=2, is_key_major=False, is_ahead=False
             ),
+        ),
+        placed=BwdConfig(
+            block_h=16, block_k=32, max_chunk=64, num_warps=4, num_stages=3, is_key_major=False, is_ahead=False
         ),
     ),
     # Measured as the two 32-head blocks of DS64: 282 TFLOP/s forward, 184 backward.

@@ -1,33 +1,128 @@
-"""Deterministic sum of the dkv rows that every slot of the backward kernel stored: one program per key row."""
+"""Deterministic sum of the dkv rows that the slots of the backward kernel stored.
+
+NOTE [Places]
+A counting sort gives every valid slot its place among those of its chunk of queries, by key row and then by query, so
+that the rows of a key become neighbours and are read once, in sequence. Counters are `[chunks, keys, blocks]` with a
+block of consecutive queries each. One program per block counts its slots, one query after the other, and what it finds
+in a counter is the slot's rank; summed, the counters say where the ranks of each start. Only slots of one query that
+name the same key row race for their ranks, and their rows are bitwise the same.
+
+A chunk is some whole batch elements, or some queries of one; so its keys are those of `chunk_batch` batch elements.
+"""
 
 import triton
 import triton.language as tl
 
+from mla_ops.kernels.primitives import check_positions
+
 
 @triton.jit
-def _sum_slot_rows_kernel(
-    partial_ptr,  # fp32 [slots * head blocks, d_total]
-    order_ptr,  # slots sorted by the key row they name, equal ones in slot order
-    first_ptr,  # [key rows + 1]: where the slots of each key row start in `order`
-    dkv_ptr,  # [key rows, d_total]
-    HEAD_BLOCKS: tl.constexpr, D_TOTAL: tl.constexpr, BLOCK_SLOTS: tl.constexpr, BLOCK_D: tl.constexpr,
+def locate_counters(
+    row, group, seq_q, seq_kv, chunk_batch, chunk_queries, block_queries, KV_GROUP: tl.constexpr
+):  # fmt: skip
+    """Return `(first, counter, step)` for a query: the first counter of its chunk, and the one of position 0, from
+    which those of the next positions are `step` apart.
+    """
+    batch, query = row // seq_q, row % seq_q
+    parts = (seq_q + chunk_queries - 1) // chunk_queries
+    step = KV_GROUP * ((chunk_queries + block_queries - 1) // block_queries)
+    first = (batch // chunk_batch * parts + query // chunk_queries) * chunk_batch * seq_kv * step
+    counter = (batch % chunk_batch * seq_kv * KV_GROUP + group) * (step // KV_GROUP)
+    return first, first + counter + query % chunk_queries // block_queries, step
+
+
+# Lengths change from call to call: one binary serves them all.
+@triton.jit(do_not_specialize=["seq_q", "seq_kv", "topk", "chunk_batch", "chunk_queries", "block_queries"])
+def _rank_slots_kernel(
+    indices_ptr, stride_i_b, stride_i_s, stride_i_g,
+    topk_length_ptr,  # None when the call has none
+    counters_ptr,  # int32 [1 + chunks * keys * blocks], zeros; the first stays 0
+    ranks_ptr,  # int32 [rows, groups, topk]; those of invalid slots stay unwritten
+    seq_q, seq_kv, topk, chunk_batch, chunk_queries, block_queries,
+    KV_GROUP: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Count the valid slots of a block of queries; see NOTE [Places]."""
+    program = tl.program_id(0).to(tl.int64)
+    group, block = program % KV_GROUP, program // KV_GROUP
+    blocks = (chunk_queries + block_queries - 1) // block_queries
+    parts = (seq_q + chunk_queries - 1) // chunk_queries
+    batch, part = block // (parts * blocks), block // blocks % parts
+    first_query = part * chunk_queries + block % blocks * block_queries
+    end_query = tl.minimum(tl.minimum(first_query + block_queries, (part + 1) * chunk_queries), seq_q)
+    for query in tl.range(first_query, end_query):
+        row = batch * seq_q + query
+        end_slot = topk  # see NOTE [Loads that become addresses]
+        if topk_length_ptr is not None:
+            end_slot = tl.minimum(tl.load(topk_length_ptr + row), topk).to(tl.int32)
+        row_indices_ptr = indices_ptr + batch * stride_i_b + query * stride_i_s + group * stride_i_g
+        _, counter, step = locate_counters(
+            row, group, seq_q, seq_kv, chunk_batch, chunk_queries, block_queries, KV_GROUP
+        )
+        for start in tl.range(0, end_slot, BLOCK):
+            slots = start + tl.arange(0, BLOCK)
+            position = tl.load(row_indices_ptr + slots, mask=slots < end_slot, other=0)
+            position, valid = check_positions(position, slots, end_slot, seq_kv, True)
+            rank = tl.atomic_add(counters_ptr + 1 + counter + position * step, 1, mask=valid, sem="relaxed")
+            tl.store(ranks_ptr + (row * KV_GROUP + group) * topk + slots, rank, mask=valid)
+        tl.debug_barrier()  # a query finds what the ones before it counted
+
+
+@triton.jit(do_not_specialize=["seq_q", "seq_kv", "topk", "chunk_batch", "chunk_queries", "block_queries"])
+def _place_slots_kernel(
+    indices_ptr, stride_i_b, stride_i_s, stride_i_g,
+    topk_length_ptr,  # None when the call has none
+    starts_ptr,  # int32: the counters, summed
+    places_ptr,  # int32 [rows, groups, topk]: ranks, which become places
+    seq_q, seq_kv, topk, chunk_batch, chunk_queries, block_queries,
+    KV_GROUP: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Turn the ranks of one query and group into places in its chunk."""
+    program = tl.program_id(0).to(tl.int64)
+    row, group = program // KV_GROUP, program % KV_GROUP
+    end_slot = topk
+    if topk_length_ptr is not None:
+        end_slot = tl.minimum(tl.load(topk_length_ptr + row), topk).to(tl.int32)
+    indices_ptr += row // seq_q * stride_i_b + row % seq_q * stride_i_s + group * stride_i_g
+    first, counter, step = locate_counters(
+        row, group, seq_q, seq_kv, chunk_batch, chunk_queries, block_queries, KV_GROUP
+    )
+    first_start = tl.load(starts_ptr + first)
+    for start in tl.range(0, end_slot, BLOCK):
+        slots = start + tl.arange(0, BLOCK)
+        position = tl.load(indices_ptr + slots, mask=slots < end_slot, other=0)
+        position, valid = check_positions(position, slots, end_slot, seq_kv, True)
+        place = tl.load(starts_ptr + counter + position * step, mask=valid, other=0) - first_start
+        place += tl.load(places_ptr + program * topk + slots, mask=valid, other=0)
+        tl.store(places_ptr + program * topk + slots, place, mask=valid)
+
+
+@triton.jit(do_not_specialize=["chunk", "chunk_keys", "blocks", "first_key"])
+def _sum_placed_rows_kernel(
+    partial_ptr,  # [places of a chunk, head blocks, d_total], fp32 or bf16
+    starts_ptr,  # int32 [chunks * keys * blocks + 1]: where the slots of each begin, and at last where all end
+    dkv_ptr,  # [keys, d_total]
+    chunk, chunk_keys, blocks, first_key,
+    HEAD_BLOCKS: tl.constexpr, D_TOTAL: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
     IS_FIRST: tl.constexpr,
 ):  # fmt: skip
-    """Add the rows in `order` to a key row; the order, and so the rounding, depends on the indices alone."""
-    key = tl.program_id(0).to(tl.int64)
-    first = tl.load(first_ptr + key) * HEAD_BLOCKS
-    end = tl.load(first_ptr + key + 1) * HEAD_BLOCKS
-    offs_d = tl.arange(0, BLOCK_D)
-    in_row = offs_d < D_TOTAL
+    """Add some channels of the rows of one key in fp32, in order of their places, and to what dkv has already."""
+    COLUMN_BLOCKS: tl.constexpr = (D_TOTAL + BLOCK_D - 1) // BLOCK_D
+    program = tl.program_id(0).to(tl.int64)
+    key, column_block = program // COLUMN_BLOCKS, program % COLUMN_BLOCKS
+    starts_ptr += chunk * chunk_keys.to(tl.int64) * blocks
+    first_start = tl.load(starts_ptr)
+    first = (tl.load(starts_ptr + key * blocks) - first_start).to(tl.int64) * HEAD_BLOCKS
+    end = (tl.load(starts_ptr + (key + 1) * blocks) - first_start).to(tl.int64) * HEAD_BLOCKS
+    cols = column_block * BLOCK_D + tl.arange(0, BLOCK_D)
+    in_row = cols < D_TOTAL
 
-    acc = tl.zeros([BLOCK_SLOTS, BLOCK_D], tl.float32)
-    for start in tl.range(first, end, BLOCK_SLOTS):
-        entry = start + tl.arange(0, BLOCK_SLOTS)
-        slot = tl.load(order_ptr + entry // HEAD_BLOCKS, mask=entry < end, other=0).to(tl.int64)
-        partial_row = slot * HEAD_BLOCKS + entry % HEAD_BLOCKS
-        mask = (entry < end)[:, None] & in_row[None, :]
-        acc += tl.load(partial_ptr + partial_row[:, None] * D_TOTAL + offs_d[None, :], mask=mask, other=0.0)
+    acc = tl.zeros([BLOCK_ROWS, BLOCK_D], tl.float32)
+    for start in tl.range(first, end, BLOCK_ROWS):
+        rows = start + tl.arange(0, BLOCK_ROWS)
+        mask = (rows < end)[:, None] & in_row[None, :]
+        acc += tl.load(partial_ptr + rows[:, None] * D_TOTAL + cols[None, :], mask=mask, other=0.0).to(tl.float32)
     total = tl.sum(acc, 0)
+    dkv_ptr += (first_key + key) * D_TOTAL
     if not IS_FIRST:
-        total += tl.load(dkv_ptr + key * D_TOTAL + offs_d, mask=in_row, other=0.0)
-    tl.store(dkv_ptr + key * D_TOTAL + offs_d, total.to(dkv_ptr.dtype.element_ty), mask=in_row)
+        total += tl.load(dkv_ptr + cols, mask=in_row, other=0.0)
+    tl.store(dkv_ptr + cols, total.to(dkv_ptr.dtype.element_ty), mask=in_row)

@@ -1,4 +1,4 @@
-"""What the Triton launchers ask of strides and alignment, for tensors and for what stands for them in a trace."""
+"""What the Triton launchers ask of tensors, and of what stands for them in a trace: strides, alignment, memory."""
 
 from __future__ import annotations
 
@@ -38,3 +38,16 @@ def alignment(strides: tuple[int, ...]) -> int:
     while not all(statically_known_true(stride % align == 0) for stride in strides):
         align //= 2
     return align
+
+
+def unfilled(shape: tuple[int, ...], dtype: torch.dtype, like: torch.Tensor, *, is_traced: bool) -> torch.Tensor:
+    """Return memory that is written before it is read.
+
+    In deterministic mode `torch.empty` fills what it returns: a write of the whole of it, a tenth of a narrow forward.
+    A storage made by hand is left alone. In a trace the compiler allocates and doesn't fill.
+    """
+    if is_traced or not torch.are_deterministic_algorithms_enabled():
+        return like.new_empty(shape, dtype=dtype)
+    count = torch.Size(shape).numel()
+    storage = torch.UntypedStorage(count * dtype.itemsize, device=like.device)
+    return torch.empty(0, dtype=dtype, device=like.device).set_(storage, 0, (count,), (1,)).view(shape)

@@ -1,0 +1,109 @@
+"""dkv without atomic sums: the backward kernel stores a row for every slot, and a second kernel adds those of each key.
+
+Like the launchers of `triton.py`, this allocates from shapes, never synchronises and reads no data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from math import gcd
+from typing import Any
+
+import torch
+
+from mla_ops.backends.triton_tensors import unfilled
+
+# Bytes of the rows that may be held at a time; queries are processed in chunks below it.
+WORKSPACE_BYTES = 1 << 30
+
+# Counters that the slots are sorted with, unless a counter per chunk and key is more: 16 MiB of them stay in cache.
+COUNTERS = 1 << 22
+
+
+def dkv_in_query_order(
+    run_rows: Callable[[torch.Tensor, torch.Tensor, int, int], None],
+    kv: torch.Tensor,
+    indices: torch.Tensor,
+    index_strides: tuple[int, int, int],
+    topk_length: torch.Tensor | None,
+    head_blocks: int,
+    wave_programs: int,
+    wrap: Callable[[Any], Any],
+    *,
+    is_traced: bool,
+) -> torch.Tensor:
+    """Return dkv as a sum whose order depends on the indices alone (and the chunks, which depend on sizes and device).
+
+    `run_rows(partial, places, first_row, num_rows)` runs the backward kernel over some queries and stores the rows of
+    their (slot, head block) pairs in `partial`; `wave_programs` are those of its programs that run at a time. Held are
+
+        n * kv_group * topk * head_blocks * d_total elements of `row_dtype`, for a chunk of n queries (see `cut`): at
+            most WORKSPACE_BYTES, unless one query has more
+        4 bytes for every slot of all queries
+        8 bytes for each of max(COUNTERS, chunks * keys) counters, at most
+    """
+    from mla_ops.kernels.backward_reduce import _place_slots_kernel, _rank_slots_kernel, _sum_placed_rows_kernel
+
+    seq_q, kv_group, topk = indices.shape[-3:]
+    seq_kv, _, d_total = kv.shape[-3:]
+    rows = indices.shape[:-2].numel()
+    dtype, batch = row_dtype(kv.dtype), rows // seq_q
+    elements_per_row = kv_group * topk * head_blocks * d_total
+    chunk_batch, chunk_queries = cut(
+        batch, seq_q, elements_per_row * dtype.itemsize, wave_programs, kv_group * head_blocks
+    )
+    parts = -(-seq_q // chunk_queries)
+    chunks = -(-batch // chunk_batch) * parts
+    chunk_keys = chunk_batch * seq_kv * kv_group
+    block_queries = max(1, -(-chunks * chunk_keys * chunk_queries // COUNTERS))
+    blocks = -(-chunk_queries // block_queries)
+    counters = indices.new_zeros(1 + chunks * chunk_keys * blocks, dtype=torch.int32)
+    places = unfilled(indices.shape, torch.int32, kv, is_traced=is_traced)
+    lengths = (seq_q, seq_kv, topk, chunk_batch, chunk_queries, block_queries)
+    constants = (kv_group, min(1024, max(32, 1 << (topk - 1).bit_length())))
+    wrap(_rank_slots_kernel)[(batch * parts * blocks * kv_group,)](
+        indices, *index_strides, topk_length, counters, places, *lengths, *constants, num_warps=4
+    )
+    starts = counters.cumsum(0, dtype=torch.int32)
+    wrap(_place_slots_kernel)[(rows * kv_group,)](
+        indices, *index_strides, topk_length, starts, places, *lengths, *constants, num_warps=4
+    )
+
+    partial = unfilled((chunk_batch * chunk_queries * elements_per_row,), dtype, kv, is_traced=is_traced)
+    dkv = unfilled(kv.shape, kv.dtype if parts == 1 else torch.float32, kv, is_traced=is_traced)
+    block_d = min(64, 1 << (d_total - 1).bit_length())
+    for chunk in range(chunks):
+        first_batch, part = chunk // parts * chunk_batch, chunk % parts
+        num_batch = min(chunk_batch, batch - first_batch)
+        num_queries = min(chunk_queries, seq_q - part * chunk_queries)
+        run_rows(partial, places, first_batch * seq_q + part * chunk_queries, num_batch * num_queries)
+        num_keys = num_batch * seq_kv * kv_group
+        if num_keys > 0:
+            wrap(_sum_placed_rows_kernel)[(num_keys * -(-d_total // block_d),)](
+                partial, starts, dkv, chunk, chunk_keys, blocks, first_batch * seq_kv * kv_group,
+                head_blocks, d_total, 16, block_d, part == 0, num_warps=2,
+            )  # fmt: skip
+    return dkv.to(kv.dtype)
+
+
+def cut(batch: int, seq_q: int, row_bytes: int, wave_programs: int, programs_per_row: int) -> tuple[int, int]:
+    """Return (batch elements, queries of each) of a chunk that fits WORKSPACE_BYTES: one of the two is all or one.
+
+    Where a chunk is a part of a batch element, whole waves of programs leave no SM idle at its end.
+    """
+    fitting = max(1, WORKSPACE_BYTES // max(1, row_bytes))
+    if fitting >= seq_q:
+        return min(batch, fitting // seq_q), seq_q
+    wave = wave_programs // gcd(wave_programs, programs_per_row)
+    return 1, max(fitting // wave * wave, min(fitting, wave))
+
+
+def row_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of the rows that are held for inputs of `dtype`: bf16 for bf16, else fp32.
+
+    A row in bf16 is one more rounding, by 2^-9 at most, of a sum over heads whose factors, P and dS, were rounded as
+    much before they were multiplied. Errors of independent terms add in squares: where the terms of dkv don't cancel
+    systematically, those of P and dS, of the rows and of the result are equal, so the whole error grows by
+    sqrt(3 / 2). The sum over queries stays fp32. A row in fp16 could overflow where the sum doesn't.
+    """
+    return torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
