@@ -1,4 +1,4 @@
-"""The barrier protocol of `kernels/hopper_forward.py`, emulated: random interleavings of its four roles.
+"""The barrier protocols of `kernels/hopper_forward.py` and `hopper_backward.py`, emulated: roles at random paces.
 
 The roles below wait, arrive and touch buffers in the order of the kernel's; a copy or a product that the hardware runs
 on its own is a begin and an end. A buffer refuses a write while somebody reads or writes it, and a read of anything but
@@ -11,6 +11,7 @@ import random
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 
@@ -25,21 +26,23 @@ class ProtocolError(Exception):
 
 @dataclass
 class Machine:
-    """Barriers that count one arrival a phase, and buffers that know who touches them."""
+    """Barriers that count arrivals, one a phase unless told otherwise, and buffers that know who touches them."""
 
     skipped: str = ""  # the name of a barrier that nobody waits for
-    phases: Counter[tuple[object, ...]] = field(default_factory=Counter)
+    arrivals_of_a_phase: dict[object, int] = field(default_factory=dict)  # by the name of the barrier
+    arrivals: Counter[tuple[object, ...]] = field(default_factory=Counter)
     holds: dict[tuple[object, ...], object] = field(default_factory=dict)
     readers: Counter[tuple[object, ...]] = field(default_factory=Counter)
     writing: dict[tuple[object, ...], bool] = field(default_factory=lambda: defaultdict(bool))
 
     def wait(self, parity: int, *barrier: object) -> Step:
         # As mbarrier.try_wait.parity: true when the phase before the current one has this parity.
-        may_go_on = None if barrier[0] == self.skipped else lambda: self.phases[barrier] % 2 != parity
+        count = self.arrivals_of_a_phase.get(barrier[0], 1)
+        may_go_on = None if barrier[0] == self.skipped else lambda: self.arrivals[barrier] // count % 2 != parity
         return may_go_on, lambda: None
 
     def arrive(self, *barrier: object) -> Step:
-        return None, lambda: self.phases.update([barrier])
+        return None, lambda: self.arrivals.update([barrier])
 
     def begin_write(self, *buffer: object) -> Step:
         def step() -> None:
@@ -167,20 +170,81 @@ def values(m: Machine, items: list[int], side: int) -> Iterator[Step]:
             yield m.arrive("free", 1, half, side)
 
 
-def interleave_often(items: list[int], skipped: str = "") -> None:
+def forward_roles(m: Machine, items: list[int]) -> list[Iterator[Step]]:
+    return [gather(m, items), scores(m, items), values(m, items, 0), values(m, items, 1)]
+
+
+def backward_gather(m: Machine, num_tiles: int) -> Iterator[Step]:
+    for t in range(num_tiles):
+        yield m.wait((t & 1) ^ 1, "k_free")
+        for side in SIDES:
+            yield m.begin_write("k", side)
+        yield from write(m, t, "positions", t & 1)
+        for side in SIDES:
+            yield m.end_write(t, "k", side)
+        yield m.arrive("k_full")
+
+
+def gradients(m: Machine, num_tiles: int, side: int) -> Iterator[Step]:
+    def read_rows(t: int) -> Iterator[Step]:
+        for part in SIDES:
+            yield m.begin_read(t, "k", part)
+        for part in SIDES:
+            yield m.end_read("k", part)
+
+    def read_weights(t: int) -> Iterator[Step]:
+        for half in SIDES:
+            yield m.begin_read(t, "weights", half)
+        for half in SIDES:
+            yield m.end_read("weights", half)
+
+    if num_tiles > 0:
+        yield m.wait(0, "k_full")
+        yield from read_rows(0)  # S
+    for t in range(num_tiles):
+        yield from read_rows(t)  # dP
+        yield from read(m, t, "positions", t & 1)
+        yield m.wait((t & 1) ^ 1, "weights_free")
+        yield from write(m, t, "weights", side)
+        yield m.arrive("weights_full")
+        yield m.wait(t & 1, "weights_full")
+        yield m.begin_read(t, "k", side)  # dQ
+        yield from read_weights(t)
+        yield m.end_read("k", side)
+        yield m.arrive("k_free")
+        for _ in range(3):  # pieces of dKV
+            yield from read_weights(t)
+            yield from read(m, t, "positions", t & 1)
+        yield m.arrive("weights_free")
+        if t + 1 < num_tiles:
+            yield m.wait((t & 1) ^ 1, "k_full")
+            yield from read_rows(t + 1)  # S of the next tile
+        yield from read(m, t, "positions", t & 1)
+    yield from write(m, "dq", "k", side)
+    yield from read(m, "dq", "k", side)
+
+
+def backward_roles(m: Machine, num_tiles: int) -> list[Iterator[Step]]:
+    m.arrivals_of_a_phase = {"k_free": 2, "weights_full": 2, "weights_free": 2}
+    return [backward_gather(m, num_tiles), gradients(m, num_tiles, 0), gradients(m, num_tiles, 1)]
+
+
+Roles = Callable[[Machine, Any], list[Iterator[Step]]]
+
+
+def interleave_often(roles_of: Roles, work: list[int] | int, skipped: str = "") -> None:
     for seed in range(200):
-        interleave(items, seed, skipped)
+        interleave(roles_of, work, seed, skipped)
 
 
-def interleave(items: list[int], seed: int, skipped: str = "") -> None:
+def interleave(roles_of: Roles, work: list[int] | int, seed: int, skipped: str = "") -> None:
     """Run the roles in a random order until all have ended; some roles are much faster than others.
 
     Raises:
         ProtocolError: a role touched a buffer that was not its own yet, or none could go on.
     """
     choose = random.Random(seed)
-    machine = Machine(skipped)
-    roles = [gather(machine, items), scores(machine, items), values(machine, items, 0), values(machine, items, 1)]
+    roles = roles_of(Machine(skipped), work)
     pending = {role: next(role) for role in roles}
     speed = {role: choose.choice([1, 4, 64]) for role in roles}
     while pending:
@@ -195,15 +259,26 @@ def interleave(items: list[int], seed: int, skipped: str = "") -> None:
 
 
 @pytest.mark.parametrize("items", [[1], [1, 1, 1], [3], [2, 1, 4, 1, 1, 3]], ids=str)
-def test_no_role_meets_a_buffer_that_is_not_its_own_and_all_of_them_end(items: list[int]) -> None:
-    interleave_often(items)
+def test_no_role_of_the_forward_meets_a_buffer_that_is_not_its_own_and_all_of_them_end(items: list[int]) -> None:
+    interleave_often(forward_roles, items)
 
 
 @pytest.mark.parametrize("barrier", ["left_full", "rest_full", "weights", "free", "q_full", "q_free", "factor_full"])
-def test_every_barrier_that_guards_a_buffer_is_needed(barrier: str) -> None:
+def test_every_barrier_of_the_forward_that_guards_a_buffer_is_needed(barrier: str) -> None:
     with pytest.raises(ProtocolError):
-        interleave_often([2, 1, 3], skipped=barrier)
+        interleave_often(forward_roles, [2, 1, 3], skipped=barrier)
 
 
 def test_turns_guard_nothing() -> None:
-    interleave_often([2, 1, 3], skipped="turn")
+    interleave_often(forward_roles, [2, 1, 3], skipped="turn")
+
+
+@pytest.mark.parametrize("num_tiles", [1, 2, 3, 8])
+def test_no_role_of_the_backward_meets_a_buffer_that_is_not_its_own_and_all_of_them_end(num_tiles: int) -> None:
+    interleave_often(backward_roles, num_tiles)
+
+
+@pytest.mark.parametrize("barrier", ["k_full", "k_free", "weights_full", "weights_free"])
+def test_every_barrier_of_the_backward_is_needed(barrier: str) -> None:
+    with pytest.raises(ProtocolError):
+        interleave_often(backward_roles, 4, skipped=barrier)

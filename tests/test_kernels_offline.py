@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from mla_ops.configs import TABLES, backward_configs, forward_config, hopper_config
+from mla_ops.configs import TABLES, backward_configs, forward_config, hopper_backward_config, hopper_config
 from mla_ops.configs.head_dims import FAMILIES
 from mla_ops.configs.launch import (
     BwdConfig,
@@ -20,6 +20,7 @@ from mla_ops.configs.launch import (
     bwd_smem_bytes,
     chunk_widths,
     fwd_smem_bytes,
+    hopper_bwd_smem_bytes,
     hopper_smem_bytes,
     launch_options,
 )
@@ -59,12 +60,24 @@ class Compiled:
     """What the assembler reports of one kernel."""
 
     ptx: str
+    cubin: bytes
     shared_bytes: int
     registers: int
     stack_bytes: int
 
     def count(self, pattern: str) -> int:
         return len(re.findall(pattern, self.ptx))
+
+    def sass(self) -> str:
+        return cuobjdump("-sass", self.cubin)
+
+
+def cuobjdump(option: str, cubin: bytes) -> str:
+    program = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        return subprocess.run([str(program), option, file.name], capture_output=True, text=True, check=True).stdout
 
 
 def compile_kernel(
@@ -103,14 +116,9 @@ def compile_kernel(
         attrs={(names.index(name),): [["tt.divisibility", 16]] for name in aligned if name not in constants},
     )
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-    cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        command = [str(cuobjdump), "--dump-resource-usage", file.name]
-        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    usage = cuobjdump("--dump-resource-usage", compiled.asm["cubin"])
     registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
-    return Compiled(compiled.asm["ptx"], compiled.metadata.shared, registers, stack)
+    return Compiled(compiled.asm["ptx"], compiled.asm["cubin"], compiled.metadata.shared, registers, stack)
 
 
 def shape_constants(
@@ -172,6 +180,17 @@ def compile_hopper(heads: int, d_total: int, d_v: int, element: str = "bf16", **
         "IS_NEGATIVE_SCALE": False, **constants,
     }  # fmt: skip
     return compile_kernel(_sparse_attn_fwd_hopper_kernel, 90, constants, {"num_warps": 4}, element)
+
+
+def compile_hopper_backward(heads: int, d_total: int, d_v: int, element: str = "bf16", **constants: Any) -> Compiled:
+    from mla_ops.kernels.hopper_backward import _sparse_attn_bwd_hopper_kernel
+
+    config = hopper_backward_config(90, SMEM_BYTES[90], d_total, d_v, 2)
+    constants = {
+        "HEADS": heads, "KV_GROUP": 1, "D_TOTAL": d_total, "D_V": d_v,
+        "WIDTH": config.half_value, "HALF_TAIL": config.half_tail, **constants,
+    }  # fmt: skip
+    return compile_kernel(_sparse_attn_bwd_hopper_kernel, 90, constants, {"num_warps": 4}, element)
 
 
 ROWS = [
@@ -337,3 +356,55 @@ def test_hopper_copies_are_published_after_the_fence_of_every_thread() -> None:
         until_arrival = after.split("mbarrier.arrive")[0]
         fence = until_arrival.index("fence.proxy.async")
         assert re.search(r"\b(bar|barrier)(\.cta)?\.sync\b", until_arrival[fence:])
+
+
+@pytest.mark.parametrize(("d_total", "d_v"), hopper_widths())
+def test_hopper_backward_fits_and_does_not_spill_in_its_loops(d_total: int, d_v: int) -> None:
+    compiled = compile_hopper_backward(128, d_total, d_v)
+    assert compiled.shared_bytes <= hopper_bwd_smem_bytes(hopper_backward_config(90, SMEM_BYTES[90], d_total, d_v, 2))
+    assert compiled.registers == 168  # of 12 warps that start; what a role needs more, `setmaxnreg` gives it
+    assert compiled.stack_bytes <= 32  # where a program starts and ends
+    assert compiled.count(r"wgmma\.mma_async") > 0
+    assert compiled.count(r"mma\.sync\.aligned\.m16") == 0
+
+
+HOPPER_BACKWARD_VARIANTS = {
+    **{name: VARIANTS[name] for name in ("dq only", "dkv only", "lse gradient only")},
+    "fp16": {"element": "fp16"},
+    "no length, no sink": {"topk_length_ptr": None, "attn_sink_ptr": None, "dsink_ptr": None, "dlse_ptr": None},
+    "few heads in groups": {"HEADS": 80, "KV_GROUP": 2},
+    "constants of 1": {"stride_i_g": 1, "stride_i_s": 1, "stride_q_b": 1},
+}
+
+
+@pytest.mark.parametrize("options", HOPPER_BACKWARD_VARIANTS.values(), ids=HOPPER_BACKWARD_VARIANTS)
+def test_hopper_backward_variants_compile(options: dict[str, Any]) -> None:
+    assert compile_hopper_backward(128, 576, 512, **options).stack_bytes <= 32
+
+
+def test_hopper_products_do_not_wait_for_one_another() -> None:
+    # Where registers are short, ptxas makes every product wait for the one before it.
+    sass = compile_hopper_backward(128, 576, 512).sass()
+    assert sass.count("HGMMA") > 200
+    assert sass.count("WARPGROUP.DEPBAR") < 40
+
+
+def test_hopper_dkv_is_added_16_bytes_at_a_time() -> None:
+    ptx = compile_hopper_backward(128, 576, 512).ptx
+    assert re.search(r"(?:atom|red)\.global[a-z.]*add\.v4\.f32", ptx)
+    assert not re.search(r"(?:atom|red)\.global[a-z.]*add\.(?:v2\.)?f32", ptx)
+
+
+def test_what_hopper_products_read_is_published_after_the_fence_of_every_thread() -> None:
+    ptx = re.sub(r"(?m)^\s*(//.*|\.loc.*|\$.*)?\n|//[^\n]*", "", compile_hopper_backward(128, 576, 512).ptx)
+    published = [after.split("mbarrier.arrive")[0] for after in ptx.split("fence.proxy.async")[1:]]
+    assert len(published) == 3  # rows, and P and dS of both gradient groups
+    for until_arrival in published:
+        assert re.search(r"\b(bar|barrier)(\.cta)?\.sync\b", until_arrival)
+
+
+def test_hopper_buffers_are_freed_after_the_reads_of_every_warp() -> None:
+    ptx = re.sub(r"(?m)^\s*(//.*|\.loc.*|\$.*)?\n|//[^\n]*", "", compile_hopper_backward(128, 576, 512).ptx)
+    for before in ptx.split("mbarrier.arrive")[:-1]:
+        since_last_read = before.split("wgmma.wait_group")[-1]
+        assert re.search(r"\b(bar|barrier)(\.cta)?\.sync\b", since_last_read)

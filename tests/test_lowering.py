@@ -155,28 +155,33 @@ def test_a_shape_that_no_kernel_takes_recompiles_to_the_operator(said: Callable[
 WIDE = Case(d_total=576, d_v=512, topk=64, heads=64, batch=1, seq_q=70, seq_kv=96)
 
 
-def test_where_eager_runs_a_gluon_kernel_the_operator_stays(said: Callable[[str], bool]) -> None:
-    pytest.importorskip("triton", reason="triton is not installed")
-    inputs = make_inputs(WIDE, torch.bfloat16)
+def test_where_eager_runs_gluon_kernels_the_operators_stay(said: Callable[[str], bool]) -> None:
     compiled, backend = compile_lowered()
-    with torch.no_grad():
-        compiled(*inputs.args[:4])
+    train(compiled, make_inputs(WIDE, torch.bfloat16))
     assert not backend.is_inlined()
+    assert len(backend.operations) == 2
     assert said("twice as fast as the plain kernel and written in Gluon")
     torch._dynamo.reset()
     compiled, backend = compile_lowered()
-    with torch.no_grad():
-        compiled(*make_inputs(replace(WIDE, seq_q=8), torch.bfloat16).args[:4])  # few queries: split over programs
+    train(compiled, make_inputs(replace(WIDE, seq_q=8), torch.bfloat16))  # few queries: split over programs
     assert backend.is_inlined()
 
 
-def test_a_package_takes_the_plain_kernel_where_eager_runs_a_gluon_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("deterministic")
+def test_a_deterministic_backward_is_the_plain_kernel_and_inlined() -> None:
+    compiled, backend = compile_lowered()
+    train(compiled, make_inputs(WIDE, torch.bfloat16))
+    forward, backward = backend.operations
+    assert "UserDefinedTritonKernel" not in forward
+    assert "UserDefinedTritonKernel" in backward
+
+
+def test_a_package_takes_the_plain_kernels_where_eager_runs_gluon_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     from mla_ops.lowering import inductor_compat
 
     monkeypatch.setattr(inductor_compat, "is_ahead_of_time", lambda: True)
     compiled, backend = compile_lowered()
-    with torch.no_grad():
-        compiled(*make_inputs(WIDE, torch.bfloat16).args[:4])
+    train(compiled, make_inputs(WIDE, torch.bfloat16))
     assert backend.is_inlined()
 
 

@@ -18,7 +18,7 @@ from typing import TypeVar
 import torch
 
 from mla_ops.backends.triton import launch_backward, launch_forward
-from mla_ops.backends.triton_hopper import automatic_config
+from mla_ops.backends.triton_hopper import automatic_backward_config, automatic_config
 from mla_ops.cli.explain import check_sizes
 from mla_ops.cli.provenance import header
 from mla_ops.cli.requirements import require
@@ -50,11 +50,16 @@ def run_tune(arguments: argparse.Namespace) -> int:
         B=arguments.batch, Sq=arguments.seq_q, Skv=arguments.seq_kv, H=arguments.heads,
         d_total=arguments.d_total, d_v=arguments.d_v, topk=arguments.topk,
     )  # fmt: skip
-    specialised = automatic_config(
-        traits, shape.B * shape.Sq, shape.H, 1, (shape.d_total, shape.d_v, ELEMENT_SIZE), tuned_rows=""
+    widths = (shape.d_total, shape.d_v, ELEMENT_SIZE)
+    specialised, specialised_bwd = (
+        automatic(traits, shape.B * shape.Sq, shape.H, 1, widths, tuned_rows="")
+        for automatic in (automatic_config, automatic_backward_config)
     )
+    if specialised and specialised_bwd:
+        print(f"nothing to tune: the warp-specialised kernels run with {specialised} and {specialised_bwd}")
+        return 0
     forwards = [] if specialised else list(forward_candidates(shape, traits))
-    backwards = list(backward_candidates(shape, traits))
+    backwards = [] if specialised_bwd else list(backward_candidates(shape, traits))
     compiled = _compile_all(replace(shape, B=1, Sq=2), [*forwards, *backwards], arguments.jobs)
     forwards = [config for config in forwards if config in compiled]
     backwards = [config for config in backwards if config in compiled]
@@ -73,8 +78,8 @@ def run_tune(arguments: argparse.Namespace) -> int:
     if specialised:
         print(f"forward: nothing to tune, the warp-specialised kernel runs with {specialised}")
     fwd = None if specialised else _fastest("forward", forwards, forward)
-    bwd = _fastest("backward", backwards, backward)
-    row = TunedRow(traits.arch, shape.d_total, shape.d_v, shape.H, ELEMENT_SIZE, fwd, (bwd,))
+    bwd = None if specialised_bwd else (_fastest("backward", backwards, backward),)
+    row = TunedRow(traits.arch, shape.d_total, shape.d_v, shape.H, ELEMENT_SIZE, fwd, bwd)
     kept = [other for other in (read_rows(out) if out.exists() else ()) if other.key != row.key]
     write_rows(out, header(device), [*kept, row])
     print(f"wrote {out} ({len(kept) + 1} rows); use it with MLA_OPS_TUNED_ROWS={out}")

@@ -308,7 +308,7 @@ def _gradients(
         if HAS_DOUT and dkv_ptr is not None:
             weights.index(0).slice(SIDE * HALF, HALF, 1).store((p * keep[:, None]).to(ELEMENT))
         fence_async_shared()
-        # The compiler would put the barrier before the fence, where the one thread that arrives fences for all.
+        # All threads have fenced when one of them arrives.
         block_barrier()
         mbarrier.arrive(weights_full, count=1)
         mbarrier.wait(weights_full, parity)
