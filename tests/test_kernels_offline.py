@@ -42,6 +42,7 @@ ALLOWED_STACK = {
     (90, "128x64", 32, "bwd"): 64,
     (90, "192x64", 32, "bwd"): 64,
     (90, "320x256", 32, "bwd"): 64,
+    (90, "320x256", 32, "placed"): 64,
     (90, "576x512", 16, "fwd"): 64,
     (90, "576x512", 16, "bwd"): 64,
     (90, "576x512", 32, "fwd"): 64,
@@ -216,6 +217,9 @@ def test_row_fits_and_does_not_spill(arch: int, row: Row) -> None:
     for config in bwd or ():
         compiled = compile_backward(config, arch, row.heads, d_total, d_v, element)
         launches.append(("bwd", compiled, bwd_smem_bytes(config, *sizes)))
+    for config in (backward_configs(*problem, is_deterministic=True) or ()) if row.placed else ():
+        compiled = compile_backward(config, arch, row.heads, d_total, d_v, element, is_placed=True)
+        launches.append(("placed", compiled, bwd_smem_bytes(config, *sizes)))
     for side, compiled, bound in launches:
         assert compiled.shared_bytes <= bound <= SMEM_BYTES[arch], side
         assert compiled.stack_bytes <= ALLOWED_STACK.get((arch, row.family, row.heads, side), 0), side

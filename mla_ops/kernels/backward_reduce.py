@@ -53,7 +53,7 @@ def _rank_slots_kernel(
         row = batch * seq_q + query
         end_slot = topk  # see NOTE [Loads that become addresses]
         if topk_length_ptr is not None:
-            end_slot = tl.minimum(tl.load(topk_length_ptr + row), topk).to(tl.int32)
+            end_slot = tl.maximum(tl.minimum(tl.load(topk_length_ptr + row), topk), 0).to(tl.int32)
         row_indices_ptr = indices_ptr + batch * stride_i_b + query * stride_i_s + group * stride_i_g
         _, counter, step = locate_counters(
             row, group, seq_q, seq_kv, chunk_batch, chunk_queries, block_queries, KV_GROUP
@@ -81,7 +81,7 @@ def _place_slots_kernel(
     row, group = program // KV_GROUP, program % KV_GROUP
     end_slot = topk
     if topk_length_ptr is not None:
-        end_slot = tl.minimum(tl.load(topk_length_ptr + row), topk).to(tl.int32)
+        end_slot = tl.maximum(tl.minimum(tl.load(topk_length_ptr + row), topk), 0).to(tl.int32)
     indices_ptr += row // seq_q * stride_i_b + row % seq_q * stride_i_s + group * stride_i_g
     first, counter, step = locate_counters(
         row, group, seq_q, seq_kv, chunk_batch, chunk_queries, block_queries, KV_GROUP
