@@ -91,7 +91,7 @@ def test_lowering_on_equals_lowering_off(case: Case, no_caches: None) -> None:
 def test_deterministic_backward_is_inlined_and_repeats_its_bits(deterministic: None, no_caches: None) -> None:
     inputs = draw(CASES[0])
     first, (_, backward) = compiled_code(core, inputs)
-    assert "_sum_slot_rows_kernel" in backward
+    assert "_sum_placed_rows_kernel" in backward
     again, _ = compiled_code(core, inputs)
     assert_same(first, again)
     assert_same(first, step(core, inputs))
