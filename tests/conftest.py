@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import torch
 
+from mla_ops.backends import triton, triton_deterministic
+
 # What cuBLAS needs to be deterministic, which the eager backend's matmuls on CUDA rely on; read when CUDA starts.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 # Inductor's pool of compile workers can keep a process without a GPU waiting for minutes at its end.
@@ -65,7 +67,9 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
         return allocate_and_fill
 
-    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
+    uninitialised = [(torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")]
+    uninitialised += [(triton, "unfilled"), (triton_deterministic, "unfilled")]
+    for owner, name in uninitialised:
         monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
 
 

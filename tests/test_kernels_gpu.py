@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -33,6 +33,7 @@ on_gpu_only = pytest.mark.skipif(INTERPRETED, reason="too large for the interpre
 
 SMALL = Case(d_total=128, d_v=64, topk=20, heads=6, kv_group=2, seq_q=4, seq_kv=24)
 Results = dict[str, torch.Tensor]
+Launch = tuple[str, dict[str, Any]]  # a kernel's name and its arguments
 
 
 def run(inputs: Inputs, *, use_dout: bool = True, use_dlse: bool = True, fwd: Any = None, bwd: Any = None) -> Results:
@@ -77,6 +78,23 @@ def assert_same(actual: Results, expected: Results, *, atomics: bool = True) -> 
             torch.testing.assert_close(value, expected[name], rtol=1e-2, atol=1e-3 * float(expected[name].abs().max()))
         else:
             assert torch.equal(value, expected[name]), name
+
+
+def recorder(launches: list[Launch]) -> Callable[[Any], Any]:
+    """Return what `launch_*` takes as `wrap`, to append every launch to `launches` and run it."""
+
+    class Recorder:
+        def __init__(self, kernel: Any) -> None:
+            self.kernel = kernel
+
+        def __getitem__(self, grid: Any) -> Callable[..., None]:
+            def launch(*args: Any, **options: Any) -> None:
+                launches.append((self.kernel.fn.__name__, dict(zip(self.kernel.arg_names, args, strict=False))))
+                self.kernel[grid](*args, **options)
+
+            return launch
+
+    return Recorder
 
 
 @contextmanager
@@ -151,6 +169,25 @@ def test_needs_flags_skip_one_gradient_and_leave_the_other_unchanged() -> None:
             torch.testing.assert_close(dq, results["dq"])
         if need_dkv:
             torch.testing.assert_close(dkv, results["dkv"])
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("need", ["q", "kv"])
+def test_a_gradient_that_is_not_needed_is_not_computed(need: str, deterministic: bool) -> None:
+    inputs = make_inputs(SMALL, torch.float32, DEVICE)
+    q, kv, indices, *rest = inputs.args
+    out, lse = backend.launch_forward(*inputs.args, traits=TRAITS)
+    launches: list[Launch] = []
+    with deterministic_algorithms() if deterministic else nullcontext():
+        backend.launch_backward(
+            inputs.dout, inputs.dlse, q, kv, indices, out, lse, *rest, need == "q", need == "kv",
+            traits=TRAITS, wrap=recorder(launches),
+        )  # fmt: skip
+    (arguments,) = (arguments for name, arguments in launches if name == "_sparse_attn_bwd_kernel")
+    assert (arguments["dq_ptr"] is None, arguments["dkv_ptr"] is None) == (need == "kv", need == "q")
+    sums = ["_count_slots_kernel", "_place_slots_kernel", "_sum_placed_rows_kernel"]
+    expected = sums if deterministic and need == "kv" else []
+    assert [name for name, _ in launches if name != "_sparse_attn_bwd_kernel"] == expected
 
 
 def test_nan_in_unselected_and_empty_rows_stays_there() -> None:
@@ -228,14 +265,17 @@ def test_strided_inputs_give_the_contiguous_result(dtype: torch.dtype) -> None:
     [{"topk": 0}, {"seq_kv": 0}, {"seq_q": 0}, {"batch": 0}, {"topk": 1}, {"seq_q": 1, "batch": None, "heads": 2}],
     ids=str,
 )
-def test_empty_and_single_sizes(sizes: dict[str, Any]) -> None:
-    results = run(make_inputs(replace(SMALL, **sizes), torch.float32, DEVICE, attn_sink=True))
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_empty_and_single_sizes(sizes: dict[str, Any], deterministic: bool) -> None:
+    inputs = make_inputs(replace(SMALL, **sizes), torch.float32, DEVICE, attn_sink=True)
+    with deterministic_algorithms() if deterministic else nullcontext():
+        results = run(inputs)
     if 0 in sizes.values():
         assert all((results[name] == 0).all() for name in ("out", "dq", "dkv", "dsink"))
         assert torch.isneginf(results["lse"]).all()
         assert torch.isneginf(max_logits_of(make_inputs(replace(SMALL, **sizes), torch.float32, DEVICE))).all()
     else:
-        check(make_inputs(replace(SMALL, **sizes), torch.float32, DEVICE, attn_sink=True))
+        assert_matches_oracle(results, inputs)
 
 
 @pytest.mark.parametrize("num_splits", [2, 3, 7])
@@ -264,7 +304,7 @@ def test_backward_configurations_sum_head_blocks(configs: tuple[BwdConfig, ...],
         check(inputs, bwd={"configs": configs})
 
 
-@pytest.mark.parametrize("workspace_bytes", [1, 1 << 17, 1 << 30])
+@pytest.mark.parametrize("workspace_bytes", [1, 1 << 15, 1 << 17, 1 << 30])
 def test_deterministic_dkv_in_chunks(workspace_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_deterministic, "WORKSPACE_BYTES", workspace_bytes)
     inputs = make_inputs(SMALL, torch.float32, DEVICE, topk_length=True, attn_sink=True, index_dtype=torch.int64)
@@ -273,28 +313,54 @@ def test_deterministic_dkv_in_chunks(workspace_bytes: int, monkeypatch: pytest.M
         assert_same(run(inputs), results, atomics=False)
 
 
-@pytest.mark.parametrize("seq_kv", [24, pytest.param(40000, marks=on_gpu_only)], ids=["16-bit keys", "32-bit keys"])
-def test_deterministic_dkv_sorts_by_keys_of_any_size(seq_kv: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    case = replace(SMALL, seq_kv=seq_kv, d_total=32, d_v=16, topk=130)
-    inputs = make_inputs(case, torch.float32, DEVICE, topk_length=True)
-    inputs.indices[:, :, :, -1] = seq_kv - 1  # the largest key there is
-    with deterministic_algorithms():
-        one_chunk = check(inputs)
-        monkeypatch.setattr(triton_deterministic, "WORKSPACE_BYTES", 1 << 16)
-        chunks = check(inputs)
-        assert_same(run(inputs), chunks, atomics=False)
-    torch.testing.assert_close(chunks["dkv"], one_chunk["dkv"])
-
-
 @pytest.mark.parametrize(
-    ("rows", "fitting", "programs_per_row", "expected"),
-    [(100, 100, 1, 100), (1000, 440, 1, 396), (1000, 440, 2, 396), (1000, 100, 2, 66), (1000, 50, 1, 50), (9, 0, 1, 1)],
+    ("batch", "seq_q", "fitting", "expected"),
+    [
+        (2, 10, 20, [(0, 20)]),
+        (3, 10, 29, [(0, 20), (20, 10)]),
+        (2, 10, 9, [(0, 5), (5, 5), (10, 5), (15, 5)]),
+        (1, 10, 4, [(0, 4), (4, 4), (8, 2)]),
+        (1, 3, 0, [(0, 1), (1, 1), (2, 1)]),
+    ],
 )
-def test_chunks_fill_every_sm_or_hold_what_fits(
-    rows: int, fitting: int, programs_per_row: int, expected: int, monkeypatch: pytest.MonkeyPatch
+def test_chunks_are_whole_batch_elements_or_parts_of_one(
+    batch: int, seq_q: int, fitting: int, expected: list[tuple[int, int]]
 ) -> None:
-    monkeypatch.setattr(triton_deterministic, "WORKSPACE_BYTES", 1000 * fitting)
-    assert triton_deterministic.rows_per_chunk(rows, 1000, programs_per_row, 132) == expected
+    assert list(triton_deterministic.chunks(batch, seq_q, fitting)) == expected
+
+
+@pytest.mark.parametrize("most_counters", [1, 200, 1 << 24])
+@pytest.mark.parametrize("block_rows", [1, 16])
+def test_deterministic_dkv_of_repeated_keys_in_blocks_of_any_size(
+    block_rows: int, most_counters: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(triton_deterministic, "MIN_BLOCK_ROWS", block_rows)
+    monkeypatch.setattr(triton_deterministic, "MAX_COUNTERS", most_counters)
+    inputs = make_inputs(replace(SMALL, topk=40), torch.float32, DEVICE, topk_length=True)
+    inputs.indices[..., ::3] = 5  # many slots of each query name one key
+    with deterministic_algorithms():
+        results = check(inputs)
+        assert_same(run(inputs), results, atomics=False)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_places_are_a_sort_by_key_then_query(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_deterministic, "MIN_BLOCK_ROWS", 2)
+    inputs = make_inputs(SMALL, dtype, DEVICE, topk_length=True)
+    launches: list[Launch] = []
+    with deterministic_algorithms():
+        run(inputs, bwd={"wrap": recorder(launches)})
+    (places,) = (arguments["places_ptr"] for name, arguments in launches if name == "_place_slots_kernel")
+    batch, seq_q, group, topk = inputs.indices.shape
+    keys = inputs.indices.long() * group + torch.arange(group, device=DEVICE).view(-1, 1)
+    keys += inputs.kv.shape[1] * group * torch.arange(batch, device=DEVICE).view(-1, 1, 1, 1)
+    is_valid = (inputs.indices >= 0) & (inputs.indices < inputs.kv.shape[1])
+    is_valid &= torch.arange(topk, device=DEVICE) < inputs.topk_length[..., None, None]
+    queries = torch.arange(batch * seq_q, device=DEVICE).view(batch, seq_q, 1, 1).expand_as(keys)
+    by_place = places[: keys.numel()].view_as(keys)[is_valid].argsort()
+    pairs = list(zip(keys[is_valid][by_place].tolist(), queries[is_valid][by_place].tolist(), strict=True))
+    assert sorted(places.view_as(keys)[is_valid].tolist()) == list(range(len(pairs)))
+    assert pairs == sorted(pairs)
 
 
 def test_wide_offsets_give_the_same_result(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -66,8 +66,13 @@ class Compiled:
         return len(re.findall(pattern, self.ptx))
 
 
-def compile_kernel(kernel: Any, arch: int, constants: dict[str, Any], config: Any, element: str) -> Compiled:
-    """Compile for `arch` as a launch would: pointers and strides 16-byte aligned unless STRIDE_ALIGN says less."""
+def compile_kernel(
+    kernel: Any, arch: int, constants: dict[str, Any], config: Any, element: str, rows: str = "fp32"
+) -> Compiled:
+    """Compile for `arch` as a launch would: pointers and strides 16-byte aligned unless STRIDE_ALIGN says less.
+
+    `rows` is the element of dkv.
+    """
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
@@ -78,14 +83,13 @@ def compile_kernel(kernel: Any, arch: int, constants: dict[str, Any], config: An
             return "fp32"
         if not name.endswith("_ptr"):
             return "i32"
-        if name in ("indices_ptr", "topk_length_ptr"):
+        if name in ("indices_ptr", "topk_length_ptr", "places_ptr", "counters_ptr"):
             return "*i32"
-        if name in ("order_ptr", "first_ptr"):
-            return "*i64"
-        if name == "sort_keys_ptr":
-            return "*i16"
-        is_float = name in ("lse_ptr", "dlse_ptr", "dkv_ptr", "dsink_ptr", "attn_sink_ptr") or "partial" in name
-        return "*fp32" if is_float else f"*{element}"
+        if name in ("lse_ptr", "dlse_ptr", "dsink_ptr", "attn_sink_ptr"):
+            return "*fp32"
+        if name in ("dkv_ptr", "partial_ptr"):
+            return f"*{rows}"
+        return "*fp32" if "partial" in name else f"*{element}"
 
     names = list(kernel.arg_names)
     is_aligned = constants.get("STRIDE_ALIGN", 16) == 16
@@ -134,14 +138,24 @@ def compile_forward(
 
 
 def compile_backward(
-    config: BwdConfig, arch: int, heads: int, d_total: int, d_v: int, element: str = "bf16", **constants: Any
+    config: BwdConfig,
+    arch: int,
+    heads: int,
+    d_total: int,
+    d_v: int,
+    element: str = "bf16",
+    *,
+    is_placed: bool = False,
+    **constants: Any,
 ) -> Compiled:
     from mla_ops.kernels.backward import _sparse_attn_bwd_kernel
 
     align = constants.pop("STRIDE_ALIGN", 16)
-    orders = {"IS_KEY_MAJOR": config.is_key_major, "IS_AHEAD": config.is_ahead, "IS_DETERMINISTIC": False}
+    orders = {"IS_KEY_MAJOR": config.is_key_major, "IS_AHEAD": config.is_ahead, "places_ptr": None}
     constants = {**shape_constants(config, heads, d_total, d_v, align), **orders, **constants}
-    return compile_kernel(_sparse_attn_bwd_kernel, arch, constants, config, element)
+    if is_placed:
+        del constants["places_ptr"]
+    return compile_kernel(_sparse_attn_bwd_kernel, arch, constants, config, element, element if is_placed else "fp32")
 
 
 ROWS = [
@@ -210,7 +224,7 @@ def test_dkv_is_added_16_bytes_at_a_time_on_hopper() -> None:
 
 
 VARIANTS = {
-    "deterministic": {"IS_DETERMINISTIC": True},
+    "deterministic": {"is_placed": True},
     "wide offsets": {"USE_INT64_OFFSETS": True},
     "dq only": {"dkv_ptr": None},
     "dkv only": {"dq_ptr": None},
@@ -239,14 +253,14 @@ def test_max_logits_stop_at_the_logits_and_do_not_spill(
 
 
 def test_split_forward_merge_and_ordered_sum_compile() -> None:
-    from mla_ops.kernels.backward_reduce import _slot_keys_kernel, _sum_slot_rows_kernel
+    from mla_ops.kernels.backward_reduce import _count_slots_kernel, _place_slots_kernel, _sum_placed_rows_kernel
     from mla_ops.kernels.forward_split import _sparse_attn_merge_kernel
 
     config = FwdConfig(block_h=16, block_k=64, max_chunk=64, num_warps=4, num_stages=2)
     assert compile_forward(config, 90, 16, 576, 512, IS_SPLIT=True).stack_bytes == 0
     merge = {"HEADS": 16, "D_V": 512, "BLOCK_D": 512}
     assert compile_kernel(_sparse_attn_merge_kernel, 90, merge, config, "bf16").stack_bytes == 0
-    ordered = {"HEAD_BLOCKS": 2, "D_TOTAL": 576, "BLOCK_SLOTS": 4, "BLOCK_D": 1024, "IS_FIRST": False}
-    assert compile_kernel(_sum_slot_rows_kernel, 90, ordered, config, "bf16").stack_bytes == 0
-    keys = {"KV_GROUP": 1, "LOWEST": -(2**15), "BLOCK": 256}
-    assert compile_kernel(_slot_keys_kernel, 90, keys, config, "bf16").stack_bytes == 0
+    ordered = {"HEAD_BLOCKS": 2, "D_TOTAL": 576, "BLOCK_ROWS": 32, "BLOCK_D": 128, "IS_FIRST": False}
+    assert compile_kernel(_sum_placed_rows_kernel, 90, ordered, config, "bf16").stack_bytes == 0
+    for kernel in (_count_slots_kernel, _place_slots_kernel):
+        assert compile_kernel(kernel, 90, {"KV_GROUP": 1, "BLOCK": 256}, config, "bf16").stack_bytes == 0

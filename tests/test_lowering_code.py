@@ -118,7 +118,7 @@ def test_deterministic_backward_sums_in_order_where_lengths_are_known(
     deterministic: None, said: Callable[[str], bool]
 ) -> None:
     names = launches(backward_code(TRAINING))
-    assert names.index("_sparse_attn_bwd_kernel") < names.index("_sum_slot_rows_kernel")
+    assert names.index("_place_slots_kernel") < names.index("_sparse_attn_bwd_kernel") < names.index("_sum_placed_rows_kernel")
     assert "torch.ops.mla.sparse_attn_bwd" in backward_code(TRAINING, is_symbolic=True)
     assert said("batch is symbolic and decides how often a deterministic backward launches")
 

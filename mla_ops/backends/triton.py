@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 
-from mla_ops.backends.triton_deterministic import dkv_in_index_order
+from mla_ops.backends.triton_deterministic import dkv_in_query_order, unfilled
 from mla_ops.configs import MAX_D_TOTAL, backward_configs, forward_config
 from mla_ops.configs.launch import BwdConfig, FwdConfig, chunk_widths, launch_options
 from mla_ops.device import DeviceTraits, traits_of
@@ -174,8 +174,9 @@ def launch_forward(
     traits = traits or traits_of(q.device)
     q, kv, indices = _unit_inner_stride(q), _unit_inner_stride(kv), _unit_inner_stride(indices)
     q_shape, topk = q.shape, indices.shape[-1]
-    out = q.new_empty(0 if max_logits_only else (*q_shape[:-1], d_v))
-    lse = q.new_empty(q_shape[:-1], dtype=torch.float32)
+    is_traced = wrap is not _identity
+    out = unfilled((0,) if max_logits_only else (*q_shape[:-1], d_v), q.dtype, q, is_traced=is_traced)
+    lse = unfilled(q_shape[:-1], torch.float32, q, is_traced=is_traced)
     if lse.numel() == 0:
         return out, lse
     plan_forward = _plan_forward if wrap is _identity else _plan_forward.__wrapped__  # symbols have no hash
@@ -190,8 +191,8 @@ def launch_forward(
     if is_split:
         partials = (lse.numel() // q_shape[-2], num_splits, q_shape[-2])
         if not max_logits_only:
-            kernel_out = q.new_empty((*partials, d_v), dtype=torch.float32)
-        kernel_lse = q.new_empty(partials, dtype=torch.float32)
+            kernel_out = unfilled((*partials, d_v), torch.float32, q, is_traced=is_traced)
+        kernel_lse = unfilled(partials, torch.float32, q, is_traced=is_traced)
 
     wrap(_sparse_attn_fwd_kernel)[plan.grid](
         q, *plan.q_strides, kv, *plan.kv_strides, indices, *_outer_strides(indices.stride()),
@@ -332,39 +333,43 @@ def launch_backward(
         do_strides = _outer_strides(dout.stride())
     if use_int64_offsets is None:
         use_int64_offsets = bool(seq_kv * max(strides[4], kv_group * d_total) >= INT32_OFFSETS)
-    deterministic = torch.are_deterministic_algorithms_enabled()
 
     def head_blocks(config: BwdConfig) -> int:
         return -(-(heads // kv_group) // config.block_h)
 
-    def run(config: BwdConfig, dq: _Out, dkv: _Out, dsink: _Out, first_row: int = 0, num_rows: int = rows) -> None:
+    def run(
+        config: BwdConfig, dq: _Out, dkv: _Out, dsink: _Out,
+        places: _Out = None, first_row: int = 0, num_rows: int = rows,
+    ) -> None:  # fmt: skip
+        has_far_places = places is not None and dkv.numel() >= INT32_OFFSETS
         wrap(_sparse_attn_bwd_kernel)[(num_rows * kv_group * head_blocks(config),)](
             q, *strides[:3], kv, *strides[3:], indices, *_outer_strides(indices.stride()),
-            topk_length, attn_sink, out, lse, dout, *do_strides, dlse, dq, dkv, dsink,
+            topk_length, attn_sink, out, lse, dout, *do_strides, dlse, dq, dkv, dsink, places,
             softmax_scale, first_row, seq_q, seq_kv, indices.shape[-1],
             heads, kv_group, d_total, d_v,
             config.block_h, config.block_k, *chunk_widths(d_total, d_v, config.max_chunk),
-            _alignment(strides), use_int64_offsets, _input_precision(q),
-            config.is_key_major, config.is_ahead, deterministic,
+            _alignment(strides), use_int64_offsets or has_far_places, _input_precision(q),
+            config.is_key_major, config.is_ahead,
             **launch_options(config),
         )  # fmt: skip
         if wrap is _identity:
             _launched.add((d_total, d_v, heads, kv_group, q.dtype, config))
 
-    dq = q.new_empty(q.shape) if need_dq else None
+    is_traced = wrap is not _identity
+    dq = unfilled(q.shape, q.dtype, q, is_traced=is_traced) if need_dq else None
     dkv = None
-    dsink = None if attn_sink is None else torch.empty_like(lse)
+    dsink = None if attn_sink is None else unfilled(lse.shape, lse.dtype, lse, is_traced=is_traced)
     two_passes = need_dq and need_dkv and len(configs) == 2
     if two_passes or (not need_dkv and (need_dq or dsink is not None)):
         run(configs[0], dq, None, dsink)
     if need_dkv:
         config = configs[-1]
         others = (None, None) if two_passes else (dq, dsink)
-        if deterministic:
-            dkv = dkv_in_index_order(
-                lambda partial, first_row, num_rows: run(config, others[0], partial, others[1], first_row, num_rows),
-                q, kv, indices, _outer_strides(indices.stride()), topk_length, head_blocks(config), traits.num_sms, wrap,
-                is_traced=wrap is not _identity,
+        if torch.are_deterministic_algorithms_enabled():
+            dkv = dkv_in_query_order(
+                lambda partial, *rows: run(config, others[0], partial, others[1], *rows),
+                kv, indices, _outer_strides(indices.stride()), topk_length, head_blocks(config), wrap,
+                is_traced=is_traced,
             )  # fmt: skip
         else:
             dkv = q.new_zeros(kv.shape, dtype=torch.float32)

@@ -7,7 +7,7 @@ With P the softmax over the valid slots (no sink) and keep = exp(lse) / (exp(lse
     dsink = -sum_rows (1 - keep) * delta
 
 Rows of dkv are shared by many queries. They are summed with fp32 atomics, or, when the result must be reproducible,
-every slot stores its own fp32 row and `backward_reduce.py` sums the rows of one key in a fixed order.
+every slot stores its own row at its place and `backward_reduce.py` sums the rows of one key in a fixed order.
 """
 
 import triton
@@ -34,15 +34,15 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 @triton.jit
 def put_dkv_rows(
     dkv_ptr, row_offsets, valid, tile,
-    START: tl.constexpr, WIDTH: tl.constexpr, END: tl.constexpr, IS_DETERMINISTIC: tl.constexpr,
+    START: tl.constexpr, WIDTH: tl.constexpr, END: tl.constexpr, IS_PLACED: tl.constexpr,
 ):  # fmt: skip
     """Hand over one fp32 tile of dkv: add it to the rows of the keys, or store it as the rows of the slots."""
     cols = START + tl.arange(0, WIDTH)
     mask = valid[:, None]
     if START + WIDTH > END:
         mask = mask & (cols < END)[None, :]
-    if IS_DETERMINISTIC:
-        tl.store(dkv_ptr + row_offsets[:, None] + cols[None, :], tile, mask=mask)
+    if IS_PLACED:
+        tl.store(dkv_ptr + row_offsets[:, None] + cols[None, :], tile.to(dkv_ptr.dtype.element_ty), mask=mask)
     else:
         tl.atomic_add(dkv_ptr + row_offsets[:, None] + cols[None, :], tile, mask=mask, sem="relaxed")
 
@@ -57,11 +57,12 @@ def _sparse_attn_bwd_kernel(
     out_ptr, lse_ptr,  # contiguous, as the forward made them
     dout_ptr, stride_do_b, stride_do_s, stride_do_h, dlse_ptr,  # a pointer is None for a gradient that did not arrive
     dq_ptr, dkv_ptr, dsink_ptr,  # contiguous; None for what is not needed; dkv fp32, dsink fp32 [rows, heads]
+    places_ptr,  # int32 [rows, groups, topk]: where dkv, then [places, head blocks, d_total], has the slots; or None
     softmax_scale, first_row, seq_q, seq_kv, topk,
     HEADS: tl.constexpr, KV_GROUP: tl.constexpr, D_TOTAL: tl.constexpr, D_V: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_DT: tl.constexpr,
     STRIDE_ALIGN: tl.constexpr, USE_INT64_OFFSETS: tl.constexpr, INPUT_PRECISION: tl.constexpr,
-    IS_KEY_MAJOR: tl.constexpr, IS_AHEAD: tl.constexpr, IS_DETERMINISTIC: tl.constexpr,
+    IS_KEY_MAJOR: tl.constexpr, IS_AHEAD: tl.constexpr,
 ):  # fmt: skip
     softmax_scale = tl.cast(softmax_scale, tl.float32)
     NUM_DV: tl.constexpr = (D_V + BLOCK_DV - 1) // BLOCK_DV
@@ -121,12 +122,12 @@ def _sparse_attn_bwd_kernel(
             dq_tail = zero_chunks(BLOCK_H, BLOCK_DT, NUM_DT)
 
     if dkv_ptr is not None:
-        if IS_DETERMINISTIC:
-            # [rows, groups, topk, head blocks, d_total]: the grid minus the heads is (row, group), head block last.
+        if places_ptr is not None:
+            # The grid minus the heads is (row, group), head block last.
             HEAD_BLOCKS: tl.constexpr = (HEADS // KV_GROUP + BLOCK_H - 1) // BLOCK_H
             program = tl.program_id(0)
-            first_slot = (program // HEAD_BLOCKS).to(tl.int64) * topk * HEAD_BLOCKS + program % HEAD_BLOCKS
-            dkv_ptr += first_slot * D_TOTAL
+            places_ptr += (program // HEAD_BLOCKS).to(tl.int64) * topk
+            dkv_ptr += program % HEAD_BLOCKS * D_TOTAL
         else:
             dkv_ptr += (batch * seq_kv * KV_GROUP + group) * D_TOTAL
 
@@ -176,8 +177,9 @@ def _sparse_attn_bwd_kernel(
                 dq_tiles = add_weighted_rows(dq_tiles, dlogits, kv_tiles, NUM_DV, INPUT_PRECISION)
                 dq_tail = add_weighted_rows(dq_tail, dlogits, kv_tail, NUM_DT, INPUT_PRECISION)
         if dkv_ptr is not None:
-            if IS_DETERMINISTIC:
-                dkv_offsets = slots.to(tl.int64) * (HEAD_BLOCKS * D_TOTAL)
+            if places_ptr is not None:
+                place = tl.load(places_ptr + slots, mask=valid, other=0)
+                dkv_offsets = place.to(position.dtype) * (HEAD_BLOCKS * D_TOTAL)
             else:
                 dkv_offsets = position * (KV_GROUP * D_TOTAL)
             kept_weights = (weights * keep).to(element)
@@ -187,11 +189,13 @@ def _sparse_attn_bwd_kernel(
                 tile = tl.dot(dlogits_k, q_tiles[c], input_precision=INPUT_PRECISION)
                 if dout_ptr is not None:
                     tile = tl.dot(kept_weights_k, do_tiles[c], tile, input_precision=INPUT_PRECISION)
-                put_dkv_rows(dkv_ptr, dkv_offsets, valid, tile, c * BLOCK_DV, BLOCK_DV, D_TOTAL, IS_DETERMINISTIC)
+                put_dkv_rows(
+                    dkv_ptr, dkv_offsets, valid, tile, c * BLOCK_DV, BLOCK_DV, D_TOTAL, places_ptr is not None
+                )
             for c in tl.static_range(NUM_DT):
                 tile = tl.dot(dlogits_k, q_tail[c], input_precision=INPUT_PRECISION)
                 put_dkv_rows(
-                    dkv_ptr, dkv_offsets, valid, tile, TAIL + c * BLOCK_DT, BLOCK_DT, D_TOTAL, IS_DETERMINISTIC
+                    dkv_ptr, dkv_offsets, valid, tile, TAIL + c * BLOCK_DT, BLOCK_DT, D_TOTAL, places_ptr is not None
                 )
 
     if dq_ptr is not None:
