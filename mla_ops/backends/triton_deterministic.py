@@ -16,7 +16,8 @@ from mla_ops.backends.triton_tensors import unfilled
 # Bytes of the rows that may be held at a time; queries are processed in chunks below it.
 WORKSPACE_BYTES = 1 << 30
 
-# Counters that the slots are sorted with, unless a counter per chunk and key is more: 16 MiB of them stay in cache.
+# Counters that the slots are sorted with, unless a counter per chunk and key is more. 16 MiB of them stay in cache:
+# with twice as many a backward at 128/64 with 8 heads takes 1.15 instead of 1.07 ms, with half as many the same.
 COUNTERS = 1 << 22
 
 
