@@ -16,7 +16,8 @@ from mla_ops.backends.triton_tensors import unfilled
 # Bytes of the rows that may be held at a time; queries are processed in chunks below it.
 WORKSPACE_BYTES = 1 << 30
 
-# Counters that the slots are sorted with, unless a counter per chunk and key is more: 16 MiB of them stay in cache.
+# Counters that the slots are sorted with, unless a counter per chunk and key is more. 16 MiB of them stay in cache:
+# with twice as many a backward at 128/64 with 8 heads takes 1.15 instead of 1.07 ms, with half as many the same.
 COUNTERS = 1 << 22
 
 
@@ -96,6 +97,12 @@ def cut(batch: int, seq_q: int, row_bytes: int, wave_programs: int, programs_per
         return min(batch, fitting // seq_q), seq_q
     wave = wave_programs // gcd(wave_programs, programs_per_row)
     return 1, max(fitting // wave * wave, min(fitting, wave))
+
+
+def chunk_slices(first_row: int, num_rows: int, seq_q: int) -> tuple[slice, slice]:
+    """Return which batch elements and which queries of each are the rows of a chunk."""
+    batch, query = first_row // seq_q, first_row % seq_q
+    return slice(batch, batch + -(-num_rows // seq_q)), slice(query, query + min(num_rows, seq_q))
 
 
 def row_dtype(dtype: torch.dtype) -> torch.dtype:
