@@ -16,7 +16,7 @@ ROWS: tuple[Row, ...] = (
         bwd=(BwdConfig(block_h=16, block_k=32, max_chunk=64, num_warps=1, num_stages=3, is_key_major=False),),
     ),
     # Measured (NAM28, NAM32). Forward: capped at 168 registers nothing spills and 12 programs share an SM instead of 8:
-    # 199 against 180 TFLOP/s. Backward: 135 against 131 of one warp with 16 keys. Stored rows: 1.20 against 1.48 ms, and
+    # 199 against 180 TFLOP/s. Backward: 135 against 131 of one warp with 16 keys. Stored rows: 1.20 against 1.48 ms;
     # nothing spills.
     Row(
         family="128x64",
