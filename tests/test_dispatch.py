@@ -346,6 +346,16 @@ def test_when_the_hopper_kernels_are_taken(change: dict[str, Any], is_taken: boo
     assert ("HopperBwdConfig" in str(launches)) == is_taken
 
 
+@pytest.mark.usefixtures("deterministic")
+def test_a_deterministic_backward_takes_it_too() -> None:
+    pytest.importorskip("triton", reason="triton is not installed")
+    problem = SparseAttnProblem(
+        d_total=576, d_v=512, topk=2048, heads=64, kv_group=1, dtype=torch.bfloat16, needs_grad=True
+    )
+    hints = Hints(batch=1, seq_q=4096, seq_kv=8192)
+    assert "HopperBwdConfig" in str(triton_backend.TritonBackend().describe_launch(problem, H100, hints))
+
+
 @pytest.mark.parametrize(("side", "other"), [("fwd", "HopperBwdConfig"), ("bwd", "HopperConfig")])
 def test_a_tuned_side_goes_before_its_hopper_kernel(side: str, other: str, tmp_path: Path) -> None:
     pytest.importorskip("triton", reason="triton is not installed")
