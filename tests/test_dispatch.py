@@ -347,13 +347,13 @@ def test_when_the_hopper_kernels_are_taken(change: dict[str, Any], is_taken: boo
 
 
 @pytest.mark.usefixtures("deterministic")
-def test_a_deterministic_backward_takes_it_too() -> None:
+def test_a_deterministic_backward_takes_the_plain_kernel() -> None:
     pytest.importorskip("triton", reason="triton is not installed")
     problem = SparseAttnProblem(
         d_total=576, d_v=512, topk=2048, heads=64, kv_group=1, dtype=torch.bfloat16, needs_grad=True
     )
     hints = Hints(batch=1, seq_q=4096, seq_kv=8192)
-    assert "HopperBwdConfig" in str(triton_backend.TritonBackend().describe_launch(problem, H100, hints))
+    assert "HopperBwdConfig" not in str(triton_backend.TritonBackend().describe_launch(problem, H100, hints))
 
 
 @pytest.mark.parametrize(("side", "other"), [("fwd", "HopperBwdConfig"), ("bwd", "HopperConfig")])
@@ -404,3 +404,13 @@ def test_the_hopper_backward_is_refused_where_it_cannot_run() -> None:
     for reason, options in refusals.items():
         with pytest.raises(mla_ops.UnsupportedProblemError, match=reason):
             triton_backend.launch_backward(*arguments, **{"traits": H100, "configs": config, **options})
+
+
+@pytest.mark.usefixtures("deterministic")
+def test_the_hopper_backward_is_refused_where_the_order_of_a_sum_is_asked_for() -> None:
+    pytest.importorskip("triton", reason="triton is not installed")
+    inputs = make_inputs(Case(d_total=576, d_v=512, heads=64), torch.bfloat16)
+    q, kv, indices, *rest = inputs.args
+    arguments = (inputs.dout, None, q, kv, indices, inputs.dout, inputs.dlse, *rest, True, True)
+    with pytest.raises(mla_ops.UnsupportedProblemError, match="deterministic=True"):
+        triton_backend.launch_backward(*arguments, traits=H100, configs=HopperBwdConfig(256, 32))

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 
 from mla_ops.backends import triton_hopper
-from mla_ops.backends.triton_deterministic import chunk_slices, dkv_in_query_order
+from mla_ops.backends.triton_deterministic import dkv_in_query_order
 from mla_ops.backends.triton_tensors import (
     aligned_like_contiguous,
     alignment,
@@ -340,8 +340,8 @@ def launch_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Run the backward kernel: once for both gradients, or once for each if the table's row says so.
 
-    With a `HopperBwdConfig`, or where one is automatic, it is the warp-specialised kernel instead, in eager: a trace
-    takes the plain kernel, because compilers inline Triton and not Gluon.
+    With a `HopperBwdConfig`, or where one is automatic, it is the warp-specialised kernel instead: in eager, and where
+    the order of a sum is free. A trace takes the plain kernel, because compilers inline Triton and not Gluon.
 
     dkv is summed in fp32: by atomics, or with `torch.use_deterministic_algorithms(True)` in the order of the indices.
     """
@@ -403,37 +403,18 @@ def launch_backward(
     dkv = None
     dsink = None if attn_sink is None else unfilled(lse.shape, lse.dtype, lse, is_traced=is_traced)
     if isinstance(configs, HopperBwdConfig):
-        if is_traced:
-            raise UnsupportedProblemError("a HopperBwdConfig is for an eager call, got traced=True; pass BwdConfigs")
-
-        if is_deterministic:
-
-            def run_chunk(partial: torch.Tensor, places: torch.Tensor, first_row: int, num_rows: int) -> None:
-                batch, queries = chunk_slices(first_row, num_rows, seq_q)
-
-                def part(tensor: torch.Tensor | None) -> Any:
-                    if tensor is None:
-                        return None
-                    return tensor[queries] if q.dim() == 3 else tensor[batch, queries]
-
-                triton_hopper.launch_backward(
-                    part(dout), part(dlse), part(q), kv if q.dim() == 3 else kv[batch], part(indices), part(out),
-                    part(lse), softmax_scale, part(topk_length), attn_sink, part(dq), partial, part(dsink),
-                    configs, traits, places=part(places),
-                )  # fmt: skip
-
-            dkv = dkv_in_query_order(
-                run_chunk, kv, indices, outer_strides(indices.stride()), topk_length,
-                triton_hopper.item_count(1, heads, kv_group) // kv_group, traits.num_sms, wrap, is_traced=False,
+        if is_deterministic or is_traced:
+            raise UnsupportedProblemError(
+                "a HopperBwdConfig is for an eager call that may add dkv in any order, got "
+                f"deterministic={is_deterministic}, traced={is_traced}; pass BwdConfigs"
+            )
+        dkv = q.new_zeros(kv.shape, dtype=torch.float32) if need_dkv else None
+        if need_dq or need_dkv or dsink is not None:
+            triton_hopper.launch_backward(
+                dout, dlse, q, kv, indices, out, lse, softmax_scale, topk_length, attn_sink, dq, dkv, dsink,
+                configs, traits,
             )  # fmt: skip
-        else:
-            dkv = q.new_zeros(kv.shape, dtype=torch.float32) if need_dkv else None
-            if need_dq or need_dkv or dsink is not None:
-                triton_hopper.launch_backward(
-                    dout, dlse, q, kv, indices, out, lse, softmax_scale, topk_length, attn_sink, dq, dkv, dsink,
-                    configs, traits,
-                )  # fmt: skip
-        _launched.add((d_total, d_v, heads, kv_group, q.dtype, configs))
+            _launched.add((d_total, d_v, heads, kv_group, q.dtype, configs))
     else:
         two_passes = need_dq and need_dkv and len(configs) == 2
         if two_passes or (not need_dkv and (need_dq or dsink is not None)):

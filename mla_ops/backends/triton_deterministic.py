@@ -99,12 +99,6 @@ def cut(batch: int, seq_q: int, row_bytes: int, wave_programs: int, programs_per
     return 1, max(fitting // wave * wave, min(fitting, wave))
 
 
-def chunk_slices(first_row: int, num_rows: int, seq_q: int) -> tuple[slice, slice]:
-    """Return which batch elements and which queries of each are the rows of a chunk."""
-    batch, query = first_row // seq_q, first_row % seq_q
-    return slice(batch, batch + -(-num_rows // seq_q)), slice(query, query + min(num_rows, seq_q))
-
-
 def row_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return the dtype of the rows that are held for inputs of `dtype`: bf16 for bf16, else fp32.
 

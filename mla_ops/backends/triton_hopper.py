@@ -49,8 +49,11 @@ def _automatic_config(
 def automatic_backward_config(
     traits: DeviceTraits, rows: int, heads: int, kv_group: int, widths: tuple[int, int, int], tuned_rows: str
 ) -> HopperBwdConfig | None:
-    """Return the configuration that a backward takes by itself, or None: see `automatic_config`."""
-    if traits.arch != 90 or widths[1] < MIN_HOPPER_D_V:
+    """Return the configuration that a backward takes by itself, or None: see `automatic_config`.
+
+    A deterministic backward takes the plain kernel, which can store what the other one only adds.
+    """
+    if traits.arch != 90 or widths[1] < MIN_HOPPER_D_V or torch.are_deterministic_algorithms_enabled():
         return None
     return _automatic_backward_config(traits, rows, heads, kv_group, widths, tuned_rows)
 
@@ -129,14 +132,11 @@ def launch_backward(
     dsink: torch.Tensor | None,
     config: HopperBwdConfig,
     traits: DeviceTraits,
-    *,
-    places: torch.Tensor | None = None,
 ) -> None:
     """Run the warp-specialised backward: write `dq` and `dsink` (`[..., heads]`), add to `dkv` (fp32); or not, if None.
 
-    With `places` (of the slots, as `indices`) their rows are stored in `dkv` there instead. The inner strides of q, kv
-    and indices are 1, the rows of `dout` are as aligned as those of a contiguous tensor, and everything else is
-    contiguous.
+    The inner strides of q, kv and indices are 1, the rows of `dout` are as aligned as those of a contiguous tensor, and
+    everything else is contiguous.
 
     Raises:
         UnsupportedProblemError: the device, the installed triton, the dtype or the widths are not for this kernel.
@@ -151,7 +151,7 @@ def launch_backward(
     do_strides = (0, 0, 0) if dout is None else outer_strides(dout.stride())
     _sparse_attn_bwd_hopper_kernel[(item_count(q.shape[:-2].numel(), heads, kv_group),)](
         q, *outer_strides(q.stride()), kv, *outer_strides(kv.stride()), indices, *outer_strides(indices.stride()),
-        topk_length, attn_sink, out, lse, dout, *do_strides, dlse, dq, dkv, dsink, places,
+        topk_length, attn_sink, out, lse, dout, *do_strides, dlse, dq, dkv, dsink,
         softmax_scale, q.shape[-3], seq_kv, indices.shape[-1],
         heads, kv_group, d_total, d_v, config.half_value, config.half_tail,
         num_warps=4,

@@ -23,9 +23,6 @@ NOTE [Additions in lines]
 A thread holds two neighbouring channels of a product. Swapped within a warp, until a thread has four and eight threads
 a line of 128 bytes, the same kernel takes a quarter less time: 16.0 to 16.9 against 21.7 ms.
 
-With places (NOTE [Places] in `backward_reduce.py`) nothing is added: `positions` holds the place of every slot, and a
-piece is stored there in the same manner.
-
 NOTE [Registers of the gradients]
 12 warps start at 168 registers a thread, and `setmaxnreg` gives 232 to a thread of the gradients and 40 to one of the
 gather. dQ takes 144 of the 232, and a piece of dKV 32. None is left for descriptors, of which a product has two for
@@ -132,7 +129,7 @@ def _gather(
     kv_ptr, stride_kv_b, stride_kv_s, stride_kv_g,
     indices_ptr, stride_i_b, stride_i_s, stride_i_g,
     dout_ptr, stride_do_b, stride_do_s, stride_do_h,
-    topk_length_ptr, places_ptr, seq_q, seq_kv, topk,
+    topk_length_ptr, seq_q, seq_kv, topk,
     q_parts, k_parts, do_parts, positions, k_full, k_free,
     HEADS: gl.constexpr, KV_GROUP: gl.constexpr, D_TOTAL: gl.constexpr, D_V: gl.constexpr,
     WIDTH: gl.constexpr, HALF_TAIL: gl.constexpr,
@@ -143,9 +140,6 @@ def _gather(
         indices_ptr, stride_i_b, stride_i_s, stride_i_g, topk_length_ptr, gl.program_id(0), seq_q, topk, HEADS, KV_GROUP
     )
     ahead = _load_positions(slots_ptr, 0, end_slot)
-    if places_ptr is not None:
-        places_ptr += (row * KV_GROUP + group) * topk
-        place_ahead = _load_positions(places_ptr, 0, end_slot)
     heads = gl.arange(0, BLOCK_H, layout=gl.SliceLayout(1, ROWS_LAYOUT))
     head_mask = heads < head_count
     heads = (first_head + heads).to(gl.int64)
@@ -159,11 +153,7 @@ def _gather(
     for t in range((end_slot + TILE - 1) // TILE):
         # Compared before it is narrowed: 2**40 is not position 0.
         valid = (ahead >= 0) & (ahead < seq_kv)
-        if places_ptr is not None:
-            position = gl.where(valid, place_ahead, -1)
-            place_ahead = _load_positions(places_ptr, (t + 1) * TILE, end_slot)
-        else:
-            position = gl.where(valid, ahead, -1).to(gl.int32)
+        position = gl.where(valid, ahead, -1).to(gl.int32)
         row_ptrs = kv_ptr + ahead.to(gl.int64) * _known_multiple(stride_kv_s)
         ahead = _load_positions(slots_ptr, (t + 1) * TILE, end_slot)
         mbarrier.wait(k_free, (t & 1) ^ 1)
@@ -226,10 +216,9 @@ def _dkv_piece(dlogits, q, weights, dout, t, START: gl.constexpr, WIDTH: gl.cons
 
 @gluon.jit
 def _add_piece(
-    dkv_ptr, positions, tile, START: gl.constexpr, WIDTH: gl.constexpr, END: gl.constexpr, ROW_STRIDE: gl.constexpr,
-    IS_PLACED: gl.constexpr,
-):  # fmt: skip
-    """Add a piece of dkv to the rows of its keys, or store it where they are; see NOTE [Additions in lines]."""
+    dkv_ptr, positions, tile, START: gl.constexpr, WIDTH: gl.constexpr, END: gl.constexpr, ROW_STRIDE: gl.constexpr
+):
+    """Add a piece of dkv to the rows of its keys; see NOTE [Additions in lines]."""
     LAYOUT: gl.constexpr = _lines_layout(WIDTH)
     # Two swaps, each between two threads; for both at once the compiler would take shared memory that is not there.
     tile = gl.convert_layout(gl.convert_layout(tile, _quads_layout(WIDTH)), LAYOUT)
@@ -239,10 +228,7 @@ def _add_piece(
     if START + WIDTH > END:
         mask = mask & (cols < END - START)[None, :]
     row_ptrs = dkv_ptr + START + position.to(gl.int64) * ROW_STRIDE
-    if IS_PLACED:
-        gl.store(row_ptrs[:, None] + cols[None, :], tile.to(dkv_ptr.dtype.element_ty), mask=mask)
-    else:
-        gl.atomic_add(row_ptrs[:, None] + cols[None, :], tile, mask=mask, sem="relaxed")
+    gl.atomic_add(row_ptrs[:, None] + cols[None, :], tile, mask=mask, sem="relaxed")
 
 
 @gluon.jit
@@ -263,7 +249,7 @@ def _gradients(
     topk_length_ptr, attn_sink_ptr, dq_ptr, dkv_ptr, dsink_ptr, softmax_scale, seq_q, seq_kv, topk,
     q_parts, k_parts, do_parts, weights, dlogits, positions, k_full, k_free, weights_full, weights_free,
     HEADS: gl.constexpr, KV_GROUP: gl.constexpr, D_TOTAL: gl.constexpr, D_V: gl.constexpr,
-    WIDTH: gl.constexpr, HALF_TAIL: gl.constexpr, IS_PLACED: gl.constexpr, SIDE: gl.constexpr,
+    WIDTH: gl.constexpr, HALF_TAIL: gl.constexpr, SIDE: gl.constexpr,
 ):  # fmt: skip
     HEADS_LAYOUT: gl.constexpr = gl.SliceLayout(1, SCORES_LAYOUT)
     ELEMENT: gl.constexpr = k_parts[0].dtype
@@ -301,12 +287,8 @@ def _gradients(
     if HALF_TAIL > 0:
         dq_tail = gl.full([BLOCK_H, HALF_TAIL], 0.0, gl.float32, _product_layout(HALF_TAIL))
     if dkv_ptr is not None:
-        HEAD_BLOCKS: gl.constexpr = (HEADS // KV_GROUP + BLOCK_H - 1) // BLOCK_H
-        ROW_STRIDE: gl.constexpr = (HEAD_BLOCKS if IS_PLACED else KV_GROUP) * D_TOTAL
-        if IS_PLACED:
-            dkv_ptr += gl.program_id(0) % HEAD_BLOCKS * D_TOTAL
-        else:
-            dkv_ptr += (batch * seq_kv * KV_GROUP + group) * D_TOTAL
+        ROW_STRIDE: gl.constexpr = KV_GROUP * D_TOTAL
+        dkv_ptr += (batch * seq_kv * KV_GROUP + group) * D_TOTAL
     num_tiles = (end_slot + TILE - 1) // TILE
     mbarrier.wait(k_full, 0, pred=num_tiles > 0)
     scores = warpgroup_mma_wait(0, deps=[_start_scores(q_parts, k_parts, num_tiles, SIDE, PARTS)])
@@ -343,24 +325,18 @@ def _gradients(
         if dkv_ptr is not None:
             if HALF_TAIL > 0:
                 tail = _dkv_piece(dlogits, q_parts[2 + SIDE], weights, do_parts[SIDE], t, 0, HALF_TAIL, False)
-                _add_piece(
-                    dkv_ptr, positions.index(parity), tail, TAIL_START, HALF_TAIL, D_TOTAL, ROW_STRIDE, IS_PLACED
-                )
+                _add_piece(dkv_ptr, positions.index(parity), tail, TAIL_START, HALF_TAIL, D_TOTAL, ROW_STRIDE)
             for start in gl.static_range(0, WIDTH, PIECE):
                 piece = _dkv_piece(dlogits, q_parts[SIDE], weights, do_parts[SIDE], t, start, PIECE, HAS_DOUT)
                 if start + PIECE < WIDTH:
                     _add_piece(
-                        dkv_ptr, positions.index(parity), piece, SIDE * WIDTH + start, PIECE, D_TOTAL, ROW_STRIDE,
-                        IS_PLACED,
-                    )  # fmt: skip
+                        dkv_ptr, positions.index(parity), piece, SIDE * WIDTH + start, PIECE, D_TOTAL, ROW_STRIDE
+                    )
         mbarrier.arrive(weights_free, count=1)
         mbarrier.wait(k_full, parity ^ 1, pred=t + 1 < num_tiles)
         scores = _start_scores(q_parts, k_parts, t, SIDE, PARTS)
         if dkv_ptr is not None:
-            _add_piece(
-                dkv_ptr, positions.index(parity), piece, (SIDE + 1) * WIDTH - PIECE, PIECE, D_TOTAL, ROW_STRIDE,
-                IS_PLACED,
-            )  # fmt: skip
+            _add_piece(dkv_ptr, positions.index(parity), piece, (SIDE + 1) * WIDTH - PIECE, PIECE, D_TOTAL, ROW_STRIDE)
         scores = warpgroup_mma_wait(0, deps=[scores])
 
     if dq_ptr is not None:
@@ -395,13 +371,11 @@ def _sparse_attn_bwd_hopper_kernel(
     out_ptr, lse_ptr,  # contiguous, as the forward made them
     dout_ptr, stride_do_b, stride_do_s, stride_do_h, dlse_ptr,  # a pointer is None for a gradient that did not arrive
     dq_ptr, dkv_ptr, dsink_ptr,  # contiguous; None for what is not needed; dkv fp32, dsink fp32 [rows, heads]
-    places_ptr,  # None, or int32 [rows, groups, topk]: where dkv, then [places, head blocks, d_total], has the slots
     softmax_scale, seq_q, seq_kv, topk,
     HEADS: gl.constexpr, KV_GROUP: gl.constexpr, D_TOTAL: gl.constexpr, D_V: gl.constexpr,
     WIDTH: gl.constexpr, HALF_TAIL: gl.constexpr,
 ):  # fmt: skip
     ELEMENT: gl.constexpr = q_ptr.dtype.element_ty
-    IS_PLACED: gl.constexpr = places_ptr is not None
     q_parts = _allocate_parts(ELEMENT, WIDTH, HALF_TAIL)
     k_parts = _allocate_parts(ELEMENT, WIDTH, HALF_TAIL)
     do_parts = _allocate_parts(ELEMENT, WIDTH, 0)
@@ -424,20 +398,20 @@ def _sparse_attn_bwd_hopper_kernel(
                 out_ptr, lse_ptr, dout_ptr, stride_do_b, stride_do_s, stride_do_h, dlse_ptr,
                 topk_length_ptr, attn_sink_ptr, dq_ptr, dkv_ptr, dsink_ptr, scale, seq_q, seq_kv, topk,
                 q_parts, k_parts, do_parts, weights, dlogits, positions, k_full, k_free, weights_full, weights_free,
-                HEADS, KV_GROUP, D_TOTAL, D_V, WIDTH, HALF_TAIL, IS_PLACED, gl.constexpr(0),
+                HEADS, KV_GROUP, D_TOTAL, D_V, WIDTH, HALF_TAIL, gl.constexpr(0),
             )),
             (_gradients, (
                 out_ptr, lse_ptr, dout_ptr, stride_do_b, stride_do_s, stride_do_h, dlse_ptr,
                 topk_length_ptr, attn_sink_ptr, dq_ptr, dkv_ptr, dsink_ptr, scale, seq_q, seq_kv, topk,
                 q_parts, k_parts, do_parts, weights, dlogits, positions, k_full, k_free, weights_full, weights_free,
-                HEADS, KV_GROUP, D_TOTAL, D_V, WIDTH, HALF_TAIL, IS_PLACED, gl.constexpr(1),
+                HEADS, KV_GROUP, D_TOTAL, D_V, WIDTH, HALF_TAIL, gl.constexpr(1),
             )),
             (_gather, (
                 q_ptr, stride_q_b, stride_q_s, stride_q_h,
                 kv_ptr, stride_kv_b, stride_kv_s, stride_kv_g,
                 indices_ptr, stride_i_b, stride_i_s, stride_i_g,
                 dout_ptr, stride_do_b, stride_do_s, stride_do_h,
-                topk_length_ptr, places_ptr, seq_q, seq_kv, topk,
+                topk_length_ptr, seq_q, seq_kv, topk,
                 q_parts, k_parts, do_parts, positions, k_full, k_free,
                 HEADS, KV_GROUP, D_TOTAL, D_V, WIDTH, HALF_TAIL,
             )),
