@@ -95,6 +95,19 @@ def test_what_cannot_be_measured_is_refused(arguments: str, message: str) -> Non
 
 
 @pytest.mark.gpu
+def test_tune_leaves_what_runs_specialised(tmp_path: Path) -> None:
+    if torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("the warp-specialised kernels are for compute capability 9.0")
+    path = tmp_path / "rows.json"
+    sizes = "--d-total 576 --d-v 512 --heads 64 --topk 64 --seq-q 128 --seq-kv 256"
+    command = [sys.executable, "-m", "mla_ops", "tune", *sizes.split(), "--out", str(path)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert "nothing to tune" in result.stdout
+    assert not path.exists()
+
+
+@pytest.mark.gpu
 def test_tune_writes_rows_that_are_used(tmp_path: Path) -> None:
     path = tmp_path / "rows.json"
     sizes = "--d-total 80 --d-v 64 --heads 4 --topk 64 --seq-q 64 --seq-kv 256"
