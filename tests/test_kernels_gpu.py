@@ -333,6 +333,41 @@ def test_chunks_are_whole_batch_elements_or_waves_of_one(
     assert triton_deterministic.cut(batch, seq_q, 1000, wave_programs=264, programs_per_row=4) == expected
 
 
+@pytest.mark.parametrize(
+    ("counters", "expected"),
+    [
+        (1000, [((0, 4), (0, 500))]),  # 20 chunks of 50 keys
+        (300, [((b, b + 1), (i, min(i + 600, 500))) for b in range(4) for i in (0,)]),
+        (120, [((b, b + 1), (i, min(i + 200, 500))) for b in range(4) for i in (0, 200, 400)]),
+        (1, [((b, b + 1), (i, i + 100)) for b in range(4) for i in range(0, 500, 100)]),
+    ],
+)
+def test_slabs_have_whole_chunks_and_a_bounded_number_of_keys(
+    counters: int, expected: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(triton_deterministic, "COUNTERS", counters)
+    found = triton_deterministic.slabs(batch=4, seq_q=500, chunk_batch=1, chunk_queries=100, chunk_keys=50)
+    assert [((b.start, b.stop), (i.start, i.stop)) for b, i in found] == expected
+    whole = triton_deterministic.slabs(batch=5, seq_q=500, chunk_batch=2, chunk_queries=500, chunk_keys=50)
+    assert [(b.start, b.stop) for b, _ in whole] == (
+        [(0, 5)] if counters >= 150 else [(0, 4), (4, 5)] if counters == 120 else [(0, 2), (2, 4), (4, 5)]
+    )
+
+
+@pytest.mark.parametrize("batch", [None, 3])
+def test_deterministic_dkv_sorted_slab_by_slab(batch: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = replace(SMALL, batch=batch, seq_q=7)
+    inputs = make_inputs(case, torch.float32, DEVICE, topk_length=True, attn_sink=True)
+    row_bytes = 4 * case.topk * case.kv_group * case.d_total
+    with deterministic_algorithms():
+        whole = check(inputs)
+        for workspace_rows, counters in ((2, 1), (2, 100), (7, 50), (1, 1)):
+            monkeypatch.setattr(triton_deterministic, "WORKSPACE_BYTES", workspace_rows * row_bytes)
+            monkeypatch.setattr(triton_deterministic, "COUNTERS", counters)
+            results = check(inputs)
+            assert_same({name: results[name] for name in ("out", "lse", "dq", "dsink")}, whole, atomics=False)
+
+
 @pytest.mark.parametrize("counters", [1, 200, 1 << 22])
 @pytest.mark.parametrize("workspace_bytes", [1 << 15, 1 << 30])
 def test_deterministic_dkv_of_repeated_keys_in_blocks_of_any_size(

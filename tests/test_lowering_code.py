@@ -117,8 +117,10 @@ def test_decode_is_split_and_merged(is_symbolic: bool) -> None:
 def test_deterministic_backward_sums_in_order_where_lengths_are_known(
     deterministic: None, said: Callable[[str], bool]
 ) -> None:
-    placing = ["triton_poi_fused", "_rank_slots_kernel", "triton_spl_fused", "_place_slots_kernel"]
-    assert launches(backward_code(TRAINING)) == [*placing, "_sparse_attn_bwd_kernel", "_sum_placed_rows_kernel"]
+    # Between them Inductor makes the zeros and the sums of counters, by kernels of its own or torch's.
+    ours = [name for name in launches(backward_code(TRAINING)) if name.startswith("_")]
+    placing = ["_rank_slots_kernel", "_place_slots_kernel"]
+    assert ours == [*placing, "_sparse_attn_bwd_kernel", "_sum_placed_rows_kernel"]
     assert "torch.ops.mla.sparse_attn_bwd" in backward_code(TRAINING, is_symbolic=True)
     assert said("batch is symbolic and decides how often a deterministic backward launches")
 

@@ -425,8 +425,8 @@ def launch_backward(
             if is_deterministic:
                 dkv = dkv_in_query_order(
                     lambda partial, *rows: run(config, others[0], partial, others[1], *rows),
-                    kv, indices, outer_strides(indices.stride()), topk_length, head_blocks(config),
-                    wave_programs(config, traits), wrap, is_traced=is_traced,
+                    kv, indices, topk_length, head_blocks(config), wave_programs(config, traits), wrap,
+                    is_traced=is_traced,
                 )  # fmt: skip
             else:
                 dkv = q.new_zeros(kv.shape, dtype=torch.float32)
