@@ -145,7 +145,7 @@ def _leave_specialised_to_the_operator(plan: _Plan, automatic_config: Callable[.
     problem, rows = plan.problem, plan.hints.batch * plan.hints.seq_q
     widths = (problem.d_total, problem.d_v, problem.dtype.itemsize)
     tuned_rows = current().tuned_rows
-    config = automatic_config(plan.traits, rows, problem.heads, problem.kv_group, widths, tuned_rows)
+    config = automatic_config(plan.traits, rows, problem.heads, problem.kv_group, problem.topk, widths, tuned_rows)
     if config is not None and not inductor.is_ahead_of_time():
         raise _StayExtern(f"{config} is twice as fast as the plain kernel and written in Gluon, which is not inlined")
 

@@ -10,11 +10,12 @@ import subprocess
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from mla_ops.cli import peers
+from mla_ops.cli import bench, peers
 from mla_ops.cli.plots import plot_sweeps
 from mla_ops.cli.provenance import write
 from mla_ops.cli.shapes import SHAPES, SOFTMAX_SCALE, SWEEPS, Shape
@@ -68,6 +69,23 @@ def test_sweeps_are_drawn_from_the_results_file_alone(tmp_path: Path) -> None:
     assert image.read_bytes().startswith(b"\x89PNG")
 
 
+def test_what_is_timed_is_checked_with_all_queries_on_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    shape = Shape(B=1, Sq=3, Skv=2048, H=2, d_total=576, d_v=512, topk=2048)  # one query fits the gather
+    q, kv, dout = (torch.randn(1, n, h, d).bfloat16() for n, h, d in ((3, 2, 576), (2048, 1, 576), (3, 2, 512)))
+    arguments = shape, q, kv, torch.rand(1, 3, 1, 2048).argsort(-1).int(), dout
+    assert all(error < 1e-2 for error in bench._check(*arguments).values())
+    queries = []
+
+    def wrong_in_dkv(q: torch.Tensor, kv: torch.Tensor, *rest: Any) -> torch.Tensor:
+        queries.append(q.shape[1])
+        return peers.ours(q, kv + 0.02 * (kv - kv.detach()), *rest)
+
+    monkeypatch.setattr(bench, "ours", wrong_in_dkv)
+    with pytest.raises(AssertionError, match="dkv is off by"):
+        bench._check(*arguments)
+    assert queries == [3]
+
+
 def test_candidates_start_with_the_table_and_fit_the_device() -> None:
     shape = Shape(B=1, Sq=64, Skv=512, H=28, d_total=128, d_v=64, topk=256)
     forwards, backwards = list(forward_candidates(shape, H100)), list(backward_candidates(shape, H100))
@@ -99,7 +117,7 @@ def test_tune_leaves_what_runs_specialised(tmp_path: Path) -> None:
     if torch.cuda.get_device_capability()[0] != 9:
         pytest.skip("the warp-specialised kernels are for compute capability 9.0")
     path = tmp_path / "rows.json"
-    sizes = "--d-total 576 --d-v 512 --heads 64 --topk 64 --seq-q 128 --seq-kv 256"
+    sizes = "--d-total 576 --d-v 512 --heads 64 --topk 256 --seq-q 128 --seq-kv 512"
     command = [sys.executable, "-m", "mla_ops", "tune", *sizes.split(), "--out", str(path)]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr

@@ -330,20 +330,32 @@ def test_the_hopper_kernels_are_for_wide_rows_of_two_byte_channels_on_sm90(
         ({"d_v": 192, "d_total": 256}, False),
         ({"dtype": torch.float32}, False),
         ({"arch": 80}, False),
+        ({"topk": 192}, True),
+        ({"topk": 64}, False),  # less than what a work item costs besides its slots
     ],
     ids=str,
 )
 def test_when_the_hopper_kernels_are_taken(change: dict[str, Any], is_taken: bool) -> None:
     pytest.importorskip("triton", reason="triton is not installed")
-    sizes = {"d_total": 576, "d_v": 512, "heads": 64, "kv_group": 1, "dtype": torch.bfloat16, "seq_q": 4096, "arch": 90}
-    sizes |= change
+    sizes = {"d_total": 576, "d_v": 512, "heads": 64, "kv_group": 1, "topk": 2048, "seq_q": 4096, "arch": 90}
+    sizes |= {"dtype": torch.bfloat16} | change
     hints = Hints(batch=1, seq_q=sizes.pop("seq_q"), seq_kv=8192)
     traits = replace(H100, arch=sizes.pop("arch"))
     launches = triton_backend.TritonBackend().describe_launch(
-        SparseAttnProblem(topk=2048, needs_grad=True, **sizes), traits, hints
+        SparseAttnProblem(needs_grad=True, **sizes), traits, hints
     )
     assert ("HopperConfig" in str(launches)) == is_taken
     assert ("HopperBwdConfig" in str(launches)) == is_taken
+
+
+def test_the_hopper_forward_pays_from_fewer_slots_on_than_the_backward() -> None:
+    pytest.importorskip("triton", reason="triton is not installed")
+    problem = SparseAttnProblem(
+        d_total=576, d_v=512, topk=100, heads=64, kv_group=1, dtype=torch.bfloat16, needs_grad=True
+    )
+    hints = Hints(batch=1, seq_q=4096, seq_kv=8192)
+    launches = triton_backend.TritonBackend().describe_launch(problem, H100, hints)
+    assert ["Hopper" in launch for launch in launches] == [True, False]
 
 
 @pytest.mark.usefixtures("deterministic")

@@ -152,7 +152,7 @@ def test_a_shape_that_no_kernel_takes_recompiles_to_the_operator(said: Callable[
     assert said("d_total is 1100, needs at most 1024")
 
 
-WIDE = Case(d_total=576, d_v=512, topk=64, heads=64, batch=1, seq_q=70, seq_kv=96)
+WIDE = Case(d_total=576, d_v=512, topk=200, heads=64, batch=1, seq_q=70, seq_kv=256)
 
 
 def test_where_eager_runs_gluon_kernels_the_operators_stay(said: Callable[[str], bool]) -> None:

@@ -99,7 +99,7 @@ class TritonBackend:
         launches: list[tuple[str, object]] = []
         rows = hints.batch * hints.seq_q
         specialised = triton_hopper.automatic_config(
-            traits, rows, problem.heads, problem.kv_group, widths, current().tuned_rows
+            traits, rows, problem.heads, problem.kv_group, problem.topk, widths, current().tuned_rows
         )
         fwd = forward_config(*key)
         if specialised is not None:
@@ -109,7 +109,7 @@ class TritonBackend:
             splits = split_count(programs, problem.topk, fwd.block_k, traits.num_sms)
             launches.append((f"forward: {fwd}, slots split over {splits} programs", fwd))
         specialised_bwd = triton_hopper.automatic_backward_config(
-            traits, rows, problem.heads, problem.kv_group, widths, current().tuned_rows
+            traits, rows, problem.heads, problem.kv_group, problem.topk, widths, current().tuned_rows
         )
         bwds = backward_configs(*key, is_deterministic) if specialised_bwd is None else (specialised_bwd,)
         for bwd in (bwds or ()) if problem.needs_grad else ():
@@ -204,7 +204,7 @@ def launch_forward(
     if config is None and num_splits is None and not max_logits_only and wrap is _identity:
         heads, kv_group, widths = q_shape[-2], kv.shape[-2], (q_shape[-1], d_v, q.element_size())
         rows = lse.numel() // heads
-        config = triton_hopper.automatic_config(traits, rows, heads, kv_group, widths, current().tuned_rows)
+        config = triton_hopper.automatic_config(traits, rows, heads, kv_group, topk, widths, current().tuned_rows)
     if isinstance(config, HopperConfig):
         if num_splits is not None or max_logits_only or wrap is not _identity:
             raise UnsupportedProblemError(
@@ -363,7 +363,9 @@ def launch_backward(
     if configs is None:
         widths, tuned_rows = (d_total, d_v, q.element_size()), current().tuned_rows
         if wrap is _identity:
-            configs = triton_hopper.automatic_backward_config(traits, rows, heads, kv_group, widths, tuned_rows)
+            configs = triton_hopper.automatic_backward_config(
+                traits, rows, heads, kv_group, indices.shape[-1], widths, tuned_rows
+            )
         if configs is None:
             key = (traits.arch, traits.smem_bytes, heads // kv_group, *widths, tuned_rows, is_deterministic)
             configs = _fitting(backward_configs(*key), "backward", d_total, q.dtype, traits)

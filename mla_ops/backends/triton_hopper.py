@@ -20,26 +20,32 @@ from mla_ops.configs.launch import HOPPER_BLOCK_H, HopperBwdConfig, HopperConfig
 from mla_ops.device import DeviceTraits
 from mla_ops.errors import UnsupportedProblemError
 
+# From how many slots on the kernels are taken, by arithmetic for 576/512 on an H100. A work item of the forward takes
+# 4,000 cycles, and 3,000 for each tile of 64 slots, of which it has two at least; the plain kernel takes 7,300 a tile.
+# A program of the backward takes 25 us, and 7.3 us for each tile; the plain kernel takes 16 us a tile.
+LEAST_TOPK, LEAST_BWD_TOPK = 65, 192
+
 
 def automatic_config(
-    traits: DeviceTraits, rows: int, heads: int, kv_group: int, widths: tuple[int, int, int], tuned_rows: str
+    traits: DeviceTraits, rows: int, heads: int, kv_group: int, topk: int, widths: tuple[int, int, int], tuned_rows: str
 ) -> HopperConfig | None:
     """Return the configuration that a forward of `rows` queries takes by itself, or None: the plain kernel.
 
     `widths` is d_total, d_v and the bytes of an element. The kernel is about twice as fast as the plain one, so it is
     taken where at least half of its 64 heads are real and at least half of the device has a program: fewer heads leave
-    its products empty, and fewer queries are split over programs, which it does not do.
+    its products empty, and fewer queries are split over programs, which it does not do. And where slots are many enough
+    for what a work item costs besides them: see LEAST_TOPK.
     """
     if traits.arch != 90 or widths[1] < MIN_HOPPER_D_V:  # most calls
         return None
-    return _automatic_config(traits, rows, heads, kv_group, widths, tuned_rows)
+    return _automatic_config(traits, rows, heads, kv_group, topk, widths, tuned_rows)
 
 
 @lru_cache(maxsize=4096)
 def _automatic_config(
-    traits: DeviceTraits, rows: int, heads: int, kv_group: int, widths: tuple[int, int, int], tuned_rows: str
+    traits: DeviceTraits, rows: int, heads: int, kv_group: int, topk: int, widths: tuple[int, int, int], tuned_rows: str
 ) -> HopperConfig | None:
-    if not _is_worth_it(traits, rows, heads, kv_group):
+    if not _is_worth_it(traits, rows, heads, kv_group) or topk < LEAST_TOPK:
         return None
     if gluon_reason() is not None or forward_is_tuned(traits.arch, heads // kv_group, *widths, tuned_rows):
         return None
@@ -47,7 +53,7 @@ def _automatic_config(
 
 
 def automatic_backward_config(
-    traits: DeviceTraits, rows: int, heads: int, kv_group: int, widths: tuple[int, int, int], tuned_rows: str
+    traits: DeviceTraits, rows: int, heads: int, kv_group: int, topk: int, widths: tuple[int, int, int], tuned_rows: str
 ) -> HopperBwdConfig | None:
     """Return the configuration that a backward takes by itself, or None: see `automatic_config`.
 
@@ -55,14 +61,14 @@ def automatic_backward_config(
     """
     if traits.arch != 90 or widths[1] < MIN_HOPPER_D_V or torch.are_deterministic_algorithms_enabled():
         return None
-    return _automatic_backward_config(traits, rows, heads, kv_group, widths, tuned_rows)
+    return _automatic_backward_config(traits, rows, heads, kv_group, topk, widths, tuned_rows)
 
 
 @lru_cache(maxsize=4096)
 def _automatic_backward_config(
-    traits: DeviceTraits, rows: int, heads: int, kv_group: int, widths: tuple[int, int, int], tuned_rows: str
+    traits: DeviceTraits, rows: int, heads: int, kv_group: int, topk: int, widths: tuple[int, int, int], tuned_rows: str
 ) -> HopperBwdConfig | None:
-    if not _is_worth_it(traits, rows, heads, kv_group):
+    if not _is_worth_it(traits, rows, heads, kv_group) or topk < LEAST_BWD_TOPK:
         return None
     if gluon_reason() is not None or backward_is_tuned(traits.arch, heads // kv_group, *widths, tuned_rows):
         return None

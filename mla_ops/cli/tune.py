@@ -52,7 +52,7 @@ def run_tune(arguments: argparse.Namespace) -> int:
     )  # fmt: skip
     widths = (shape.d_total, shape.d_v, ELEMENT_SIZE)
     specialised, specialised_bwd = (
-        automatic(traits, shape.B * shape.Sq, shape.H, 1, widths, tuned_rows="")
+        automatic(traits, shape.B * shape.Sq, shape.H, 1, shape.topk, widths, tuned_rows="")
         for automatic in (automatic_config, automatic_backward_config)
     )
     if specialised and specialised_bwd:
