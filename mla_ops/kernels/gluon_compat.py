@@ -14,7 +14,8 @@ def unsupported_reason() -> str | None:
     version = tuple(int(part) for part in triton.__version__.split(".")[:2])
     if FIRST_VERSION <= version < END_VERSION:
         return None
-    return f"triton is {triton.__version__}, the Gluon kernels need >=3.6,<3.9; the plain kernel runs instead"
+    first, end = (".".join(map(str, version)) for version in (FIRST_VERSION, END_VERSION))
+    return f"triton is {triton.__version__}, the Gluon kernels need >={first},<{end}; the plain kernel runs instead"
 
 
 # A barrier of the warps of one role. Renamed in triton 3.7.

@@ -86,23 +86,16 @@ def _product_layout(width):
 
 
 @gluon.constexpr_function
-def _quads_layout(width):
-    """Return `_product_layout` of a piece after neighbouring threads have swapped a pair: four channels a thread."""
+def _swapped_layout(width, in_lines):
+    """Return `_product_layout` of a piece after neighbouring threads have swapped a pair: four channels a thread.
+
+    `in_lines`: after threads of neighbouring keys have swapped a quad as well, so that eight threads have a line.
+    """
+    register, lane = ([1, 0], [0, 16]) if in_lines else ([0, 16], [1, 0])
     wide = [[0, 1 << b] for b in range(5, width.bit_length() - 1)]
     return gl.DistributedLinearLayout(
-        reg_bases=[[0, 1], [0, 2], [8, 0], [0, 16], *wide],
-        lane_bases=[[0, 8], [0, 4], [1, 0], [2, 0], [4, 0]],
-        warp_bases=[[16, 0], [32, 0]], block_bases=[], shape=[64, width],
-    )  # fmt: skip
-
-
-@gluon.constexpr_function
-def _lines_layout(width):
-    """Return `_quads_layout` after threads of neighbouring keys have swapped a quad: eight threads have a line."""
-    wide = [[0, 1 << b] for b in range(5, width.bit_length() - 1)]
-    return gl.DistributedLinearLayout(
-        reg_bases=[[0, 1], [0, 2], [8, 0], [1, 0], *wide],
-        lane_bases=[[0, 8], [0, 4], [0, 16], [2, 0], [4, 0]],
+        reg_bases=[[0, 1], [0, 2], [8, 0], register, *wide],
+        lane_bases=[[0, 8], [0, 4], lane, [2, 0], [4, 0]],
         warp_bases=[[16, 0], [32, 0]], block_bases=[], shape=[64, width],
     )  # fmt: skip
 
@@ -219,9 +212,9 @@ def _add_piece(
     dkv_ptr, positions, tile, START: gl.constexpr, WIDTH: gl.constexpr, END: gl.constexpr, ROW_STRIDE: gl.constexpr
 ):
     """Add a piece of dkv to the rows of its keys; see NOTE [Additions in lines]."""
-    LAYOUT: gl.constexpr = _lines_layout(WIDTH)
+    LAYOUT: gl.constexpr = _swapped_layout(WIDTH, True)
     # Two swaps, each between two threads; for both at once the compiler would take shared memory that is not there.
-    tile = gl.convert_layout(gl.convert_layout(tile, _quads_layout(WIDTH)), LAYOUT)
+    tile = gl.convert_layout(gl.convert_layout(tile, _swapped_layout(WIDTH, False)), LAYOUT)
     position = positions.load(gl.SliceLayout(1, LAYOUT))
     cols = gl.arange(0, WIDTH, layout=gl.SliceLayout(0, LAYOUT))
     mask = (position >= 0)[:, None]
