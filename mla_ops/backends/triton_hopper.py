@@ -5,17 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import lru_cache
 from math import gcd
+from typing import Literal
 
 import torch
 
 from mla_ops.backends.triton_tensors import outer_strides
-from mla_ops.configs import (
-    MIN_HOPPER_D_V,
-    backward_is_tuned,
-    forward_is_tuned,
-    hopper_backward_config,
-    hopper_config,
-)
+from mla_ops.configs import MIN_HOPPER_D_V, hopper_backward_config, hopper_config, is_tuned
 from mla_ops.configs.launch import HOPPER_BLOCK_H, HopperBwdConfig, HopperConfig
 from mla_ops.device import DeviceTraits
 from mla_ops.errors import UnsupportedProblemError
@@ -23,7 +18,7 @@ from mla_ops.errors import UnsupportedProblemError
 # From how many slots on the kernels are taken, by arithmetic for 576/512 on an H100. A work item of the forward takes
 # 4,000 cycles, and 3,000 for each tile of 64 slots, of which it has two at least; the plain kernel takes 7,300 a tile.
 # A program of the backward takes 25 us, and 7.3 us for each tile; the plain kernel takes 16 us a tile.
-LEAST_TOPK, LEAST_BWD_TOPK = 65, 192
+LEAST_TOPK = {"fwd": 65, "bwd": 192}
 
 
 def automatic_config(
@@ -38,16 +33,7 @@ def automatic_config(
     """
     if traits.arch != 90 or widths[1] < MIN_HOPPER_D_V:  # most calls
         return None
-    return _automatic_config(traits, rows, heads, kv_group, topk, widths, tuned_rows)
-
-
-@lru_cache(maxsize=4096)
-def _automatic_config(
-    traits: DeviceTraits, rows: int, heads: int, kv_group: int, topk: int, widths: tuple[int, int, int], tuned_rows: str
-) -> HopperConfig | None:
-    if not _is_worth_it(traits, rows, heads, kv_group) or topk < LEAST_TOPK:
-        return None
-    if gluon_reason() is not None or forward_is_tuned(traits.arch, heads // kv_group, *widths, tuned_rows):
+    if not _is_worth_it("fwd", traits, rows, heads, kv_group, topk, widths, tuned_rows):
         return None
     return hopper_config(traits.arch, traits.smem_bytes, *widths)
 
@@ -61,22 +47,31 @@ def automatic_backward_config(
     """
     if traits.arch != 90 or widths[1] < MIN_HOPPER_D_V or torch.are_deterministic_algorithms_enabled():
         return None
-    return _automatic_backward_config(traits, rows, heads, kv_group, topk, widths, tuned_rows)
-
-
-@lru_cache(maxsize=4096)
-def _automatic_backward_config(
-    traits: DeviceTraits, rows: int, heads: int, kv_group: int, topk: int, widths: tuple[int, int, int], tuned_rows: str
-) -> HopperBwdConfig | None:
-    if not _is_worth_it(traits, rows, heads, kv_group) or topk < LEAST_BWD_TOPK:
-        return None
-    if gluon_reason() is not None or backward_is_tuned(traits.arch, heads // kv_group, *widths, tuned_rows):
+    if not _is_worth_it("bwd", traits, rows, heads, kv_group, topk, widths, tuned_rows):
         return None
     return hopper_backward_config(traits.arch, traits.smem_bytes, *widths)
 
 
-def _is_worth_it(traits: DeviceTraits, rows: int, heads: int, kv_group: int) -> bool:
-    return 2 * (heads // kv_group) > HOPPER_BLOCK_H and 2 * item_count(rows, heads, kv_group) >= traits.num_sms
+@lru_cache(maxsize=4096)
+def _is_worth_it(
+    side: Literal["fwd", "bwd"],
+    traits: DeviceTraits,
+    rows: int,
+    heads: int,
+    kv_group: int,
+    topk: int,
+    widths: tuple[int, int, int],
+    tuned_rows: str,
+) -> bool:
+    """Return whether a kernel that can run is also the faster one, and nobody has tuned the plain one."""
+    heads_per_group = heads // kv_group
+    return (
+        topk >= LEAST_TOPK[side]
+        and 2 * heads_per_group > HOPPER_BLOCK_H
+        and 2 * item_count(rows, heads, kv_group) >= traits.num_sms
+        and gluon_reason() is None
+        and not is_tuned(side, traits.arch, heads_per_group, *widths, tuned_rows)
+    )
 
 
 def item_count(rows: int, heads: int, kv_group: int) -> int:

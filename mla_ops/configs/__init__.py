@@ -14,6 +14,7 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import cache
 from math import log2
+from typing import Literal, TypeVar
 
 from mla_ops.configs import sm80, sm90, sm100, sm120
 from mla_ops.configs.head_dims import FAMILIES
@@ -74,6 +75,8 @@ def forward_config(
     return _fitted_forward(row, arch, smem_bytes, heads, d_total, d_v)
 
 
+_Hopper = TypeVar("_Hopper", HopperConfig, HopperBwdConfig)
+
 # The narrowest value that the warp-specialised kernels take: below, their second value group would have nothing to do.
 MIN_HOPPER_D_V = 256
 
@@ -84,12 +87,8 @@ def hopper_config(arch: int, smem_bytes: int, d_total: int, d_v: int, element_si
 
     Rows are copied 16 bytes at a time, so widths are multiples of 8 two-byte channels.
     """
-    if arch != 90 or element_size != 2 or d_v < MIN_HOPPER_D_V or d_v % 8 or d_total % 8:
-        return None
-    for max_d_v, max_d_total, config in sm90.HOPPER:
-        if d_v <= max_d_v and d_total <= max_d_total and hopper_smem_bytes(config) <= smem_bytes:
-            return config
-    return None
+    covering = _covering_hopper(sm90.HOPPER, arch, d_total, d_v, element_size)
+    return next((config for config in covering if hopper_smem_bytes(config) <= smem_bytes), None)
 
 
 @cache
@@ -97,26 +96,26 @@ def hopper_backward_config(
     arch: int, smem_bytes: int, d_total: int, d_v: int, element_size: int
 ) -> HopperBwdConfig | None:
     """Return how to launch the warp-specialised backward, or None where it can't run: see `hopper_config`."""
+    covering = _covering_hopper(sm90.HOPPER_BWD, arch, d_total, d_v, element_size)
+    return next((config for config in covering if hopper_bwd_smem_bytes(config) <= smem_bytes), None)
+
+
+def _covering_hopper(
+    table: tuple[tuple[int, int, _Hopper], ...], arch: int, d_total: int, d_v: int, element_size: int
+) -> list[_Hopper]:
+    """Return the configurations of a table that cover a row, the narrowest first."""
     if arch != 90 or element_size != 2 or d_v < MIN_HOPPER_D_V or d_v % 8 or d_total % 8:
-        return None
-    for max_d_v, max_d_total, config in sm90.HOPPER_BWD:
-        if d_v <= max_d_v and d_total <= max_d_total and hopper_bwd_smem_bytes(config) <= smem_bytes:
-            return config
-    return None
+        return []
+    return [config for max_d_v, max_d_total, config in table if d_v <= max_d_v and d_total <= max_d_total]
 
 
 @cache
-def forward_is_tuned(arch: int, heads: int, d_total: int, d_v: int, element_size: int, tuned: str) -> bool:
-    """Return whether a user's file holds a forward of the plain kernel for exactly this problem."""
+def is_tuned(
+    side: Literal["fwd", "bwd"], arch: int, heads: int, d_total: int, d_v: int, element_size: int, tuned: str
+) -> bool:
+    """Return whether a user's file holds a side of the plain kernels for exactly this problem."""
     own = tuned_row(tuned, arch, heads, d_total, d_v, element_size)
-    return own is not None and own.fwd is not None
-
-
-@cache
-def backward_is_tuned(arch: int, heads: int, d_total: int, d_v: int, element_size: int, tuned: str) -> bool:
-    """Return whether a user's file holds a backward of the plain kernel for exactly this problem."""
-    own = tuned_row(tuned, arch, heads, d_total, d_v, element_size)
-    return own is not None and own.bwd is not None
+    return own is not None and getattr(own, side) is not None
 
 
 @cache
