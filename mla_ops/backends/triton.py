@@ -201,21 +201,21 @@ def launch_forward(
     if lse.numel() == 0:
         return out, lse
     topk_length, attn_sink = _contiguous(topk_length), _contiguous(attn_sink)
-    if config is None and num_splits is None and not max_logits_only and wrap is _identity:
+    if config is None and num_splits is None and not max_logits_only and not is_traced:
         heads, kv_group, widths = q_shape[-2], kv.shape[-2], (q_shape[-1], d_v, q.element_size())
         rows = lse.numel() // heads
         config = triton_hopper.automatic_config(traits, rows, heads, kv_group, topk, widths, current().tuned_rows)
     if isinstance(config, HopperConfig):
-        if num_splits is not None or max_logits_only or wrap is not _identity:
+        if num_splits is not None or max_logits_only or is_traced:
             raise UnsupportedProblemError(
                 "a HopperConfig is for an eager call that returns out and lse in one pass, got "
-                f"num_splits={num_splits}, max_logits_only={max_logits_only}, traced={wrap is not _identity}; "
+                f"num_splits={num_splits}, max_logits_only={max_logits_only}, traced={is_traced}; "
                 "pass a FwdConfig"
             )
         triton_hopper.launch_forward(q, kv, indices, softmax_scale, topk_length, attn_sink, out, lse, config, traits)
         _launched.add((q_shape[-1], d_v, q_shape[-2], kv.shape[-2], q.dtype, config))
         return out, lse
-    plan_forward = _plan_forward if wrap is _identity else _plan_forward.__wrapped__  # symbols have no hash
+    plan_forward = _plan_forward.__wrapped__ if is_traced else _plan_forward  # symbols have no hash
     plan = plan_forward(
         q_shape, q.stride(), kv.shape, kv.stride(), topk, d_v, q.dtype, traits, current().tuned_rows,
         config, num_splits, use_int64_offsets,
@@ -236,7 +236,7 @@ def launch_forward(
     )  # fmt: skip
     if max_logits_only:
         return out, kernel_lse.amax(1).view(lse.shape) if is_split else lse
-    if wrap is _identity:
+    if not is_traced:
         _launched.add((q_shape[-1], d_v, q_shape[-2], kv.shape[-2], q.dtype, plan.config))
     if is_split:
         from mla_ops.kernels.forward_split import _sparse_attn_merge_kernel
@@ -359,10 +359,11 @@ def launch_backward(
             kv.new_zeros(kv.shape if need_dkv else 0),
             lse.new_zeros(dsink_shape),
         )
+    is_traced = wrap is not _identity
     is_deterministic = need_dkv and torch.are_deterministic_algorithms_enabled()
     if configs is None:
         widths, tuned_rows = (d_total, d_v, q.element_size()), current().tuned_rows
-        if wrap is _identity:
+        if not is_traced:
             configs = triton_hopper.automatic_backward_config(
                 traits, rows, heads, kv_group, indices.shape[-1], widths, tuned_rows
             )
@@ -397,10 +398,9 @@ def launch_backward(
             config.is_key_major, config.is_ahead,
             **launch_options(config),
         )  # fmt: skip
-        if wrap is _identity:
+        if not is_traced:
             _launched.add((d_total, d_v, heads, kv_group, q.dtype, config))
 
-    is_traced = wrap is not _identity
     dq = unfilled(q.shape, q.dtype, q, is_traced=is_traced) if need_dq else None
     dkv = None
     dsink = None if attn_sink is None else unfilled(lse.shape, lse.dtype, lse, is_traced=is_traced)

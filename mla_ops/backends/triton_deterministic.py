@@ -59,7 +59,7 @@ def dkv_in_query_order(
     dkv = unfilled(kv.shape, kv.dtype if chunk_queries == seq_q else torch.float32, kv, is_traced=is_traced)
     block_d = min(64, 1 << (d_total - 1).bit_length())
     for slab in slabs(batch, seq_q, chunk_batch, chunk_queries, chunk_keys):
-        starts, blocks = _place_slots(slab, indices, topk_length, places, chunk_batch, chunk_queries, chunk_keys, wrap)
+        starts, blocks = _place_slots(slab, seq_kv, indices, topk_length, places, chunk_batch, chunk_queries, wrap)
         chunks = product(slab.batches[::chunk_batch], slab.queries[::chunk_queries])
         for chunk, (first_batch, first_query) in enumerate(chunks):
             num_batch = min(chunk_batch, batch - first_batch)
@@ -97,12 +97,12 @@ def slabs(batch: int, seq_q: int, chunk_batch: int, chunk_queries: int, chunk_ke
 
 def _place_slots(
     slab: Slab,
+    seq_kv: int,
     indices: torch.Tensor,
     topk_length: torch.Tensor | None,
     places: torch.Tensor,
     chunk_batch: int,
     chunk_queries: int,
-    chunk_keys: int,
     wrap: Callable[[Any], Any],
 ) -> tuple[torch.Tensor, int]:
     """Write the places of a slab's slots; return where the slots of each counter start, and counters per key."""
@@ -115,11 +115,11 @@ def _place_slots(
         indices, places = _part(indices, slab), _part(places, slab)
         topk_length = None if topk_length is None else _part(topk_length, slab)
     parts = -(-seq_q // chunk_queries)
-    chunks = -(-batch // chunk_batch) * parts
+    chunks, chunk_keys = -(-batch // chunk_batch) * parts, chunk_batch * seq_kv * kv_group
     block_queries = max(1, -(-chunks * chunk_keys * chunk_queries // COUNTERS))
     blocks = -(-chunk_queries // block_queries)
     counters = indices.new_zeros(1 + chunks * chunk_keys * blocks, dtype=torch.int32)
-    lengths = (seq_q, chunk_keys // (chunk_batch * kv_group), topk, chunk_batch, chunk_queries, block_queries)
+    lengths = (seq_q, seq_kv, topk, chunk_batch, chunk_queries, block_queries)
     constants = (kv_group, min(1024, max(32, 1 << (topk - 1).bit_length())))
     wrap(_rank_slots_kernel)[(batch * parts * blocks * kv_group,)](
         indices, *strides, topk_length, counters, places, *lengths, *constants, num_warps=4
