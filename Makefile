@@ -36,7 +36,7 @@ gpu-test: $(READY)  ## the whole contract on a CUDA device
 	$(PYTHON) -m pytest -m gpu
 
 # Compiled first: under the sanitizer ptxas would take minutes. Only kernels of this package are checked.
-MEMCHECK = -m gpu -q tests/test_kernels_gpu.py tests/test_hopper_gpu.py tests/test_hopper_backward_gpu.py \
+MEMCHECK = -m gpu -q tests/test_kernels_gpu.py tests/test_hopper_*gpu.py \
   -k "unusual_widths or nan or strided or split_slots or in_chunks or partial"
 memcheck: $(READY)  ## representative GPU tests under compute-sanitizer
 	$(PYTHON) -m pytest $(MEMCHECK)

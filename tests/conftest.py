@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from mla_ops.backends import triton, triton_deterministic
+from mla_ops.device import traits_of
 
 # What cuBLAS needs to be deterministic, which the eager backend's matmuls on CUDA rely on; read when CUDA starts.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -54,6 +55,14 @@ def deterministic() -> Iterator[None]:
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def on_hopper() -> None:
+    """Skip where the warp-specialised kernels cannot run."""
+    traits = traits_of(torch.device("cuda"))
+    if traits.arch != 90:
+        pytest.skip(f"needs compute capability 9.0, this device has {traits.arch / 10}")
 
 
 @pytest.fixture

@@ -52,13 +52,15 @@ def new_values(case: Case) -> Iterator[tuple[str, Inputs]]:
     yield "rows newly full", replace(fresh, indices=full, topk_length=lengths)
 
 
-def assert_same(actual: list[torch.Tensor], expected: list[torch.Tensor], note: str) -> None:
+def assert_same(
+    actual: list[torch.Tensor], expected: list[torch.Tensor], note: str, *, is_dsink_exact: bool = True
+) -> None:
     for name, a, e in zip(RESULTS, actual, expected, strict=True):
         if name == "dkv" and not torch.are_deterministic_algorithms_enabled():
             # Atomics reorder fp32 sums; the result is rounded to bf16 once.
             torch.testing.assert_close(a, e, rtol=2e-2, atol=2e-2, msg=lambda m, n=name: f"{note}, {n}: {m}")
-        elif name == "dsink" and note == "compiled":
-            torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-4)  # Inductor sums over rows in an order of its own
+        elif name == "dsink" and not is_dsink_exact:
+            torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-4)
         else:
             assert torch.equal(a, e), f"{note}: {name}"
 
@@ -166,7 +168,7 @@ def test_compiled_training_equals_eager(case: Case, dynamic: bool) -> None:
         out, lse = function(*inputs.args)
         grads = torch.autograd.grad([out, lse], inputs.differentiable, [inputs.dout, inputs.dlse])
         results.append([out, lse, *grads])
-    assert_same(*results, "compiled")
+    assert_same(*results, "compiled", is_dsink_exact=False)  # Inductor sums over rows in an order of its own
 
 
 def test_reduce_overhead_is_one_graph_without_skips() -> None:

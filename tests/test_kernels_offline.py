@@ -14,6 +14,7 @@ import pytest
 from mla_ops.configs import TABLES, backward_configs, forward_config, hopper_backward_config, hopper_config
 from mla_ops.configs.head_dims import FAMILIES
 from mla_ops.configs.launch import (
+    HOPPER_BLOCK_H,
     BwdConfig,
     FwdConfig,
     Row,
@@ -315,6 +316,12 @@ def hopper_widths() -> list[Any]:
         for pair in widths
         if pair != (640, 512)
     ]
+
+
+def test_the_launcher_counts_the_heads_that_a_hopper_kernel_takes() -> None:
+    from mla_ops.kernels.hopper_forward import BLOCK_H
+
+    assert BLOCK_H.value == HOPPER_BLOCK_H
 
 
 @pytest.mark.parametrize(("d_total", "d_v"), hopper_widths())
