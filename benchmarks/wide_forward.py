@@ -16,6 +16,7 @@ import argparse
 import statistics
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +93,7 @@ def measure(name: str, shape: Shape, is_overlapping: bool, libraries: list[str])
     times: dict[str, list[float]] = {impl: [] for impl in functions}
     for _ in range(ROUNDS):
         for impl, function in functions.items():
-            run = lambda: function(q, kv, indices, shape.d_v)  # noqa: B023, E731
+            run = partial(function, q, kv, indices, shape.d_v)
             times[impl].append(float(triton.testing.do_bench(run, warmup=10, rep=40, return_mode="median")))
     records = []
     for impl, milliseconds in times.items():
