@@ -38,7 +38,7 @@ def backward(
     assert config is not None
     q, kv, indices, *rest = inputs.args
     gradients = inputs.dout if use_dout else None, inputs.dlse if use_dlse else None
-    results = backend.launch_backward(*gradients, q, kv, indices, out, lse, *rest, need_dq, need_dkv, configs=config)
+    results = backend.launch_backward(*gradients, q, kv, indices, out, lse, *rest, need_dq, need_dkv, configs=(config,))
     count = 2 if inputs.attn_sink is None else 3
     return dict(zip(["dq", "dkv", "dsink"][:count], results, strict=False))
 

@@ -359,13 +359,13 @@ def test_the_hopper_forward_pays_from_fewer_slots_on_than_the_backward() -> None
 
 
 @pytest.mark.usefixtures("deterministic")
-def test_a_deterministic_backward_takes_the_plain_kernel() -> None:
+def test_a_deterministic_backward_takes_it_too() -> None:
     pytest.importorskip("triton", reason="triton is not installed")
     problem = SparseAttnProblem(
         d_total=576, d_v=512, topk=2048, heads=64, kv_group=1, dtype=torch.bfloat16, needs_grad=True
     )
     hints = Hints(batch=1, seq_q=4096, seq_kv=8192)
-    assert "HopperBwdConfig" not in str(triton_backend.TritonBackend().describe_launch(problem, H100, hints))
+    assert "HopperBwdConfig" in str(triton_backend.TritonBackend().describe_launch(problem, H100, hints))
 
 
 @pytest.mark.parametrize(("side", "other"), [("fwd", "HopperBwdConfig"), ("bwd", "HopperConfig")])
@@ -407,22 +407,12 @@ def test_the_hopper_backward_is_refused_where_it_cannot_run() -> None:
     inputs = make_inputs(Case(d_total=576, d_v=512, heads=64), torch.bfloat16)
     q, kv, indices, *rest = inputs.args
     arguments = (inputs.dout, None, q, kv, indices, inputs.dout, inputs.dlse, *rest, True, True)
-    config = HopperBwdConfig(256, 32)
+    configs = (HopperBwdConfig(256, 32),)
     refusals: dict[str, dict[str, Any]] = {
         "got sm80": {"traits": replace(H100, arch=80)},
-        "d_v=512, d_total=576": {"configs": HopperBwdConfig(256, 0)},
+        "d_v=512, d_total=576": {"configs": (HopperBwdConfig(256, 0),)},
         "traced=True": {"wrap": lambda kernel: kernel},
     }
     for reason, options in refusals.items():
         with pytest.raises(mla_ops.UnsupportedProblemError, match=reason):
-            triton_backend.launch_backward(*arguments, **{"traits": H100, "configs": config, **options})
-
-
-@pytest.mark.usefixtures("deterministic")
-def test_the_hopper_backward_is_refused_where_the_order_of_a_sum_is_asked_for() -> None:
-    pytest.importorskip("triton", reason="triton is not installed")
-    inputs = make_inputs(Case(d_total=576, d_v=512, heads=64), torch.bfloat16)
-    q, kv, indices, *rest = inputs.args
-    arguments = (inputs.dout, None, q, kv, indices, inputs.dout, inputs.dlse, *rest, True, True)
-    with pytest.raises(mla_ops.UnsupportedProblemError, match="deterministic=True"):
-        triton_backend.launch_backward(*arguments, traits=H100, configs=HopperBwdConfig(256, 32))
+            triton_backend.launch_backward(*arguments, **{"traits": H100, "configs": configs, **options})

@@ -12,6 +12,7 @@ from hopper_kernels import check_backward as check
 
 import mla_ops
 from mla_ops.backends import triton as backend
+from mla_ops.backends import triton_deterministic
 from mla_ops.configs.launch import HopperBwdConfig
 from mla_ops.testing import Case, Inputs, assert_matches_oracle
 
@@ -134,7 +135,7 @@ def test_rows_beyond_2_to_the_31_elements() -> None:
         out, lse = backend.launch_forward(q, rows, indices, 512, 0.05, None, None)
         dq, dkv, _ = backend.launch_backward(
             dout, None, q, rows, indices, out, lse, 512, 0.05, None, None, True, True,
-            configs=HopperBwdConfig(half_value=256, half_tail=32),
+            configs=(HopperBwdConfig(half_value=256, half_tail=32),),
         )  # fmt: skip
         results.append({"dq": dq, "dkv": dkv[positions]})
     assert_same(*results)
@@ -202,9 +203,26 @@ def test_the_operator_takes_it() -> None:
 
 
 @pytest.mark.usefixtures("deterministic", "_nothing_launched")
-def test_a_deterministic_backward_takes_the_plain_kernel() -> None:
-    operator_gradients(wide_inputs(AUTOMATIC))
-    assert HopperBwdConfig not in launched_backwards()
+@pytest.mark.parametrize("workspace_bytes", [1 << 20, 1 << 30], ids=["parts", "whole"])
+def test_a_deterministic_backward_takes_it_and_repeats_its_bits(
+    workspace_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(triton_deterministic, "WORKSPACE_BYTES", workspace_bytes)
+    inputs = wide_inputs(AUTOMATIC, attn_sink=True, topk_length=True)
+    results = operator_gradients(inputs)
+    assert_matches_oracle(results, inputs)
+    assert launched_backwards() == {HopperBwdConfig}
+    repeated = operator_gradients(inputs)
+    assert all(torch.equal(result, repeated[name]) for name, result in results.items())
+
+
+@pytest.mark.usefixtures("deterministic")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "sizes", [{"batch": None}, {"heads": 160, "kv_group": 2}, {"d_total": 320, "d_v": 256}], ids=str
+)
+def test_deterministic_rows_of_heads_groups_and_widths(sizes: dict[str, Any], dtype: torch.dtype) -> None:
+    check(wide_inputs(replace(WIDE, **sizes), dtype, topk_length=True))
 
 
 @pytest.mark.usefixtures("fresh_dynamo", "_nothing_launched")

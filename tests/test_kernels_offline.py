@@ -167,7 +167,7 @@ def compile_backward(
     constants = {**shape_constants(config, heads, d_total, d_v, align), **orders, **constants}
     if is_placed:
         del constants["places_ptr"]
-    rows = element if is_placed else "fp32"
+    rows = element if is_placed and element == "bf16" else "fp32"
     return compile_kernel(_sparse_attn_bwd_kernel, arch, constants, launch_options(config), element, rows)
 
 
@@ -184,15 +184,19 @@ def compile_hopper(heads: int, d_total: int, d_v: int, element: str = "bf16", **
     return compile_kernel(_sparse_attn_fwd_hopper_kernel, 90, constants, {"num_warps": 4}, element)
 
 
-def compile_hopper_backward(heads: int, d_total: int, d_v: int, element: str = "bf16", **constants: Any) -> Compiled:
+def compile_hopper_backward(
+    heads: int, d_total: int, d_v: int, element: str = "bf16", *, is_placed: bool = False, **constants: Any
+) -> Compiled:
     from mla_ops.kernels.hopper_backward import _sparse_attn_bwd_hopper_kernel
 
     config = hopper_backward_config(90, SMEM_BYTES[90], d_total, d_v, 2)
     constants = {
         "HEADS": heads, "KV_GROUP": 1, "D_TOTAL": d_total, "D_V": d_v,
-        "WIDTH": config.half_value, "HALF_TAIL": config.half_tail, **constants,
+        "WIDTH": config.half_value, "HALF_TAIL": config.half_tail, **({} if is_placed else {"places_ptr": None}),
+        **constants,
     }  # fmt: skip
-    return compile_kernel(_sparse_attn_bwd_hopper_kernel, 90, constants, {"num_warps": 4}, element)
+    rows = element if is_placed and element == "bf16" else "fp32"
+    return compile_kernel(_sparse_attn_bwd_hopper_kernel, 90, constants, {"num_warps": 4}, element, rows)
 
 
 ROWS = [
@@ -380,8 +384,9 @@ def test_hopper_backward_fits_and_spills_no_accumulator(d_total: int, d_v: int) 
 
 
 HOPPER_BACKWARD_VARIANTS = {
-    **{name: VARIANTS[name] for name in ("dq only", "dkv only", "lse gradient only")},
+    **{name: VARIANTS[name] for name in ("deterministic", "dq only", "dkv only", "lse gradient only")},
     "fp16": {"element": "fp16"},
+    "deterministic fp16": {"element": "fp16", "is_placed": True},
     "no length, no sink": {"topk_length_ptr": None, "attn_sink_ptr": None, "dsink_ptr": None, "dlse_ptr": None},
     "few heads in groups": {"HEADS": 80, "KV_GROUP": 2},
     "constants of 1": {"stride_i_g": 1, "stride_i_s": 1, "stride_q_b": 1},
@@ -393,9 +398,10 @@ def test_hopper_backward_variants_compile(options: dict[str, Any]) -> None:
     assert compile_hopper_backward(128, 576, 512, **options).stack_bytes <= 64
 
 
-def test_hopper_products_do_not_wait_for_one_another() -> None:
+@pytest.mark.parametrize("is_placed", [False, True], ids=["added", "placed"])
+def test_hopper_products_do_not_wait_for_one_another(is_placed: bool) -> None:
     # Where registers are short, ptxas makes every product wait for the one before it.
-    sass = compile_hopper_backward(128, 576, 512).sass()
+    sass = compile_hopper_backward(128, 576, 512, is_placed=is_placed).sass()
     assert sass.count("HGMMA") > 200
     assert sass.count("WARPGROUP.DEPBAR") < 40
 
@@ -404,6 +410,12 @@ def test_hopper_dkv_is_added_16_bytes_at_a_time() -> None:
     ptx = compile_hopper_backward(128, 576, 512).ptx
     assert re.search(r"(?:atom|red)\.global[a-z.]*add\.v4\.f32", ptx)
     assert not re.search(r"(?:atom|red)\.global[a-z.]*add\.(?:v2\.)?f32", ptx)
+
+
+def test_placed_hopper_rows_are_stored_16_bytes_at_a_time() -> None:
+    ptx = compile_hopper_backward(128, 576, 512, is_placed=True, dq_ptr=None, dsink_ptr=None).ptx
+    assert not re.search(r"(?:atom|red)\.global[a-z.]*add", ptx)
+    assert set(re.findall(r"st\.global\.(\w+\.\w+)", ptx)) == {"v4.b32"}
 
 
 def test_what_hopper_products_read_is_published_after_the_fence_of_every_thread() -> None:

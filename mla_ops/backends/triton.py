@@ -334,14 +334,14 @@ def launch_backward(
     need_dkv: bool,
     *,
     use_int64_offsets: bool | None = None,
-    configs: tuple[BwdConfig, ...] | HopperBwdConfig | None = None,
+    configs: tuple[BwdConfig | HopperBwdConfig, ...] | None = None,
     traits: DeviceTraits | None = None,
     wrap: Wrap = _identity,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Run the backward kernel: once for both gradients, or once for each if the table's row says so.
 
-    With a `HopperBwdConfig`, or where one is automatic, it is the warp-specialised kernel instead: in eager, and where
-    the order of a sum is free. A trace takes the plain kernel, because compilers inline Triton and not Gluon.
+    With `HopperBwdConfig`, or where one is automatic, it is the warp-specialised kernel instead, in eager: a trace
+    takes the plain kernel, because compilers inline Triton and not Gluon.
 
     dkv is summed in fp32: by atomics, or with `torch.use_deterministic_algorithms(True)` in the order of the indices.
     """
@@ -364,9 +364,10 @@ def launch_backward(
     if configs is None:
         widths, tuned_rows = (d_total, d_v, q.element_size()), current().tuned_rows
         if not is_traced:
-            configs = triton_hopper.automatic_backward_config(
+            specialised = triton_hopper.automatic_backward_config(
                 traits, rows, heads, kv_group, indices.shape[-1], widths, tuned_rows
             )
+            configs = None if specialised is None else (specialised,)
         if configs is None:
             key = (traits.arch, traits.smem_bytes, heads // kv_group, *widths, tuned_rows, is_deterministic)
             configs = _fitting(backward_configs(*key), "backward", d_total, q.dtype, traits)
@@ -380,59 +381,52 @@ def launch_backward(
     if use_int64_offsets is None:
         use_int64_offsets = bool(seq_kv * max(strides[4], kv_group * d_total) >= INT32_OFFSETS)
 
-    def head_blocks(config: BwdConfig) -> int:
-        return -(-(heads // kv_group) // config.block_h)
-
     def run(
-        config: BwdConfig, dq: _Out, dkv: _Out, dsink: _Out,
+        config: BwdConfig | HopperBwdConfig, dq: _Out, dkv: _Out, dsink: _Out,
         places: _Out = None, first_row: int = 0, num_rows: int = rows,
     ) -> None:  # fmt: skip
-        has_far_places = places is not None and dkv is not None and dkv.numel() >= INT32_OFFSETS
-        wrap(_sparse_attn_bwd_kernel)[(num_rows * kv_group * head_blocks(config),)](
-            q, *strides[:3], kv, *strides[3:], indices, *outer_strides(indices.stride()),
-            topk_length, attn_sink, out, lse, dout, *do_strides, dlse, dq, dkv, dsink, places,
-            softmax_scale, first_row, seq_q, seq_kv, indices.shape[-1],
-            heads, kv_group, d_total, d_v,
-            config.block_h, config.block_k, *chunk_widths(d_total, d_v, config.max_chunk),
-            alignment(strides), use_int64_offsets or has_far_places, _input_precision(q),
-            config.is_key_major, config.is_ahead,
-            **launch_options(config),
-        )  # fmt: skip
+        if isinstance(config, HopperBwdConfig):
+            if is_traced:
+                raise UnsupportedProblemError(
+                    "a HopperBwdConfig is for an eager call, got traced=True; pass BwdConfigs"
+                )
+            triton_hopper.launch_backward(
+                dout, dlse, q, kv, indices, out, lse, softmax_scale, topk_length, attn_sink, dq, dkv, dsink,
+                config, traits, places=places, first_row=first_row, num_rows=num_rows,
+            )  # fmt: skip
+        else:
+            has_far_places = places is not None and dkv is not None and dkv.numel() >= INT32_OFFSETS
+            wrap(_sparse_attn_bwd_kernel)[(num_rows * kv_group * -(-(heads // kv_group) // config.block_h),)](
+                q, *strides[:3], kv, *strides[3:], indices, *outer_strides(indices.stride()),
+                topk_length, attn_sink, out, lse, dout, *do_strides, dlse, dq, dkv, dsink, places,
+                softmax_scale, first_row, seq_q, seq_kv, indices.shape[-1],
+                heads, kv_group, d_total, d_v,
+                config.block_h, config.block_k, *chunk_widths(d_total, d_v, config.max_chunk),
+                alignment(strides), use_int64_offsets or has_far_places, _input_precision(q),
+                config.is_key_major, config.is_ahead,
+                **launch_options(config),
+            )  # fmt: skip
         if not is_traced:
             _launched.add((d_total, d_v, heads, kv_group, q.dtype, config))
 
     dq = unfilled(q.shape, q.dtype, q, is_traced=is_traced) if need_dq else None
     dkv = None
     dsink = None if attn_sink is None else unfilled(lse.shape, lse.dtype, lse, is_traced=is_traced)
-    if isinstance(configs, HopperBwdConfig):
-        if is_deterministic or is_traced:
-            raise UnsupportedProblemError(
-                "a HopperBwdConfig is for an eager call that may add dkv in any order, got "
-                f"deterministic={is_deterministic}, traced={is_traced}; pass BwdConfigs"
-            )
-        dkv = q.new_zeros(kv.shape, dtype=torch.float32) if need_dkv else None
-        if need_dq or need_dkv or dsink is not None:
-            triton_hopper.launch_backward(
-                dout, dlse, q, kv, indices, out, lse, softmax_scale, topk_length, attn_sink, dq, dkv, dsink,
-                configs, traits,
+    two_passes = need_dq and need_dkv and len(configs) == 2
+    if two_passes or (not need_dkv and (need_dq or dsink is not None)):
+        run(configs[0], dq, None, dsink)
+    if need_dkv:
+        config = configs[-1]
+        others = (None, None) if two_passes else (dq, dsink)
+        if is_deterministic:
+            dkv = dkv_in_query_order(
+                lambda partial, *rows: run(config, others[0], partial, others[1], *rows),
+                kv, indices, topk_length, -(-(heads // kv_group) // config.block_h), wave_programs(config, traits),
+                wrap, is_traced=is_traced,
             )  # fmt: skip
-            _launched.add((d_total, d_v, heads, kv_group, q.dtype, configs))
-    else:
-        two_passes = need_dq and need_dkv and len(configs) == 2
-        if two_passes or (not need_dkv and (need_dq or dsink is not None)):
-            run(configs[0], dq, None, dsink)
-        if need_dkv:
-            config = configs[-1]
-            others = (None, None) if two_passes else (dq, dsink)
-            if is_deterministic:
-                dkv = dkv_in_query_order(
-                    lambda partial, *rows: run(config, others[0], partial, others[1], *rows),
-                    kv, indices, topk_length, head_blocks(config), wave_programs(config, traits), wrap,
-                    is_traced=is_traced,
-                )  # fmt: skip
-            else:
-                dkv = q.new_zeros(kv.shape, dtype=torch.float32)
-                run(config, others[0], dkv, others[1])
+        else:
+            dkv = q.new_zeros(kv.shape, dtype=torch.float32)
+            run(config, others[0], dkv, others[1])
     if dkv is not None:
         dkv = dkv.to(kv.dtype)
     if dsink is not None:
@@ -444,8 +438,10 @@ def launch_backward(
     )
 
 
-def wave_programs(config: BwdConfig, traits: DeviceTraits) -> int:
+def wave_programs(config: BwdConfig | HopperBwdConfig, traits: DeviceTraits) -> int:
     """Return how many programs of the backward kernel the registers of a device hold at a time."""
+    if isinstance(config, HopperBwdConfig):
+        return traits.num_sms
     return traits.num_sms * max(1, 65536 // ((config.max_registers or 256) * 32 * config.num_warps))
 
 

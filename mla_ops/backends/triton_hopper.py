@@ -41,11 +41,8 @@ def automatic_config(
 def automatic_backward_config(
     traits: DeviceTraits, rows: int, heads: int, kv_group: int, topk: int, widths: tuple[int, int, int], tuned_rows: str
 ) -> HopperBwdConfig | None:
-    """Return the configuration that a backward takes by itself, or None: see `automatic_config`.
-
-    A deterministic backward takes the plain kernel, which can store what the other one only adds.
-    """
-    if traits.arch != 90 or widths[1] < MIN_HOPPER_D_V or torch.are_deterministic_algorithms_enabled():
+    """Return the configuration that a backward takes by itself, or None: see `automatic_config`."""
+    if traits.arch != 90 or widths[1] < MIN_HOPPER_D_V:
         return None
     if not _is_worth_it("bwd", traits, rows, heads, kv_group, topk, widths, tuned_rows):
         return None
@@ -133,11 +130,16 @@ def launch_backward(
     dsink: torch.Tensor | None,
     config: HopperBwdConfig,
     traits: DeviceTraits,
+    *,
+    places: torch.Tensor | None = None,
+    first_row: int = 0,
+    num_rows: int | None = None,
 ) -> None:
     """Run the warp-specialised backward: write `dq` and `dsink` (`[..., heads]`), add to `dkv` (fp32); or not, if None.
 
-    The inner strides of q, kv and indices are 1, the rows of `dout` are as aligned as those of a contiguous tensor, and
-    everything else is contiguous.
+    With `places` (of the slots, as `indices`) their rows are stored in `dkv` there instead. Of the queries only
+    `num_rows` from `first_row` on, if given, are processed. The inner strides of q, kv and indices are 1, the rows of
+    `dout` are as aligned as those of a contiguous tensor, and everything else is contiguous.
 
     Raises:
         UnsupportedProblemError: the device, the installed triton, the dtype or the widths are not for this kernel.
@@ -150,10 +152,11 @@ def launch_backward(
     q, kv = _with_aligned_rows(q), _with_aligned_rows(kv)
     heads, (seq_kv, kv_group) = q.shape[-2], kv.shape[-3:-1]
     do_strides = (0, 0, 0) if dout is None else outer_strides(dout.stride())
-    _sparse_attn_bwd_hopper_kernel[(item_count(q.shape[:-2].numel(), heads, kv_group),)](
+    num_rows = q.shape[:-2].numel() if num_rows is None else num_rows
+    _sparse_attn_bwd_hopper_kernel[(item_count(num_rows, heads, kv_group),)](
         q, *outer_strides(q.stride()), kv, *outer_strides(kv.stride()), indices, *outer_strides(indices.stride()),
-        topk_length, attn_sink, out, lse, dout, *do_strides, dlse, dq, dkv, dsink,
-        softmax_scale, q.shape[-3], seq_kv, indices.shape[-1],
+        topk_length, attn_sink, out, lse, dout, *do_strides, dlse, dq, dkv, dsink, places,
+        softmax_scale, item_count(first_row, heads, kv_group), q.shape[-3], seq_kv, indices.shape[-1],
         heads, kv_group, d_total, d_v, config.half_value, config.half_tail,
         num_warps=4,
     )  # fmt: skip

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import TypeVar
+from typing import ClassVar, TypeVar
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,10 @@ class BwdConfig:
     max_registers: int | None = None  # as in the forward
 
 
+# Query heads of a work item of the Hopper kernels, and keys of a tile: what one wgmma tile holds.
+HOPPER_BLOCK_H = 64
+
+
 @dataclass(frozen=True)
 class HopperConfig:
     """How to launch the warp-specialised forward of `kernels/hopper_forward.py`: 64 heads a block, 64 keys a tile."""
@@ -51,10 +55,7 @@ class HopperBwdConfig:
 
     half_value: int  # value channels of each of the two gradient groups, a power of two; two of them cover d_v
     half_tail: int  # of each group among the remaining channels of a row, 0, 32 or 64
-
-
-# Query heads of a work item of the Hopper kernels, and keys of a tile: what one wgmma tile holds.
-HOPPER_BLOCK_H = 64
+    block_h: ClassVar[int] = HOPPER_BLOCK_H
 
 
 def launch_options(config: FwdConfig | BwdConfig) -> dict[str, int]:

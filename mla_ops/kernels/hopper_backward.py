@@ -23,6 +23,10 @@ NOTE [Additions in lines]
 A thread holds two neighbouring channels of a product. Swapped within a warp, until a thread has four and eight threads
 a line of 128 bytes, the same kernel takes a quarter less time: 16.0 to 16.9 against 21.7 ms.
 
+With places (NOTE [Places] in `backward_reduce.py`) nothing is added: `positions` holds the place of every slot, and a
+piece is stored there. Rows of two-byte channels are swapped once more within the row, not between rows: 16 bytes a
+thread, 64 bytes of a row at a time.
+
 NOTE [Registers of the gradients]
 12 warps start at 168 registers a thread, and `setmaxnreg` gives 232 to a thread of the gradients and 40 to one of the
 gather. dQ takes 144 of the 232, and a piece of dKV 32. None is left for descriptors, of which a product has two for
@@ -100,6 +104,17 @@ def _swapped_layout(width, in_lines):
     )  # fmt: skip
 
 
+@gluon.constexpr_function
+def _packed_layout(width):
+    """Return `_swapped_layout` after the next swap within a row: eight channels a thread, 16 bytes of a stored row."""
+    wide = [[0, 1 << b] for b in range(5, width.bit_length() - 1)]
+    return gl.DistributedLinearLayout(
+        reg_bases=[[0, 1], [0, 2], [0, 4], [8, 0], *wide],
+        lane_bases=[[0, 8], [0, 16], [1, 0], [2, 0], [4, 0]],
+        warp_bases=[[16, 0], [32, 0]], block_bases=[], shape=[64, width],
+    )  # fmt: skip
+
+
 @gluon.jit
 def _load_positions(slots_ptr, first, end_slot):
     slots = first + gl.arange(0, TILE, layout=gl.SliceLayout(1, ROWS_LAYOUT))
@@ -122,17 +137,20 @@ def _gather(
     kv_ptr, stride_kv_b, stride_kv_s, stride_kv_g,
     indices_ptr, stride_i_b, stride_i_s, stride_i_g,
     dout_ptr, stride_do_b, stride_do_s, stride_do_h,
-    topk_length_ptr, seq_q, seq_kv, topk,
+    topk_length_ptr, places_ptr, first_item, seq_q, seq_kv, topk,
     q_parts, k_parts, do_parts, positions, k_full, k_free,
     HEADS: gl.constexpr, KV_GROUP: gl.constexpr, D_TOTAL: gl.constexpr, D_V: gl.constexpr,
     WIDTH: gl.constexpr, HALF_TAIL: gl.constexpr,
 ):  # fmt: skip
-    row, group, first_head, head_count = _locate_item(gl.program_id(0), HEADS, KV_GROUP)
+    item = first_item + gl.program_id(0)
+    row, group, first_head, head_count = _locate_item(item, HEADS, KV_GROUP)
     batch, query = row // seq_q, row % seq_q
     slots_ptr, end_slot = _item_slots(
-        indices_ptr, stride_i_b, stride_i_s, stride_i_g, topk_length_ptr, gl.program_id(0), seq_q, topk, HEADS, KV_GROUP
+        indices_ptr, stride_i_b, stride_i_s, stride_i_g, topk_length_ptr, item, seq_q, topk, HEADS, KV_GROUP
     )
     ahead = _load_positions(slots_ptr, 0, end_slot)
+    if places_ptr is not None:
+        places_ptr += (row * KV_GROUP + group) * topk
     heads = gl.arange(0, BLOCK_H, layout=gl.SliceLayout(1, ROWS_LAYOUT))
     head_mask = heads < head_count
     heads = (first_head + heads).to(gl.int64)
@@ -152,6 +170,9 @@ def _gather(
         mbarrier.wait(k_free, (t & 1) ^ 1)
         _copy_parts(k_parts, row_ptrs, valid, WIDTH, HALF_TAIL, D_TOTAL)
         async_copy.commit_group()
+        if places_ptr is not None:
+            # Loaded while the rows come: a tile ahead of them, as positions are, there are no registers for it.
+            position = gl.where(valid, _load_positions(places_ptr, t * TILE, end_slot), -1)
         positions.index(t & 1).store(position)
         _publish_copies(k_full, 0, True)
     # Without tiles nobody has waited for the queries.
@@ -208,11 +229,15 @@ def _dkv_piece(dlogits, q, weights, dout, t, START: gl.constexpr, WIDTH: gl.cons
 
 
 @gluon.jit
-def _add_piece(
-    dkv_ptr, positions, tile, START: gl.constexpr, WIDTH: gl.constexpr, END: gl.constexpr, ROW_STRIDE: gl.constexpr
-):
-    """Add a piece of dkv to the rows of its keys; see NOTE [Additions in lines]."""
-    LAYOUT: gl.constexpr = _swapped_layout(WIDTH, True)
+def _put_piece(
+    dkv_ptr, positions, tile, START: gl.constexpr, WIDTH: gl.constexpr, END: gl.constexpr, ROW_STRIDE: gl.constexpr,
+    IS_PLACED: gl.constexpr,
+):  # fmt: skip
+    """Add a piece of dkv to the rows of its keys, or store it where they are; see NOTE [Additions in lines]."""
+    # Rows of two bytes a channel become 16 bytes a thread where four-byte channels become lines.
+    IS_PACKED: gl.constexpr = dkv_ptr.dtype.element_ty.primitive_bitwidth == 16
+    LAYOUT: gl.constexpr = _packed_layout(WIDTH) if IS_PACKED else _swapped_layout(WIDTH, True)
+    tile = tile.to(dkv_ptr.dtype.element_ty)
     # Two swaps, each between two threads; for both at once the compiler would take shared memory that is not there.
     tile = gl.convert_layout(gl.convert_layout(tile, _swapped_layout(WIDTH, False)), LAYOUT)
     position = positions.load(gl.SliceLayout(1, LAYOUT))
@@ -221,7 +246,12 @@ def _add_piece(
     if START + WIDTH > END:
         mask = mask & (cols < END - START)[None, :]
     row_ptrs = dkv_ptr + START + position.to(gl.int64) * ROW_STRIDE
-    gl.atomic_add(row_ptrs[:, None] + cols[None, :], tile, mask=mask, sem="relaxed")
+    if IS_PLACED:
+        gl.store(row_ptrs[:, None] + cols[None, :], tile, mask=mask)
+        # Keeps the stores before the next product: moved into it, they hold registers, and every product would wait.
+        block_barrier()
+    else:
+        gl.atomic_add(row_ptrs[:, None] + cols[None, :], tile, mask=mask, sem="relaxed")
 
 
 @gluon.jit
@@ -239,17 +269,18 @@ def _store_dq(row_ptr, staged, acc, head_count, START: gl.constexpr, WIDTH: gl.c
 @gluon.jit
 def _gradients(
     out_ptr, lse_ptr, dout_ptr, stride_do_b, stride_do_s, stride_do_h, dlse_ptr,
-    topk_length_ptr, attn_sink_ptr, dq_ptr, dkv_ptr, dsink_ptr, softmax_scale, seq_q, seq_kv, topk,
+    topk_length_ptr, attn_sink_ptr, dq_ptr, dkv_ptr, dsink_ptr, softmax_scale, first_item, seq_q, seq_kv, topk,
     q_parts, k_parts, do_parts, weights, dlogits, positions, k_full, k_free, weights_full, weights_free,
     HEADS: gl.constexpr, KV_GROUP: gl.constexpr, D_TOTAL: gl.constexpr, D_V: gl.constexpr,
-    WIDTH: gl.constexpr, HALF_TAIL: gl.constexpr, SIDE: gl.constexpr,
+    WIDTH: gl.constexpr, HALF_TAIL: gl.constexpr, IS_PLACED: gl.constexpr, SIDE: gl.constexpr,
 ):  # fmt: skip
     HEADS_LAYOUT: gl.constexpr = gl.SliceLayout(1, SCORES_LAYOUT)
     ELEMENT: gl.constexpr = k_parts[0].dtype
     HAS_DOUT: gl.constexpr = dout_ptr is not None
     PARTS: gl.constexpr = 4 if HALF_TAIL > 0 else 2
     TAIL_START: gl.constexpr = 2 * WIDTH + SIDE * HALF_TAIL
-    row, group, first_head, head_count = _locate_item(gl.program_id(0), HEADS, KV_GROUP)
+    item = first_item + gl.program_id(0)
+    row, group, first_head, head_count = _locate_item(item, HEADS, KV_GROUP)
     batch, query = row // seq_q, row % seq_q
     end_slot = _end_slot(topk_length_ptr, row, topk)
     heads = gl.arange(0, BLOCK_H, layout=HEADS_LAYOUT)
@@ -280,8 +311,12 @@ def _gradients(
     if HALF_TAIL > 0:
         dq_tail = gl.full([BLOCK_H, HALF_TAIL], 0.0, gl.float32, _product_layout(HALF_TAIL))
     if dkv_ptr is not None:
-        ROW_STRIDE: gl.constexpr = KV_GROUP * D_TOTAL
-        dkv_ptr += (batch * seq_kv * KV_GROUP + group) * D_TOTAL
+        HEAD_BLOCKS: gl.constexpr = (HEADS // KV_GROUP + BLOCK_H - 1) // BLOCK_H
+        ROW_STRIDE: gl.constexpr = (HEAD_BLOCKS if IS_PLACED else KV_GROUP) * D_TOTAL
+        if IS_PLACED:
+            dkv_ptr += item % HEAD_BLOCKS * D_TOTAL
+        else:
+            dkv_ptr += (batch * seq_kv * KV_GROUP + group) * D_TOTAL
     num_tiles = (end_slot + TILE - 1) // TILE
     mbarrier.wait(k_full, 0, pred=num_tiles > 0)
     scores = warpgroup_mma_wait(0, deps=[_start_scores(q_parts, k_parts, num_tiles, SIDE, PARTS)])
@@ -318,18 +353,24 @@ def _gradients(
         if dkv_ptr is not None:
             if HALF_TAIL > 0:
                 tail = _dkv_piece(dlogits, q_parts[2 + SIDE], weights, do_parts[SIDE], t, 0, HALF_TAIL, False)
-                _add_piece(dkv_ptr, positions.index(parity), tail, TAIL_START, HALF_TAIL, D_TOTAL, ROW_STRIDE)
+                _put_piece(
+                    dkv_ptr, positions.index(parity), tail, TAIL_START, HALF_TAIL, D_TOTAL, ROW_STRIDE, IS_PLACED
+                )
             for start in gl.static_range(0, WIDTH, PIECE):
                 piece = _dkv_piece(dlogits, q_parts[SIDE], weights, do_parts[SIDE], t, start, PIECE, HAS_DOUT)
                 if start + PIECE < WIDTH:
-                    _add_piece(
-                        dkv_ptr, positions.index(parity), piece, SIDE * WIDTH + start, PIECE, D_TOTAL, ROW_STRIDE
-                    )
+                    _put_piece(
+                        dkv_ptr, positions.index(parity), piece, SIDE * WIDTH + start, PIECE, D_TOTAL, ROW_STRIDE,
+                        IS_PLACED,
+                    )  # fmt: skip
         mbarrier.arrive(weights_free, count=1)
         mbarrier.wait(k_full, parity ^ 1, pred=t + 1 < num_tiles)
         scores = _start_scores(q_parts, k_parts, t, SIDE, PARTS)
         if dkv_ptr is not None:
-            _add_piece(dkv_ptr, positions.index(parity), piece, (SIDE + 1) * WIDTH - PIECE, PIECE, D_TOTAL, ROW_STRIDE)
+            _put_piece(
+                dkv_ptr, positions.index(parity), piece, (SIDE + 1) * WIDTH - PIECE, PIECE, D_TOTAL, ROW_STRIDE,
+                IS_PLACED,
+            )  # fmt: skip
         scores = warpgroup_mma_wait(0, deps=[scores])
 
     if dq_ptr is not None:
@@ -355,7 +396,7 @@ def _allocate_parts(ELEMENT: gl.constexpr, WIDTH: gl.constexpr, HALF_TAIL: gl.co
 
 
 # Lengths change from call to call: one binary serves them all, and a warm one is warm for any length.
-@gluon.jit(do_not_specialize=["seq_q", "seq_kv", "topk"])
+@gluon.jit(do_not_specialize=["first_item", "seq_q", "seq_kv", "topk"])
 def _sparse_attn_bwd_hopper_kernel(
     q_ptr, stride_q_b, stride_q_s, stride_q_h,
     kv_ptr, stride_kv_b, stride_kv_s, stride_kv_g,
@@ -364,11 +405,13 @@ def _sparse_attn_bwd_hopper_kernel(
     out_ptr, lse_ptr,  # contiguous, as the forward made them
     dout_ptr, stride_do_b, stride_do_s, stride_do_h, dlse_ptr,  # a pointer is None for a gradient that did not arrive
     dq_ptr, dkv_ptr, dsink_ptr,  # contiguous; None for what is not needed; dkv fp32, dsink fp32 [rows, heads]
-    softmax_scale, seq_q, seq_kv, topk,
+    places_ptr,  # None, or int32 [rows, groups, topk]: where dkv, then [places, head blocks, d_total], has the slots
+    softmax_scale, first_item, seq_q, seq_kv, topk,
     HEADS: gl.constexpr, KV_GROUP: gl.constexpr, D_TOTAL: gl.constexpr, D_V: gl.constexpr,
     WIDTH: gl.constexpr, HALF_TAIL: gl.constexpr,
 ):  # fmt: skip
     ELEMENT: gl.constexpr = q_ptr.dtype.element_ty
+    IS_PLACED: gl.constexpr = places_ptr is not None
     q_parts = _allocate_parts(ELEMENT, WIDTH, HALF_TAIL)
     k_parts = _allocate_parts(ELEMENT, WIDTH, HALF_TAIL)
     do_parts = _allocate_parts(ELEMENT, WIDTH, 0)
@@ -389,22 +432,22 @@ def _sparse_attn_bwd_hopper_kernel(
         [
             (_gradients, (
                 out_ptr, lse_ptr, dout_ptr, stride_do_b, stride_do_s, stride_do_h, dlse_ptr,
-                topk_length_ptr, attn_sink_ptr, dq_ptr, dkv_ptr, dsink_ptr, scale, seq_q, seq_kv, topk,
+                topk_length_ptr, attn_sink_ptr, dq_ptr, dkv_ptr, dsink_ptr, scale, first_item, seq_q, seq_kv, topk,
                 q_parts, k_parts, do_parts, weights, dlogits, positions, k_full, k_free, weights_full, weights_free,
-                HEADS, KV_GROUP, D_TOTAL, D_V, WIDTH, HALF_TAIL, gl.constexpr(0),
+                HEADS, KV_GROUP, D_TOTAL, D_V, WIDTH, HALF_TAIL, IS_PLACED, gl.constexpr(0),
             )),
             (_gradients, (
                 out_ptr, lse_ptr, dout_ptr, stride_do_b, stride_do_s, stride_do_h, dlse_ptr,
-                topk_length_ptr, attn_sink_ptr, dq_ptr, dkv_ptr, dsink_ptr, scale, seq_q, seq_kv, topk,
+                topk_length_ptr, attn_sink_ptr, dq_ptr, dkv_ptr, dsink_ptr, scale, first_item, seq_q, seq_kv, topk,
                 q_parts, k_parts, do_parts, weights, dlogits, positions, k_full, k_free, weights_full, weights_free,
-                HEADS, KV_GROUP, D_TOTAL, D_V, WIDTH, HALF_TAIL, gl.constexpr(1),
+                HEADS, KV_GROUP, D_TOTAL, D_V, WIDTH, HALF_TAIL, IS_PLACED, gl.constexpr(1),
             )),
             (_gather, (
                 q_ptr, stride_q_b, stride_q_s, stride_q_h,
                 kv_ptr, stride_kv_b, stride_kv_s, stride_kv_g,
                 indices_ptr, stride_i_b, stride_i_s, stride_i_g,
                 dout_ptr, stride_do_b, stride_do_s, stride_do_h,
-                topk_length_ptr, seq_q, seq_kv, topk,
+                topk_length_ptr, places_ptr, first_item, seq_q, seq_kv, topk,
                 q_parts, k_parts, do_parts, positions, k_full, k_free,
                 HEADS, KV_GROUP, D_TOTAL, D_V, WIDTH, HALF_TAIL,
             )),
