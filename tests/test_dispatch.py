@@ -389,10 +389,10 @@ def test_a_tuned_side_goes_before_its_hopper_kernel(side: str, other: str, tmp_p
 def test_the_hopper_forward_is_refused_where_it_cannot_run() -> None:
     pytest.importorskip("triton", reason="triton is not installed")
     inputs = make_inputs(Case(d_total=576, d_v=512, heads=64), torch.bfloat16)
-    config = HopperConfig(256, 256, 64, 160, 56)
+    config = HopperConfig(256, 256, 64, 160, 56, 1)
     refusals: dict[str, dict[str, Any]] = {
         "got sm80": {"traits": replace(H100, arch=80)},
-        "d_v=512, d_total=576": {"config": HopperConfig(256, 128, 64, 160, 56)},
+        "d_v=512, d_total=576": {"config": HopperConfig(256, 128, 64, 160, 56, 1)},
         "max_logits_only=True": {"max_logits_only": True},
         "num_splits=2": {"num_splits": 2},
         "traced=True": {"wrap": lambda kernel: kernel},

@@ -129,7 +129,7 @@ def test_rows_beyond_2_to_the_31_elements() -> None:
     last = torch.arange(seq_kv - 150, seq_kv, device="cuda")
     kv[last] = torch.randn(150, 1, 576, device="cuda").bfloat16()
     q = torch.randn(2, 64, 576, device="cuda").bfloat16()
-    config = HopperConfig(256, 256, 64, 160, 56)
+    config = HopperConfig(256, 256, 64, 160, 56, 1)
     wide = backend.launch_forward(q, kv, last.expand(2, 1, 150), 512, 0.05, None, None, config=config)
     near = torch.arange(150, device="cuda").expand(2, 1, 150)
     narrow = backend.launch_forward(q, kv[last], near, 512, 0.05, None, None, config=config)

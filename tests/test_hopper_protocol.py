@@ -80,98 +80,138 @@ def read(machine: Machine, value: object, *buffer: object) -> Iterator[Step]:
     yield machine.end_read(*buffer)
 
 
-def gather(m: Machine, items: list[int]) -> Iterator[Step]:
+@dataclass(frozen=True)
+class Forward:
+    """Pairs of tiles of every item, and how many pairs shared memory holds."""
+
+    items: list[int]
+    pairs: int = 1
+
+    def parity(self, pair: int) -> int:
+        return pair // self.pairs & 1
+
+    def stages(self, pair: int) -> tuple[int, int]:
+        first = pair % self.pairs * 2
+        return first, first + 1
+
+
+def gather(m: Machine, work: Forward) -> Iterator[Step]:
+    def announce(number: int) -> Iterator[Step]:
+        tile, stage = ("rows", number), work.stages(number // 2)[number % 2]
+        for half in HALVES:
+            yield m.end_write(tile, "k", 0, stage, half)
+        yield m.arrive("left_full", stage)
+        for half in HALVES:
+            yield m.end_write(tile, "k", 1, stage, half)
+        yield m.end_write(tile, "tail", stage)
+        yield m.arrive("rest_full", stage)
+
+    def announce_queries(item: int) -> Iterator[Step]:
+        yield m.end_write(item, "q", 0)
+        yield m.arrive("q_left_full")
+        yield m.end_write(item, "q", 1)
+        yield m.arrive("q_rest_full")
+
     pair = 0
-    for item, num_pairs in enumerate(items):
+    for item, num_pairs in enumerate(work.items):
         for i in range(num_pairs):
-            for stage in (0, 1):
-                tile = ("rows", 2 * pair + stage)
+            for s, stage in enumerate(work.stages(pair)):
+                number = 2 * pair + s
                 for half in HALVES:
                     for side in SIDES:
-                        yield m.wait((pair & 1) ^ 1, "free", stage, half, side)
+                        yield m.wait(work.parity(pair) ^ 1, "free", stage, half, side)
                         yield m.begin_write("k", side, stage, half)
                 yield m.begin_write("tail", stage)
-                yield from write(m, tile, "valid", stage)
-                if stage == 0 and i == 0:
+                yield from write(m, ("rows", number), "valid", stage)
+                if work.pairs > 1 and s == 0 and pair > 0:
+                    yield from announce(number - 1)
+                if s == 0 and i == 0:
                     yield m.wait((item & 1) ^ 1, "q_free")
-                    yield m.begin_write("q")
-                for half in HALVES:
-                    yield m.end_write(tile, "k", 0, stage, half)
-                yield m.arrive("left_full", stage)
-                for half in HALVES:
-                    yield m.end_write(tile, "k", 1, stage, half)
-                yield m.end_write(tile, "tail", stage)
-                yield m.arrive("rest_full", stage)
-                if stage == 0 and i == 0:
-                    yield m.end_write(item, "q")
-                    yield m.arrive("q_full")
+                    for side in SIDES:
+                        yield m.begin_write("q", side)
+                if work.pairs == 1:
+                    yield from announce(number)
+                    if s == 0 and i == 0:
+                        yield from announce_queries(item)
+                elif s == 1:
+                    yield from announce(number - 1)
+                    if i == 0:
+                        yield from announce_queries(item)
             pair += 1
+    if work.pairs > 1:
+        yield from announce(2 * pair - 1)
 
 
-def scores(m: Machine, items: list[int]) -> Iterator[Step]:
+def scores(m: Machine, work: Forward) -> Iterator[Step]:
     pair = 0
-    for item, num_pairs in enumerate(items):
-        yield m.wait(item & 1, "q_full")
+    for item, num_pairs in enumerate(work.items):
+        yield m.wait(item & 1, "q_left_full")
         for i in range(num_pairs):
-            for stage in (0, 1):
-                tile, number = ("rows", 2 * pair + stage), 2 * pair + stage
+            for s, stage in enumerate(work.stages(pair)):
+                number = 2 * pair + s
+                tile = ("rows", number)
                 operands = [("k", side, stage, half) for side in SIDES for half in HALVES] + [("tail", stage)]
-                yield m.wait(pair & 1, "left_full", stage)
-                yield m.begin_read(item, "q")
+                yield m.wait(work.parity(pair), "left_full", stage)
+                yield m.begin_read(item, "q", 0)
                 for buffer in operands[:2]:
                     yield m.begin_read(tile, *buffer)
-                yield m.wait(pair & 1, "rest_full", stage)
+                yield m.wait(work.parity(pair), "rest_full", stage)
+                if s == 0 and i == 0:
+                    yield m.wait(item & 1, "q_rest_full")
+                yield m.begin_read(item, "q", 1)
                 for buffer in operands[2:]:
                     yield m.begin_read(tile, *buffer)
                 yield from read(m, tile, "valid", stage)
-                if stage == 1:
-                    yield m.arrive("turn", 0)
+                if s == 1:
+                    yield m.arrive("turn", work.stages(pair)[0])
                 elif i > 0:
-                    yield m.arrive("turn", 1)
-                for buffer in [*operands, ("q",)]:
+                    yield m.arrive("turn", work.stages(pair - 1)[1])
+                for buffer in [*operands, ("q", 0), ("q", 1)]:
                     yield m.end_read(*buffer)
-                if stage == 1 and i + 1 == num_pairs:
+                is_last = s == 1 and i + 1 == num_pairs
+                if is_last:
                     yield m.arrive("q_free")
                 yield from write(m, number, "alpha", stage)
                 yield from write(m, ("weights", number), "tail", stage)
                 yield m.arrive("weights", stage)
-                if stage == 1 and i + 1 == num_pairs:
-                    yield m.arrive("turn", 1)
+                if is_last:
+                    yield m.arrive("turn", stage)
             pair += 1
-        yield from write(m, item, "factor")
-        yield m.arrive("factor_full")
+        yield from write(m, item, "factor", item % work.pairs)
+        yield m.arrive("factor_full", item % work.pairs)
 
 
-def values(m: Machine, items: list[int], side: int) -> Iterator[Step]:
+def values(m: Machine, work: Forward, side: int) -> Iterator[Step]:
     pair = 0
-    for item, num_pairs in enumerate(items):
+    for item, num_pairs in enumerate(work.items):
         for i in range(num_pairs):
-            for stage in (0, 1):
-                number = 2 * pair + stage
-                yield m.wait(pair & 1, "weights", stage)
+            for s, stage in enumerate(work.stages(pair)):
+                number = 2 * pair + s
+                yield m.wait(work.parity(pair), "weights", stage)
                 yield from read(m, number, "alpha", stage)
                 for half in HALVES:
                     if half == 1:
-                        yield m.wait(pair & 1, "turn", stage)
+                        yield m.wait(work.parity(pair), "turn", stage)
                     yield m.begin_read(("weights", number), "tail", stage)
                     yield m.begin_read(("rows", number), "k", side, stage, half)
                     yield m.end_read("tail", stage)
                     yield m.end_read("k", side, stage, half)
-                    if stage == 0 or i + 1 < num_pairs:
+                    if s == 0 or i + 1 < num_pairs:
                         yield m.arrive("free", stage, half, side)
             pair += 1
-        yield m.wait(item & 1, "factor_full")
-        yield from read(m, item, "factor")
+        yield m.wait(work.parity(item), "factor_full", item % work.pairs)
+        yield from read(m, item, "factor", item % work.pairs)
+        last = work.stages(pair - 1)[1]
         for half in HALVES:
-            yield from write(m, ("out", item), "k", side, 1, half)
+            yield from write(m, ("out", item), "k", side, last, half)
         for half in HALVES:
-            yield from read(m, ("out", item), "k", side, 1, half)
+            yield from read(m, ("out", item), "k", side, last, half)
         for half in HALVES:
-            yield m.arrive("free", 1, half, side)
+            yield m.arrive("free", last, half, side)
 
 
-def forward_roles(m: Machine, items: list[int]) -> list[Iterator[Step]]:
-    return [gather(m, items), scores(m, items), values(m, items, 0), values(m, items, 1)]
+def forward_roles(m: Machine, work: Forward) -> list[Iterator[Step]]:
+    return [gather(m, work), scores(m, work), values(m, work, 0), values(m, work, 1)]
 
 
 def backward_gather(m: Machine, num_tiles: int) -> Iterator[Step]:
@@ -232,12 +272,12 @@ def backward_roles(m: Machine, num_tiles: int) -> list[Iterator[Step]]:
 Roles = Callable[[Machine, Any], list[Iterator[Step]]]
 
 
-def interleave_often(roles_of: Roles, work: list[int] | int, skipped: str = "") -> None:
+def interleave_often(roles_of: Roles, work: Forward | int, skipped: str = "") -> None:
     for seed in range(200):
         interleave(roles_of, work, seed, skipped)
 
 
-def interleave(roles_of: Roles, work: list[int] | int, seed: int, skipped: str = "") -> None:
+def interleave(roles_of: Roles, work: Forward | int, seed: int, skipped: str = "") -> None:
     """Run the roles in a random order until all have ended; some roles are much faster than others.
 
     Raises:
@@ -258,19 +298,27 @@ def interleave(roles_of: Roles, work: list[int] | int, seed: int, skipped: str =
             pending[role] = following
 
 
-@pytest.mark.parametrize("items", [[1], [1, 1, 1], [3], [2, 1, 4, 1, 1, 3]], ids=str)
-def test_no_role_of_the_forward_meets_a_buffer_that_is_not_its_own_and_all_of_them_end(items: list[int]) -> None:
-    interleave_often(forward_roles, items)
+GUARDS = ["left_full", "rest_full", "weights", "free", "q_left_full", "q_rest_full", "q_free", "factor_full"]
 
 
-@pytest.mark.parametrize("barrier", ["left_full", "rest_full", "weights", "free", "q_full", "q_free", "factor_full"])
-def test_every_barrier_of_the_forward_that_guards_a_buffer_is_needed(barrier: str) -> None:
+@pytest.mark.parametrize("pairs", [1, 2])
+@pytest.mark.parametrize("items", [[1], [1, 1, 1, 1, 1], [3], [2, 1, 4, 1, 1, 3]], ids=str)
+def test_no_role_of_the_forward_meets_a_buffer_that_is_not_its_own_and_all_of_them_end(
+    items: list[int], pairs: int
+) -> None:
+    interleave_often(forward_roles, Forward(items, pairs))
+
+
+@pytest.mark.parametrize("pairs", [1, 2])
+@pytest.mark.parametrize("barrier", GUARDS)
+def test_every_barrier_of_the_forward_that_guards_a_buffer_is_needed(barrier: str, pairs: int) -> None:
     with pytest.raises(ProtocolError):
-        interleave_often(forward_roles, [2, 1, 3], skipped=barrier)
+        interleave_often(forward_roles, Forward([2, 1, 3], pairs), skipped=barrier)
 
 
-def test_turns_guard_nothing() -> None:
-    interleave_often(forward_roles, [2, 1, 3], skipped="turn")
+@pytest.mark.parametrize("pairs", [1, 2])
+def test_turns_guard_nothing(pairs: int) -> None:
+    interleave_often(forward_roles, Forward([2, 1, 3], pairs), skipped="turn")
 
 
 @pytest.mark.parametrize("num_tiles", [1, 2, 3, 8])

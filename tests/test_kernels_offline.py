@@ -45,7 +45,7 @@ ALLOWED_STACK = {
     (90, "320x256", 32, "bwd"): 64,
     (90, "320x256", 32, "placed"): 64,
     (90, "576x512", 16, "fwd"): 64,
-    (90, "576x512", 16, "bwd"): 64,
+    (90, "576x512", 16, "bwd"): 128,
     (90, "576x512", 32, "fwd"): 64,
     (90, "576x512", 32, "bwd"): 128,
     (90, "576x512", 64, "bwd"): 128,
@@ -177,7 +177,7 @@ def compile_hopper(heads: int, d_total: int, d_v: int, element: str = "bf16", **
     config = hopper_config(90, SMEM_BYTES[90], d_total, d_v, 2)
     constants = {
         "HEADS": heads, "KV_GROUP": 1, "D_TOTAL": d_total, "D_V": d_v,
-        "LEFT": config.left, "RIGHT": config.right, "TAIL": config.tail,
+        "LEFT": config.left, "RIGHT": config.right, "TAIL": config.tail, "PAIRS": config.pairs,
         "VALUE_REGISTERS": config.value_registers, "GATHER_REGISTERS": config.gather_registers,
         "IS_NEGATIVE_SCALE": False, **constants,
     }  # fmt: skip
@@ -366,7 +366,7 @@ def test_hopper_rows_are_copied_16_bytes_at_a_time_and_zeroed_by_the_copy() -> N
 def test_hopper_copies_are_published_after_the_fence_of_every_thread() -> None:
     ptx = re.sub(r"(?m)^\s*(//.*|\.loc.*|\$.*)?\n|//[^\n]*", "", compile_hopper(128, 576, 512).ptx)
     waits = ptx.split("cp.async.wait_group")[1:]
-    assert len(waits) == 5  # LEFT, the rest and the queries; LEFT and the rest of the second stage
+    assert len(waits) == 6  # LEFT and the rest of the first stage, of the queries, of the second stage
     for after in waits:
         until_arrival = after.split("mbarrier.arrive")[0]
         fence = until_arrival.index("fence.proxy.async")

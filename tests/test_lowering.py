@@ -155,7 +155,12 @@ def test_a_shape_that_no_kernel_takes_recompiles_to_the_operator(said: Callable[
 WIDE = Case(d_total=576, d_v=512, topk=200, heads=64, batch=1, seq_q=70, seq_kv=256)
 
 
-def test_where_eager_runs_gluon_kernels_the_operators_stay(said: Callable[[str], bool]) -> None:
+@pytest.mark.parametrize("is_deterministic", [False, True], ids=["atomics", "in order"])
+def test_where_eager_runs_gluon_kernels_the_operators_stay(
+    is_deterministic: bool, request: pytest.FixtureRequest, said: Callable[[str], bool]
+) -> None:
+    if is_deterministic:
+        request.getfixturevalue("deterministic")
     compiled, backend = compile_lowered()
     train(compiled, make_inputs(WIDE, torch.bfloat16))
     assert not backend.is_inlined()
@@ -165,15 +170,6 @@ def test_where_eager_runs_gluon_kernels_the_operators_stay(said: Callable[[str],
     compiled, backend = compile_lowered()
     train(compiled, make_inputs(replace(WIDE, seq_q=8), torch.bfloat16))  # few queries: split over programs
     assert backend.is_inlined()
-
-
-@pytest.mark.usefixtures("deterministic")
-def test_a_deterministic_backward_is_the_plain_kernel_and_inlined() -> None:
-    compiled, backend = compile_lowered()
-    train(compiled, make_inputs(WIDE, torch.bfloat16))
-    forward, backward = backend.operations
-    assert "UserDefinedTritonKernel" not in forward
-    assert "UserDefinedTritonKernel" in backward
 
 
 def test_a_package_takes_the_plain_kernels_where_eager_runs_gluon_kernels(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -108,7 +108,7 @@ def launch_forward(
         topk_length, attn_sink, out, lse,
         softmax_scale, q.shape[-3], seq_kv, indices.shape[-1], items,
         heads, kv_group, d_total, d_v,
-        config.left, config.right, config.tail,
+        config.left, config.right, config.tail, config.pairs,
         config.value_registers, config.gather_registers, softmax_scale < 0,
         num_warps=4,
     )  # fmt: skip

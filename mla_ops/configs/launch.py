@@ -47,6 +47,7 @@ class HopperConfig:
     tail: int  # remaining channels of a row, 0, 64 or 128
     value_registers: int  # per thread; what they and the gather leave of 512 goes to the scores
     gather_registers: int
+    pairs: int  # pairs of tiles in shared memory at a time: 1, or 2 where they fit
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ class Row:
 
 # Buffers of indices and of what is exchanged between warps, seen in offline compiles.
 _SMALL_BYTES = 1024
-# Which slots are valid, what rescales the accumulators, barriers, and the arguments of the roles.
+# Which slots are valid, what rescales the accumulators, barriers, and the arguments of the roles; forward, by the pair.
 _HOPPER_SMALL_BYTES = 2048
 
 
@@ -128,17 +129,19 @@ def bwd_smem_bytes(config: BwdConfig, arch: int, d_total: int, d_v: int, element
     is_wide = (config.block_k if config.is_key_major else config.block_h) >= 64
     buffers = _row_buffers(config.num_stages, arch, is_wide)
     operands = config.block_h * (width + value) + config.block_k * width * buffers
-    # P and dS are dead when a dkv tile is staged to be added 16 bytes at a time.
-    weights = 2 * config.block_h * config.block_k * element_size
+    # dS is held twice, for products that have its heads as rows and as columns; then a dkv tile, to be added 16 bytes
+    # at a time.
+    weights = 3 * config.block_h * config.block_k * element_size
     staging = 4 * config.block_k * max(chunk_widths(d_total, d_v, config.max_chunk))
-    return operands * element_size + max(weights, staging) + _SMALL_BYTES
+    return operands * element_size + weights + staging + _SMALL_BYTES
 
 
 def hopper_smem_bytes(config: HopperConfig) -> int:
-    """Return an upper bound of the shared memory of the Hopper forward: q, two tiles of rows, and the weights."""
+    """Return an upper bound of the shared memory of the Hopper forward: q, the tiles of rows, and the weights."""
     width = config.left + config.right
     # Weights lie in the tails of the tiles, which have 64 channels for them if there is no tail.
-    return 2 * 64 * (3 * width + config.tail + 2 * max(config.tail, 64)) + _HOPPER_SMALL_BYTES
+    tiles = 2 * config.pairs * (width + max(config.tail, 64))
+    return 2 * 64 * (width + config.tail + tiles) + config.pairs * _HOPPER_SMALL_BYTES
 
 
 def hopper_bwd_smem_bytes(config: HopperBwdConfig) -> int:

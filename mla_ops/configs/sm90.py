@@ -16,15 +16,15 @@ ROWS: tuple[Row, ...] = (
         bwd=(BwdConfig(block_h=16, block_k=32, max_chunk=64, num_warps=1, num_stages=3, is_key_major=False),),
     ),
     # Measured (NAM28, NAM32). Forward: capped at 168 registers nothing spills and 12 programs share an SM instead of 8:
-    # 199 against 180 TFLOP/s. Backward: 135 against 131 of one warp with 16 keys. Stored rows: 1.20 against 1.48 ms,
-    # and nothing spills.
+    # 199 against 180 TFLOP/s. Backward: the same cap lets 12 warps share it, and with 64 keys queries are read less
+    # often: 845 us at both, against 858 and 873 of two warps with 32 keys. Stored rows: 1.20 against 1.48 ms.
     Row(
         family="128x64",
         heads=32,
         fwd=FwdConfig(block_h=32, block_k=32, max_chunk=64, num_warps=1, num_stages=2, max_registers=168),
         bwd=(
             BwdConfig(
-                block_h=32, block_k=32, max_chunk=64, num_warps=2, num_stages=3, is_key_major=False, max_registers=200
+                block_h=32, block_k=64, max_chunk=64, num_warps=4, num_stages=2, is_key_major=False, max_registers=168
             ),
         ),
         placed=BwdConfig(block_h=32, block_k=64, max_chunk=64, num_warps=4, num_stages=2),
@@ -36,12 +36,16 @@ ROWS: tuple[Row, ...] = (
         fwd=FwdConfig(block_h=64, block_k=64, max_chunk=64, num_warps=4, num_stages=2),
         bwd=(BwdConfig(block_h=64, block_k=64, max_chunk=64, num_warps=4, num_stages=2, is_ahead=False),),
     ),
-    # Measured (NAM2). Stored rows: 1.80 against 1.98 ms.
+    # Measured (NAM2). Backward with 240 registers: 1.17 against 1.18 ms with 255. Stored rows: 1.80 against 1.98 ms.
     Row(
         family="192x64",
         heads=32,
         fwd=FwdConfig(block_h=32, block_k=32, max_chunk=64, num_warps=1, num_stages=2, max_registers=200),
-        bwd=(BwdConfig(block_h=32, block_k=32, max_chunk=64, num_warps=2, num_stages=2, is_key_major=False),),
+        bwd=(
+            BwdConfig(
+                block_h=32, block_k=32, max_chunk=64, num_warps=2, num_stages=2, is_key_major=False, max_registers=240
+            ),
+        ),
         placed=BwdConfig(block_h=32, block_k=64, max_chunk=64, num_warps=4, num_stages=2),
     ),
     # Derived by shared-memory arithmetic, not yet measured.
@@ -55,8 +59,8 @@ ROWS: tuple[Row, ...] = (
             ),
         ),
     ),
-    # Measured (MID). Five value chunks of 64 against one of 256: 270 against 181 TFLOP/s with the keys to match. Stored
-    # rows: 6.9 against 7.2 ms.
+    # Measured (MID). Five value chunks of 64 against one of 256: 270 against 181 TFLOP/s with the keys to match.
+    # Stored rows: 6.9 against 7.2 ms.
     Row(
         family="320x256",
         heads=32,
@@ -64,14 +68,22 @@ ROWS: tuple[Row, ...] = (
         bwd=(BwdConfig(block_h=32, block_k=16, max_chunk=64, num_warps=2, num_stages=2, is_key_major=False),),
         placed=BwdConfig(block_h=32, block_k=32, max_chunk=64, num_warps=4, num_stages=2, is_key_major=False),
     ),
-    # Measured (DS16). Stored rows: 9.8 against 10.9 ms.
+    # Measured (DS16). Backward with three programs an SM: 6.59 against 6.66 ms of two with three stages, which is the
+    # faster one where rows are stored: 5.7 ms.
     Row(
         family="576x512",
         heads=16,
         fwd=FwdConfig(block_h=16, block_k=32, max_chunk=128, num_warps=2, num_stages=2),
         bwd=(
             BwdConfig(
-                block_h=16, block_k=32, max_chunk=128, num_warps=4, num_stages=2, is_key_major=False, is_ahead=False
+                block_h=16,
+                block_k=32,
+                max_chunk=64,
+                num_warps=4,
+                num_stages=2,
+                is_key_major=False,
+                is_ahead=False,
+                max_registers=168,
             ),
         ),
         placed=BwdConfig(
@@ -143,15 +155,17 @@ ROWS: tuple[Row, ...] = (
 # Measured at 576/512, 512/512 and 320/256 with 64 heads and more (benchmarks/results/*-h100-wide-forward.json): 1.9 to
 # 2.0 times the plain kernel, 1.5 times at 320/256.
 HOPPER: tuple[tuple[int, int, HopperConfig], ...] = tuple(
-    (left + right, left + right + tail, HopperConfig(left, right, tail, value_registers, gather_registers))
-    for left, right, value_registers, gather_registers in (
-        (128, 128, 112, 96),
+    (width, width + tail, HopperConfig(left, width - left, tail, value_registers, gather_registers, pairs))
+    for left, width, value_registers, gather_registers in (
+        (128, 256, 112, 96),
         # 256 channels are 128 accumulators a thread: at 152 registers they spill, and the gather gets what is left.
-        (256, 64, 160, 56),
-        (256, 128, 160, 56),
-        (256, 256, 160, 56),
+        (256, 320, 160, 56),
+        (256, 384, 160, 56),
+        (256, 512, 160, 56),
     )
     for tail in (0, 64, 128)
+    # A second pair of tiles fits up to 320 channels, of which P has 64 at least.
+    for pairs in (2 if width + max(tail, 64) <= 320 else 1,)
 )
 
 # The warp-specialised backward, in the same manner. Beside the plain kernel in one process, 64 heads and more, three

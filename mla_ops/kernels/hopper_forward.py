@@ -1,7 +1,8 @@
 """Forward kernel for wide rows on sm90: four warpgroups with a role each, in Gluon.
 
 A program stays on its multiprocessor and walks over work items, a work item being one row of the grid of `forward.py`:
-64 heads of one (batch, query, group). Per item it goes through the slots in pairs of 64-slot tiles, one tile per stage.
+64 heads of one (batch, query, group). Per item it goes through the slots in pairs of 64-slot tiles; shared memory holds
+one or two pairs (PAIRS), a tile per stage.
 
 NOTE [Roles]
   gather     copies the rows of a tile, and at the start of an item its queries, with cp.async; writes which slots are
@@ -17,9 +18,9 @@ channels a value group, 136 for scores, 160 for each value group and 56 for the 
 refuses m64n256, so values are multiplied as m64n128; 256 channels are 128 accumulators, and spill at 152 registers.
 
 NOTE [Buffers and barriers]
-Every barrier counts one arrival a phase, and every tile (every item, for the last three) completes one phase of each
-barrier of its stage. Tile t is tile t % 2 of pair t // 2, so a reader waits for parity (t // 2) & 1 and a writer, whose
-buffer is free to begin with, for the opposite one.
+Every barrier counts one arrival a phase, and every tile (every item, for the last four) completes one phase of each
+barrier of its stage. Pair p has stages 2 * (p % PAIRS) and the next, so a reader waits for parity (p // PAIRS) & 1 and
+a writer, whose buffer is free to begin with, for the opposite one.
 
   barrier             arrives                              waits                           guards
   left_full[stage]    gather, rows are in LEFT             scores, before Q K^T            LEFT channels of the tile
@@ -27,20 +28,28 @@ buffer is free to begin with, for the opposite one.
   weights[stage]      scores, after P, alpha               values, before P V              P, alpha[stage]
   turn[stage]         scores, most of the next Q K^T done  values, before the second half  nothing; see below
   free[stage, h, s]   values s, half h of P V done         gather, before copies           rows 32h..32h+31
-  q_full              gather, queries are in               scores, first tile of an item   queries
+  q_left_full         gather, LEFT of the queries is in    scores, first tile of an item   LEFT channels of the queries
+  q_rest_full         gather, all of the queries is in     scores, first tile of an item   the other channels
   q_free              scores, last Q K^T of an item done   gather, before the next queries queries
-  factor_full         scores, after the last tile          values, before the epilogue     factor
+  factor_full[n]      scores, after the last tile          values, before the epilogue     factor[n], n = item % PAIRS
 
 What has no barrier of its own:
   P lies in TAIL of its tile, dead once S is there. Both value groups read it, so the copy into TAIL waits for all four
   `free` of its stage. So does valid[stage], which scores has read before P existed, and so does alpha[stage] in effect:
   scores writes it again only for a tile that was copied after them.
-  The epilogue transposes O through a buffer that its group alone reads, its side of stage 1, and arrives on the two
-  `free` of it only then. An item has at least one pair, so scores cannot write `factor` again before that.
+  The epilogue transposes O through a buffer that its group alone reads, its side of the last tile, and arrives on the
+  two `free` of it only then. An item has at least one pair, so scores cannot write the same `factor` again before that:
+  PAIRS items later, at least one of them has taken this stage.
 `turn` shares the tensor cores: all at once, Q K^T and P V end together and then nothing runs beside the softmax, so the
 second half of P V waits until most of the next Q K^T is done. After the last tile of an item there is none to wait for.
-No cycle: a tile's arrival waits for `free` of the tile two before it, those for `turn`, and that for the arrival of the
-tile between them, so the gather must announce a tile before it waits for the buffers of the next; and it does.
+
+NOTE [Tiles in flight]
+With one pair, the gather announces a tile before it waits for the buffers of the next: a tile's arrival waits for
+`free` of the tile two before it, those for `turn`, and that for the arrival of the tile between them. So there is no
+cycle, and the rows of one tile are under way at a time. With two pairs it asks for the rows of a tile before it waits
+for those of the one before, which hides the latency of L2: `free` of the tile four before needs the arrival of the tile
+three before, announced by then. Queries are waited for after the last tile of the item before has been announced,
+because scores frees them with that tile.
 
 NOTE [What orders the accesses]
 wgmma reads shared memory through the async proxy; everything else here goes through the generic proxy.
@@ -54,6 +63,8 @@ wgmma reads shared memory through the async proxy; everything else here goes thr
   that is complete cannot see a later write: no fence.
   `valid`, `alpha`, `factor` and the epilogue stay in the generic proxy: arrive and wait order them alone.
 """
+
+# ruff: noqa: SIM113 (Triton has no enumerate)
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -107,6 +118,20 @@ def _end_slot(topk_length_ptr, row, topk):
 def _pair_count(end_slot):
     """Return how many pairs of tiles an item has: one at least, because the epilogue ends what it began."""
     return gl.maximum((end_slot + PAIR - 1) // PAIR, 1)
+
+
+@gluon.jit
+def _first_stage(pair, PAIRS: gl.constexpr):
+    """Return the stage of the first tile of a pair."""
+    if PAIRS == 1:
+        return 0  # known to the compiler: no address depends on the pair
+    return pair % PAIRS * 2
+
+
+@gluon.jit
+def _parity(number, BUFFERS: gl.constexpr):
+    """Return the parity of the phase that the users of buffer `number % BUFFERS` complete with this number."""
+    return (number // BUFFERS) & 1
 
 
 @gluon.jit
@@ -168,8 +193,10 @@ def _copy_queries(
     HEADS: gl.constexpr, KV_GROUP: gl.constexpr, D_TOTAL: gl.constexpr,
     LEFT: gl.constexpr, RIGHT: gl.constexpr, TAIL: gl.constexpr,
 ):  # fmt: skip
+    """Start the copies of an item's queries; those of LEFT are a group of their own."""
     row_ptrs, mask = _query_rows(q_ptr, stride_q_b, stride_q_s, stride_q_h, item, seq_q, HEADS, KV_GROUP)
     _copy_rows(q_left, row_ptrs, mask, 0, LEFT, D_TOTAL)
+    async_copy.commit_group()
     _copy_rows(q_right, row_ptrs, mask, LEFT, RIGHT, D_TOTAL)
     if TAIL > 0:
         _copy_rows(q_tail, row_ptrs, mask, LEFT + RIGHT, TAIL, D_TOTAL)
@@ -204,9 +231,9 @@ def _gather(
     indices_ptr, stride_i_b, stride_i_s, stride_i_g,
     topk_length_ptr, seq_q, seq_kv, topk, num_items,
     q_left, q_right, q_tail, k_left, k_right, k_tail, valid,
-    left_full, rest_full, free, q_full, q_free,
+    left_full, rest_full, free, q_left_full, q_rest_full, q_free,
     HEADS: gl.constexpr, KV_GROUP: gl.constexpr, D_TOTAL: gl.constexpr,
-    LEFT: gl.constexpr, RIGHT: gl.constexpr, TAIL: gl.constexpr,
+    LEFT: gl.constexpr, RIGHT: gl.constexpr, TAIL: gl.constexpr, PAIRS: gl.constexpr,
 ):  # fmt: skip
     pair = 0
     parity_q = 1
@@ -224,9 +251,11 @@ def _gather(
         num_pairs = _pair_count(end_slot)
         next_item = gl.minimum(item + gl.num_programs(0), num_items - 1)
         for i in range(num_pairs):
-            parity_free = (pair & 1) ^ 1
-            for stage in gl.static_range(2):
-                if stage == 0:
+            parity_free = _parity(pair, PAIRS) ^ 1
+            stage0 = _first_stage(pair, PAIRS)
+            for s in gl.static_range(2):
+                stage = stage0 + s
+                if s == 0:
                     first, second = ahead0, ahead1
                 else:
                     first, second = ahead2, ahead3
@@ -235,7 +264,7 @@ def _gather(
                 second_valid = (second >= 0) & (second < seq_kv)
                 first_rows = rows_ptr + first.to(gl.int64) * _known_multiple(stride_kv_s)
                 second_rows = rows_ptr + second.to(gl.int64) * _known_multiple(stride_kv_s)
-                if stage == 1:
+                if s == 1:
                     # Positions are loaded a pair ahead, those of the next item during the last pair of this one.
                     ahead_slot = (i + 1) * PAIR
                     if i + 1 == num_pairs:
@@ -266,23 +295,41 @@ def _gather(
                 async_copy.commit_group()
                 valid.index(2 * stage).store(first_valid.to(gl.int32))
                 valid.index(2 * stage + 1).store(second_valid.to(gl.int32))
-                if stage == 0:
-                    # Rows go before queries: their buffers are free first. Without queries the group is empty.
+                if PAIRS > 1 and s == 0:
+                    # The tile before, whose rows come while these are asked for: see NOTE [Tiles in flight].
+                    before = _first_stage(pair + PAIRS - 1, PAIRS) + 1
+                    _publish_copies(left_full.index(before), 3, pair > 0)
+                    _publish_copies(rest_full.index(before), 2, pair > 0)
+                if s == 0:
+                    # Rows go before queries: their buffers are free first. Without queries both groups are empty.
                     if i == 0:
                         mbarrier.wait(q_free, parity_q)
                         _copy_queries(
                             q_ptr, stride_q_b, stride_q_s, stride_q_h, item, seq_q, q_left, q_right, q_tail,
                             HEADS, KV_GROUP, D_TOTAL, LEFT, RIGHT, TAIL,
                         )  # fmt: skip
+                    else:
+                        async_copy.commit_group()
                     async_copy.commit_group()
-                _publish_copies(left_full.index(stage), 2 if stage == 0 else 1, True)
-                _publish_copies(rest_full.index(stage), 1 if stage == 0 else 0, True)
-                if stage == 0:
-                    _publish_copies(q_full, 0, i == 0)
+                if PAIRS == 1:
+                    _publish_copies(left_full.index(stage), 3 if s == 0 else 1, True)
+                    _publish_copies(rest_full.index(stage), 2 if s == 0 else 0, True)
+                    if s == 0:
+                        _publish_copies(q_left_full, 1, i == 0)
+                        _publish_copies(q_rest_full, 0, i == 0)
+                elif s == 1:
+                    _publish_copies(left_full.index(stage0), 5, True)
+                    _publish_copies(rest_full.index(stage0), 4, True)
+                    _publish_copies(q_left_full, 3, i == 0)
+                    _publish_copies(q_rest_full, 2, i == 0)
             if i == num_pairs // 2:
                 _prefetch_queries(q_ptr, stride_q_b, stride_q_s, stride_q_h, next_item, seq_q, HEADS, KV_GROUP, D_TOTAL)
             pair += 1
         parity_q ^= 1
+    if PAIRS > 1:
+        last = _first_stage(pair + PAIRS - 1, PAIRS) + 1
+        _publish_copies(left_full.index(last), 1, True)
+        _publish_copies(rest_full.index(last), 0, True)
 
 
 @gluon.jit
@@ -301,9 +348,9 @@ def _add_scores(scores, q, k, WIDTH: gl.constexpr, IS_FIRST: gl.constexpr):
 def _scores(
     attn_sink_ptr, lse_ptr, topk_length_ptr, softmax_scale, topk, num_items,
     q_left, q_right, q_tail, k_left, k_right, k_tail, valid, alpha, factor,
-    left_full, rest_full, weights, turn, q_full, q_free, factor_full,
+    left_full, rest_full, weights, turn, q_left_full, q_rest_full, q_free, factor_full,
     HEADS: gl.constexpr, KV_GROUP: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, TAIL: gl.constexpr,
-    IS_NEGATIVE_SCALE: gl.constexpr,
+    PAIRS: gl.constexpr, IS_NEGATIVE_SCALE: gl.constexpr,
 ):  # fmt: skip
     HEADS_LAYOUT: gl.constexpr = gl.SliceLayout(1, SCORES_LAYOUT)
     # LEFT and half of RIGHT are done when this many groups are not.
@@ -312,32 +359,36 @@ def _scores(
     logit_scale = gl.where(softmax_scale == 0, 1e-37, gl.abs(softmax_scale) * LOG2_E)
     zero = gl.full([BLOCK_H, TILE], 0.0, gl.float32, SCORES_LAYOUT)
     pair = 0
-    parity_q = 0
+    count = 0
     for item in range(gl.program_id(0), num_items, gl.num_programs(0)):
         row, _, first_head, head_count = _locate_item(item, HEADS, KV_GROUP)
         num_pairs = _pair_count(_end_slot(topk_length_ptr, row, topk))
         row_max = gl.full([BLOCK_H], -float("inf"), gl.float32, HEADS_LAYOUT)
         row_sum = gl.full([BLOCK_H], 0.0, gl.float32, HEADS_LAYOUT)
-        mbarrier.wait(q_full, parity_q)
-        parity_q ^= 1
+        mbarrier.wait(q_left_full, count & 1)
         for i in range(num_pairs):
-            parity = pair & 1
-            for stage in gl.static_range(2):
+            parity = _parity(pair, PAIRS)
+            stage0 = _first_stage(pair, PAIRS)
+            for s in gl.static_range(2):
+                stage = stage0 + s
                 mbarrier.wait(left_full.index(stage), parity)
                 scores = _add_scores(zero, q_left, k_left.index(stage), LEFT, True)
                 mbarrier.wait(rest_full.index(stage), parity)
+                if s == 0:
+                    mbarrier.wait(q_rest_full, count & 1, pred=i == 0)
                 scores = _add_scores(scores, q_right, k_right.index(stage), RIGHT, False)
                 if TAIL > 0:
                     scores = _add_scores(scores, q_tail, k_tail.index(stage), TAIL, False)
                 # Loaded under the products.
                 is_valid = valid.index(stage).load(gl.SliceLayout(0, SCORES_LAYOUT)) != 0
                 scores = warpgroup_mma_wait(LATE_GROUPS, deps=[scores])
-                if stage == 1:
-                    mbarrier.arrive(turn.index(0), count=1)
+                if s == 1:
+                    mbarrier.arrive(turn.index(stage0), count=1)
                 else:
-                    mbarrier.arrive(turn.index(1), count=1, pred=i > 0)
+                    before = _first_stage(pair + PAIRS - 1, PAIRS) + 1
+                    mbarrier.arrive(turn.index(before), count=1, pred=i > 0)
                 scores = warpgroup_mma_wait(0, deps=[scores])
-                if stage == 1:
+                if s == 1:
                     mbarrier.arrive(q_free, count=1, pred=i + 1 == num_pairs)
                 if IS_NEGATIVE_SCALE:
                     scores = -scores
@@ -356,8 +407,8 @@ def _scores(
                 mbarrier.arrive(weights.index(stage), count=1)
                 # Kept for the products of the next tile, it would hold 32 registers over them, which then spill.
                 row_sum = row_sum * rescale + gl.sum(p, 1)
-                if stage == 1:
-                    mbarrier.arrive(turn.index(1), count=1, pred=i + 1 == num_pairs)
+                if s == 1:
+                    mbarrier.arrive(turn.index(stage), count=1, pred=i + 1 == num_pairs)
             pair += 1
         # Empty is the sum being 0, not "not positive": a NaN in a selected row must reach the output.
         is_empty = row_sum == 0.0
@@ -368,8 +419,9 @@ def _scores(
         if attn_sink_ptr is not None:
             sink = gl.load(attn_sink_ptr + first_head + heads, mask=head_mask, other=0.0)
             keep = gl.where(is_empty, 0.0, keep / (1.0 + gl.exp2((sink - lse) * LOG2_E)))
-        factor.store(keep)
-        mbarrier.arrive(factor_full, count=1)
+        factor.index(count % PAIRS).store(keep)
+        mbarrier.arrive(factor_full.index(count % PAIRS), count=1)
+        count += 1
         gl.store(lse_ptr + row * HEADS + first_head + heads, lse, mask=head_mask)
 
 
@@ -378,7 +430,7 @@ def _values(
     out_ptr, topk_length_ptr, topk, num_items,
     k_side, k_tail, alpha, factor, weights, turn, free, factor_full,
     HEADS: gl.constexpr, KV_GROUP: gl.constexpr, D_V: gl.constexpr,
-    SIDE: gl.constexpr, START: gl.constexpr, WIDTH: gl.constexpr,
+    SIDE: gl.constexpr, START: gl.constexpr, WIDTH: gl.constexpr, PAIRS: gl.constexpr,
 ):  # fmt: skip
     ACC_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128 if WIDTH > 128 else WIDTH, 16])
     HEADS_LAYOUT: gl.constexpr = gl.SliceLayout(1, ACC_LAYOUT)
@@ -387,18 +439,20 @@ def _values(
     # 16 bytes a thread, rows in a line.
     OUT_LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // WIDTH, WIDTH // 8], [4, 1], [1, 0])
     pair = 0
-    parity_item = 0
+    count = 0
     for item in range(gl.program_id(0), num_items, gl.num_programs(0)):
         row, _, first_head, head_count = _locate_item(item, HEADS, KV_GROUP)
         num_pairs = _pair_count(_end_slot(topk_length_ptr, row, topk))
         acc = gl.full([BLOCK_H, WIDTH], 0.0, gl.float32, ACC_LAYOUT)
         for i in range(num_pairs):
-            parity = pair & 1
-            for stage in gl.static_range(2):
+            parity = _parity(pair, PAIRS)
+            stage0 = _first_stage(pair, PAIRS)
+            for s in gl.static_range(2):
+                stage = stage0 + s
                 p = k_tail.index(stage)
                 v = k_side.index(stage)
                 # The last tile of an item frees its buffers in the epilogue.
-                frees = (stage == 0) | (i + 1 < num_pairs)
+                frees = (s == 0) | (i + 1 < num_pairs)
                 mbarrier.wait(weights.index(stage), parity)
                 if gl.min(alpha.index(stage).load(REPLICATED), 0) < 1.0:
                     acc = acc * alpha.index(stage).load(HEADS_LAYOUT)[:, None]
@@ -410,14 +464,15 @@ def _values(
                 acc = warpgroup_mma_wait(0, deps=[acc])
                 mbarrier.arrive(free.index(4 * stage + 2 + SIDE), count=1, pred=frees)
             pair += 1
-        mbarrier.wait(factor_full, parity_item)
-        parity_item ^= 1
-        acc = acc * factor.load(HEADS_LAYOUT)[:, None]
-        staged = k_side.index(1)
+        mbarrier.wait(factor_full.index(count % PAIRS), _parity(count, PAIRS))
+        acc = acc * factor.index(count % PAIRS).load(HEADS_LAYOUT)[:, None]
+        count += 1
+        last = _first_stage(pair + PAIRS - 1, PAIRS) + 1
+        staged = k_side.index(last)
         staged.store(acc.to(k_side.dtype))
         tile = staged.load(OUT_LAYOUT)
-        mbarrier.arrive(free.index(4 + SIDE), count=1)
-        mbarrier.arrive(free.index(6 + SIDE), count=1)
+        mbarrier.arrive(free.index(4 * last + SIDE), count=1)
+        mbarrier.arrive(free.index(4 * last + 2 + SIDE), count=1)
         heads = gl.arange(0, BLOCK_H, layout=gl.SliceLayout(1, OUT_LAYOUT))
         cols = START + gl.arange(0, WIDTH, layout=gl.SliceLayout(0, OUT_LAYOUT))
         mask = (heads < head_count)[:, None] & (cols < D_V)[None, :]
@@ -436,60 +491,64 @@ def _sparse_attn_fwd_hopper_kernel(
     softmax_scale, seq_q, seq_kv, topk, num_items,
     HEADS: gl.constexpr, KV_GROUP: gl.constexpr, D_TOTAL: gl.constexpr, D_V: gl.constexpr,
     LEFT: gl.constexpr, RIGHT: gl.constexpr, TAIL: gl.constexpr,
-    VALUE_REGISTERS: gl.constexpr, GATHER_REGISTERS: gl.constexpr, IS_NEGATIVE_SCALE: gl.constexpr,
+    PAIRS: gl.constexpr, VALUE_REGISTERS: gl.constexpr, GATHER_REGISTERS: gl.constexpr, IS_NEGATIVE_SCALE: gl.constexpr,
 ):  # fmt: skip
     ELEMENT: gl.constexpr = q_ptr.dtype.element_ty
     ROWS: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     # Without a tail the tile is P alone.
     TAIL_OR_P: gl.constexpr = TAIL if TAIL > 0 else TILE
+    STAGES: gl.constexpr = 2 * PAIRS
     q_left = gl.allocate_shared_memory(ELEMENT, [BLOCK_H, LEFT], ROWS)
     q_right = gl.allocate_shared_memory(ELEMENT, [BLOCK_H, RIGHT], ROWS)
-    k_left = gl.allocate_shared_memory(ELEMENT, [2, TILE, LEFT], ROWS)
-    k_right = gl.allocate_shared_memory(ELEMENT, [2, TILE, RIGHT], ROWS)
-    k_tail = gl.allocate_shared_memory(ELEMENT, [2, TILE, TAIL_OR_P], ROWS)
+    k_left = gl.allocate_shared_memory(ELEMENT, [STAGES, TILE, LEFT], ROWS)
+    k_right = gl.allocate_shared_memory(ELEMENT, [STAGES, TILE, RIGHT], ROWS)
+    k_tail = gl.allocate_shared_memory(ELEMENT, [STAGES, TILE, TAIL_OR_P], ROWS)
     q_tail = gl.allocate_shared_memory(ELEMENT, [BLOCK_H, TAIL], ROWS) if TAIL > 0 else q_left
-    halves_valid = gl.allocate_shared_memory(gl.int32, [4, HALF], FLAT)
-    valid = halves_valid._reinterpret(gl.int32, [2, TILE], FLAT)
-    alpha = gl.allocate_shared_memory(gl.float32, [2, BLOCK_H], FLAT)
-    factor = gl.allocate_shared_memory(gl.float32, [BLOCK_H], FLAT)
+    halves_valid = gl.allocate_shared_memory(gl.int32, [2 * STAGES, HALF], FLAT)
+    valid = halves_valid._reinterpret(gl.int32, [STAGES, TILE], FLAT)
+    alpha = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_H], FLAT)
+    factor = gl.allocate_shared_memory(gl.float32, [PAIRS, BLOCK_H], FLAT)
 
-    left_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    rest_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    weights = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    turn = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    free = gl.allocate_shared_memory(gl.int64, [8, 1], mbarrier.MBarrierLayout())
-    q_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    left_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    rest_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    weights = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    turn = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    free = gl.allocate_shared_memory(gl.int64, [4 * STAGES, 1], mbarrier.MBarrierLayout())
+    q_left_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    q_rest_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     q_free = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    factor_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    for stage in gl.static_range(2):
+    factor_full = gl.allocate_shared_memory(gl.int64, [PAIRS, 1], mbarrier.MBarrierLayout())
+    for stage in gl.static_range(STAGES):
         mbarrier.init(left_full.index(stage), count=1)
         mbarrier.init(rest_full.index(stage), count=1)
         mbarrier.init(weights.index(stage), count=1)
         mbarrier.init(turn.index(stage), count=1)
-    for i in gl.static_range(8):
+    for i in gl.static_range(4 * STAGES):
         mbarrier.init(free.index(i), count=1)
-    mbarrier.init(q_full, count=1)
+    for i in gl.static_range(PAIRS):
+        mbarrier.init(factor_full.index(i), count=1)
+    mbarrier.init(q_left_full, count=1)
+    mbarrier.init(q_rest_full, count=1)
     mbarrier.init(q_free, count=1)
-    mbarrier.init(factor_full, count=1)
 
     gl.warp_specialize(
         [
             (_scores, (
                 attn_sink_ptr, lse_ptr, topk_length_ptr, gl.to_tensor(softmax_scale), topk, num_items,
                 q_left, q_right, q_tail, k_left, k_right, k_tail, valid, alpha, factor,
-                left_full, rest_full, weights, turn, q_full, q_free, factor_full,
-                HEADS, KV_GROUP, LEFT, RIGHT, TAIL, IS_NEGATIVE_SCALE,
+                left_full, rest_full, weights, turn, q_left_full, q_rest_full, q_free, factor_full,
+                HEADS, KV_GROUP, LEFT, RIGHT, TAIL, PAIRS, IS_NEGATIVE_SCALE,
             )),
             (_values, (
                 out_ptr, topk_length_ptr, topk, num_items,
                 k_left, k_tail, alpha, factor, weights, turn, free, factor_full,
-                HEADS, KV_GROUP, D_V, gl.constexpr(0), gl.constexpr(0), LEFT,
+                HEADS, KV_GROUP, D_V, gl.constexpr(0), gl.constexpr(0), LEFT, PAIRS,
             )),
             (_values, (
                 out_ptr, topk_length_ptr, topk, num_items,
                 k_right, k_tail, alpha, factor, weights, turn, free, factor_full,
-                HEADS, KV_GROUP, D_V, gl.constexpr(1), LEFT, RIGHT,
+                HEADS, KV_GROUP, D_V, gl.constexpr(1), LEFT, RIGHT, PAIRS,
             )),
             (_gather, (
                 q_ptr, stride_q_b, stride_q_s, stride_q_h,
@@ -497,8 +556,8 @@ def _sparse_attn_fwd_hopper_kernel(
                 indices_ptr, stride_i_b, stride_i_s, stride_i_g,
                 topk_length_ptr, seq_q, seq_kv, topk, num_items,
                 q_left, q_right, q_tail, k_left, k_right, k_tail, halves_valid,
-                left_full, rest_full, free, q_full, q_free,
-                HEADS, KV_GROUP, D_TOTAL, LEFT, RIGHT, TAIL,
+                left_full, rest_full, free, q_left_full, q_rest_full, q_free,
+                HEADS, KV_GROUP, D_TOTAL, LEFT, RIGHT, TAIL, PAIRS,
             )),
         ],
         [4, 4, 4],
