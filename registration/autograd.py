@@ -1,6 +1,7 @@
 """Autograd: the forward's formula is one call of the backward operator, and the backward operator has none.
 
-The formula only calls operators, never a kernel, so it stays traceable and AOT autograd sees both graphs.
+The formula only calls operators, never a kernel, so it stays traceable and AOT autograd sees both graphs. The forward
+calls its kernel itself only where nothing that could look at the call comes in between.
 """
 
 from __future__ import annotations
@@ -10,56 +11,91 @@ from typing import Any
 import torch
 
 from mla_ops.errors import DoubleBackwardError
-from mla_ops.registration.schema import SPARSE_ATTN_BWD, SPARSE_ATTN_MAX_LOGITS
+from mla_ops.registration.impl import sparse_attn_impl
+from mla_ops.registration.schema import SPARSE_ATTN, SPARSE_ATTN_BWD, SPARSE_ATTN_MAX_LOGITS
 from mla_ops.wrappers import is_dtensor
 
-# Positions of the differentiable arguments in the schema of mla::sparse_attn.
-_Q, _KV, _ATTN_SINK = 0, 1, 6
-_NUM_ARGUMENTS = 8
+# The dispatch keys of a call with plain tensors of one device, and no mode, trace or transform around it: what comes
+# after autograd is the kernel.
+_Key = torch._C.DispatchKey
+_STRAIGHT = frozenset(
+    (torch._C.DispatchKeySet(device) | torch._C.DispatchKeySet(autograd)).raw_repr()
+    for device, autograd in ((_Key.CPU, _Key.AutogradCPU), (_Key.CUDA, _Key.AutogradCUDA))
+)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
-    q, kv, indices, d_v, softmax_scale, topk_length, attn_sink, backend = inputs
-    ctx.save_for_backward(q, kv, indices, *output, topk_length, attn_sink)
-    ctx.d_v = d_v  # a SymInt while tracing
-    ctx.softmax_scale = softmax_scale
-    ctx.backend = backend
-    ctx.set_materialize_grads(False)  # an unused output costs nothing: its gradient arrives as None
+class _SparseAttn(torch.autograd.Function):
+    """The forward and its formula.
+
+    Not made by `torch.library.register_autograd`: what that makes reads the schema in every call, which was 20 of the
+    57 us that a call with gradients took on the host.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, keys: torch._C.DispatchKeySet, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        out, lse = _below_autograd(keys, *arguments)
+        q, kv, indices, d_v, softmax_scale, topk_length, attn_sink, backend = arguments
+        ctx.save_for_backward(q, kv, indices, out, lse, topk_length, attn_sink)
+        ctx.d_v = d_v  # a SymInt while tracing
+        ctx.softmax_scale = softmax_scale
+        ctx.backend = backend
+        ctx.set_materialize_grads(False)  # an unused output costs nothing: its gradient arrives as None
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, dout: torch.Tensor | None, dlse: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        _, need_dq, need_dkv, _, _, _, _, need_dsink, _ = ctx.needs_input_grad
+        if dout is None and dlse is None:
+            return (None,) * len(ctx.needs_input_grad)
+        q, kv, indices, out, lse, topk_length, attn_sink = ctx.saved_tensors
+        if dout is None and is_dtensor(q):
+            # DTensor in torch 2.11 reads the mesh off the first argument, and fails on None.
+            dout = torch.zeros_like(out)
+        dq, dkv, dsink = SPARSE_ATTN_BWD(
+            dout,
+            dlse,
+            q,
+            kv,
+            indices,
+            out,
+            lse,
+            ctx.d_v,
+            ctx.softmax_scale,
+            topk_length,
+            attn_sink,
+            need_dq,
+            need_dkv,
+            ctx.backend,
+        )
+        dq, dkv, dsink = (dq if need_dq else None), (dkv if need_dkv else None), (dsink if need_dsink else None)
+        return None, dq, dkv, None, None, None, None, dsink, None
 
 
-def _backward(ctx: Any, dout: torch.Tensor | None, dlse: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-    grads: list[torch.Tensor | None] = [None] * _NUM_ARGUMENTS
-    if dout is None and dlse is None:
-        return tuple(grads)
-    q, kv, indices, out, lse, topk_length, attn_sink = ctx.saved_tensors
-    if dout is None and is_dtensor(q):
-        # DTensor in torch 2.11 reads the mesh off the first argument, and fails on None.
-        dout = torch.zeros_like(out)
-    need_dq, need_dkv = ctx.needs_input_grad[_Q], ctx.needs_input_grad[_KV]
-    dq, dkv, dsink = SPARSE_ATTN_BWD(
-        dout,
-        dlse,
-        q,
-        kv,
-        indices,
-        out,
-        lse,
-        ctx.d_v,
-        ctx.softmax_scale,
-        topk_length,
-        attn_sink,
-        need_dq,
-        need_dkv,
-        ctx.backend,
-    )
-    if need_dq:
-        grads[_Q] = dq
-    if need_dkv:
-        grads[_KV] = dkv
-    # The dispatcher strips trailing defaults, so without a sink the tuple may end before its position.
-    if attn_sink is not None and ctx.needs_input_grad[_ATTN_SINK]:
-        grads[_ATTN_SINK] = dsink
-    return tuple(grads)
+def _sparse_attn(
+    keys: torch._C.DispatchKeySet,
+    q: torch.Tensor,
+    kv: torch.Tensor,
+    indices: torch.Tensor,
+    d_v: int,
+    softmax_scale: float,
+    topk_length: torch.Tensor | None = None,
+    attn_sink: torch.Tensor | None = None,
+    backend: str = "auto",
+) -> Any:
+    arguments = (q, kv, indices, d_v, softmax_scale, topk_length, attn_sink, backend)
+    if torch.is_grad_enabled() and (
+        q.requires_grad or kv.requires_grad or (attn_sink is not None and attn_sink.requires_grad)
+    ):
+        return _SparseAttn.apply(keys, *arguments)  # type: ignore[no-untyped-call]
+    return _below_autograd(keys, *arguments)
+
+
+def _below_autograd(keys: torch._C.DispatchKeySet, *arguments: Any) -> Any:
+    """Run what comes after autograd in a call with these dispatch keys; the dispatcher would take 3 us to find it."""
+    with torch._C._AutoDispatchBelowAutograd():
+        if keys.raw_repr() in _STRAIGHT:
+            return sparse_attn_impl(*arguments)
+        return SPARSE_ATTN.redispatch(keys & torch._C._after_autograd_keyset, *arguments)
 
 
 def _refuse_double_backward(ctx: Any, *grads: torch.Tensor | None) -> None:
@@ -78,6 +114,6 @@ def _max_logits_without_grad(*args: Any) -> Any:
 
 def register(library: torch.library.Library) -> None:
     """Attach the formulas to the operators of `library`."""
-    torch.library.register_autograd("mla::sparse_attn", _backward, setup_context=_setup_context, lib=library)
+    library.impl("sparse_attn", _sparse_attn, "Autograd", with_keyset=True)
     torch.library.register_autograd("mla::sparse_attn_bwd", _refuse_double_backward, lib=library)
     library.impl("sparse_attn_max_logits", _max_logits_without_grad, "Autograd")
