@@ -22,10 +22,14 @@ def _decide(arguments: tuple[Any, ...], gradients: tuple[Any, ...] | None, backe
 
     `arguments` are those of the forward up to `attn_sink`; `gradients`, of a backward, `(dout, dlse, out, lse)`.
     """
-    key = (backend, *map(_what_is_read, arguments), gradients and (*map(_what_is_read, gradients),))
+    q, kv, indices, d_v, softmax_scale, topk_length, attn_sink = arguments
+    key = (
+        *(backend, d_v, softmax_scale),
+        *(_facts(q), _facts(kv), _facts(indices), _facts(topk_length), _facts(attn_sink)),
+        gradients and (*map(_facts, gradients),),
+    )
     runner = _decided.get(key)
     if runner is None:
-        q, kv, indices, d_v, *_ = arguments
         check_inputs(*arguments)
         if gradients is not None:
             dout, dlse, out, lse = gradients
@@ -38,10 +42,8 @@ def _decide(arguments: tuple[Any, ...], gradients: tuple[Any, ...] | None, backe
     return runner
 
 
-def _what_is_read(argument: Any) -> Any:
-    if isinstance(argument, torch.Tensor):
-        return argument.shape, argument.dtype, argument.device, argument.layout
-    return argument
+def _facts(tensor: torch.Tensor | None) -> tuple[object, ...] | None:
+    return None if tensor is None else (tensor.shape, tensor.dtype, tensor.device, tensor.layout)
 
 
 def sparse_attn_impl(
