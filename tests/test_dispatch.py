@@ -386,6 +386,26 @@ def test_a_tuned_side_goes_before_its_hopper_kernel(side: str, other: str, tmp_p
     assert [name for name in ("HopperConfig", "HopperBwdConfig") if name in str(launches)] == [other]
 
 
+@pytest.mark.parametrize(
+    ("change", "is_taken"),
+    [({}, True), ({"num_splits": 2}, False), ({"max_logits_only": True}, False), ({"is_traced": True}, False)],
+    ids=["plain", "split", "max_logits", "traced"],
+)
+def test_a_forward_is_planned_for_the_hopper_kernel_only_as_one_eager_pass(
+    change: dict[str, Any], is_taken: bool
+) -> None:
+    pytest.importorskip("triton", reason="triton is not installed")
+    q, kv, indices = (torch.empty(size, device="meta") for size in ((4096, 64, 576), (8192, 1, 576), (4096, 1, 2048)))
+    options: dict[str, Any] = dict.fromkeys(("config", "num_splits", "use_int64_offsets"))
+    options |= {"max_logits_only": False, "is_traced": False} | change
+    plan = triton_backend._plan_forward(
+        q.shape, q.stride(), kv.shape, kv.stride(), indices.shape, indices.stride(),
+        512, torch.bfloat16, H100, "", **options,
+    )  # fmt: skip
+    assert isinstance(plan.config, HopperConfig) == is_taken
+    assert (plan.out_shape, plan.lse_shape) == ((4096, 64, 512), (4096, 64))
+
+
 def test_the_hopper_forward_is_refused_where_it_cannot_run() -> None:
     pytest.importorskip("triton", reason="triton is not installed")
     inputs = make_inputs(Case(d_total=576, d_v=512, heads=64), torch.bfloat16)

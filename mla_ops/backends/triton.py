@@ -190,74 +190,85 @@ def launch_forward(
     The other keyword arguments replace what is derived otherwise (`num_splits` must be given when sizes are symbolic,
     and without `use_int64_offsets` a guard is added then); `wrap` is applied to every kernel that is launched.
     """
-    from mla_ops.kernels.forward import _sparse_attn_fwd_kernel
-
     traits = traits or traits_of(q.device)
     q, kv, indices = with_unit_inner_stride(q), with_unit_inner_stride(kv), with_unit_inner_stride(indices)
-    q_shape, topk = q.shape, indices.shape[-1]
     is_traced = wrap is not _identity
-    out = unfilled((0,) if max_logits_only else (*q_shape[:-1], d_v), q.dtype, q, is_traced=is_traced)
-    lse = unfilled(q_shape[:-1], torch.float32, q, is_traced=is_traced)
-    if lse.numel() == 0:
-        return out, lse
-    topk_length, attn_sink = _contiguous(topk_length), _contiguous(attn_sink)
-    if config is None and num_splits is None and not max_logits_only and not is_traced:
-        heads, kv_group, widths = q_shape[-2], kv.shape[-2], (q_shape[-1], d_v, q.element_size())
-        rows = lse.numel() // heads
-        config = triton_hopper.automatic_config(traits, rows, heads, kv_group, topk, widths, current().tuned_rows)
-    if isinstance(config, HopperConfig):
-        if num_splits is not None or max_logits_only or is_traced:
-            raise UnsupportedProblemError(
-                "a HopperConfig is for an eager call that returns out and lse in one pass, got "
-                f"num_splits={num_splits}, max_logits_only={max_logits_only}, traced={is_traced}; "
-                "pass a FwdConfig"
-            )
-        triton_hopper.launch_forward(q, kv, indices, softmax_scale, topk_length, attn_sink, out, lse, config, traits)
-        _launched.add((q_shape[-1], d_v, q_shape[-2], kv.shape[-2], q.dtype, config))
-        return out, lse
+    if q.numel() == 0:  # no queries or no heads
+        out_shape = (0,) if max_logits_only else (*q.shape[:-1], d_v)
+        return q.new_empty(out_shape), q.new_empty(q.shape[:-1], dtype=torch.float32)
     plan_forward = _plan_forward.__wrapped__ if is_traced else _plan_forward  # symbols have no hash
     plan = plan_forward(
-        q_shape, q.stride(), kv.shape, kv.stride(), topk, d_v, q.dtype, traits, current().tuned_rows,
-        config, num_splits, use_int64_offsets,
+        q.shape, q.stride(), kv.shape, kv.stride(), indices.shape, indices.stride(), d_v, q.dtype, traits,
+        current().tuned_rows, config, num_splits, use_int64_offsets, max_logits_only, is_traced,
     )  # fmt: skip
+    out = unfilled((0,) if max_logits_only else plan.out_shape, q.dtype, q, is_traced=is_traced)
+    lse = unfilled(plan.lse_shape, torch.float32, q, is_traced=is_traced)
+    topk_length, attn_sink = _contiguous(topk_length), _contiguous(attn_sink)
+    if isinstance(plan, _HopperForwardPlan):
+        triton_hopper.launch_forward(
+            q, kv, indices, softmax_scale, topk_length, attn_sink, out, lse, plan.config, traits
+        )
+        _launched.add(plan.launched)
+        return out, lse
+    kernel_out, kernel_lse = (None if max_logits_only else out), lse
     num_splits = plan.grid[1]
     is_split = num_splits > 1
-    kernel_out, kernel_lse = (None if max_logits_only else out), lse
     if is_split:
-        partials = (lse.numel() // q_shape[-2], num_splits, q_shape[-2])
         if not max_logits_only:
-            kernel_out = unfilled((*partials, d_v), torch.float32, q, is_traced=is_traced)
-        kernel_lse = unfilled(partials, torch.float32, q, is_traced=is_traced)
+            kernel_out = unfilled((*plan.partials, d_v), torch.float32, q, is_traced=is_traced)
+        kernel_lse = unfilled(plan.partials, torch.float32, q, is_traced=is_traced)
 
-    wrap(_sparse_attn_fwd_kernel)[plan.grid](
-        q, *plan.q_strides, kv, *plan.kv_strides, indices, *outer_strides(indices.stride()),
+    forward_kernel, merge_kernel = _forward_kernels()
+    wrap(forward_kernel)[plan.grid](
+        q, *plan.q_strides, kv, *plan.kv_strides, indices, *plan.indices_strides,
         topk_length, attn_sink, kernel_out, kernel_lse, softmax_scale,
         *plan.sizes, *plan.constants, _input_precision(q), is_split, softmax_scale < 0, **plan.options,
     )  # fmt: skip
     if max_logits_only:
         return out, kernel_lse.amax(1).view(lse.shape) if is_split else lse
     if not is_traced:
-        _launched.add((q_shape[-1], d_v, q_shape[-2], kv.shape[-2], q.dtype, plan.config))
+        _launched.add(plan.launched)
     if is_split:
-        from mla_ops.kernels.forward_split import _sparse_attn_merge_kernel
-
         block_d = 1 << (d_v - 1).bit_length()
-        wrap(_sparse_attn_merge_kernel)[(lse.numel(),)](
-            kernel_out, kernel_lse, attn_sink, out, lse, num_splits, q_shape[-2], d_v, block_d, num_warps=4
+        wrap(merge_kernel)[(lse.numel(),)](
+            kernel_out, kernel_lse, attn_sink, out, lse, num_splits, plan.partials[-1], d_v, block_d, num_warps=4
         )
     return out, lse
+
+
+@lru_cache(maxsize=1)
+def _forward_kernels() -> tuple[Any, Any]:
+    """Return the forward kernel and the merge kernel; importing them imports triton."""
+    from mla_ops.kernels.forward import _sparse_attn_fwd_kernel
+    from mla_ops.kernels.forward_split import _sparse_attn_merge_kernel
+
+    return _sparse_attn_fwd_kernel, _sparse_attn_merge_kernel
 
 
 class _ForwardPlan(NamedTuple):
     """What sizes and strides decide about a launch of the forward kernel."""
 
     config: FwdConfig
+    launched: tuple[object, ...]  # for `_launched`
+    out_shape: tuple[int, ...]  # as plain tuples: torch takes 0.4 us longer to read a torch.Size
+    lse_shape: tuple[int, ...]
     grid: tuple[int, int]
+    partials: tuple[int, int, int]  # rows, splits, heads: the shape of a partial lse
     q_strides: tuple[int, int, int]
     kv_strides: tuple[int, int, int]
+    indices_strides: tuple[int, int, int]
     sizes: tuple[int, int, int, int]  # seq_q, seq_kv, topk, slots_per_split
     constants: tuple[int | bool, ...]  # of the kernel, from HEADS to USE_INT64_OFFSETS
     options: dict[str, int]
+
+
+class _HopperForwardPlan(NamedTuple):
+    """That a launch is one of the warp-specialised kernel; fields as in `_ForwardPlan`."""
+
+    config: HopperConfig
+    launched: tuple[object, ...]
+    out_shape: tuple[int, ...]
+    lse_shape: tuple[int, ...]
 
 
 @lru_cache(maxsize=4096)  # 7 of the 14 us that a launch took on the host
@@ -266,22 +277,40 @@ def _plan_forward(
     q_stride: tuple[int, ...],
     kv_shape: torch.Size,
     kv_stride: tuple[int, ...],
-    topk: int,
+    indices_shape: torch.Size,
+    indices_stride: tuple[int, ...],
     d_v: int,
     dtype: torch.dtype,
     traits: DeviceTraits,
     tuned_rows: str,
-    config: FwdConfig | None,
+    config: FwdConfig | HopperConfig | None,
     num_splits: int | None,
     use_int64_offsets: bool | None,
-) -> _ForwardPlan:
+    max_logits_only: bool,
+    is_traced: bool,
+) -> _ForwardPlan | _HopperForwardPlan:
     """Plan a launch that has something to compute; what is None is derived."""
     seq_q, heads, d_total = q_shape[-3:]
     seq_kv, kv_group = kv_shape[-3:-1]
+    topk = indices_shape[-1]
     rows = seq_q if len(q_shape) == 3 else q_shape[0] * seq_q
+    widths = (d_total, d_v, dtype.itemsize)
+    in_one_pass = num_splits is None and not max_logits_only and not is_traced
+    if config is None and in_one_pass:
+        config = triton_hopper.automatic_config(traits, rows, heads, kv_group, topk, widths, tuned_rows)
     if config is None:
-        key = (traits.arch, traits.smem_bytes, heads // kv_group, d_total, d_v, dtype.itemsize, tuned_rows)
+        key = (traits.arch, traits.smem_bytes, heads // kv_group, *widths, tuned_rows)
         config = _fitting(forward_config(*key), "forward", d_total, dtype, traits)
+    launched = (d_total, d_v, heads, kv_group, dtype, config)
+    out_shape, lse_shape = (*q_shape[:-1], d_v), (*q_shape[:-1],)
+    if isinstance(config, HopperConfig):
+        if not in_one_pass:
+            raise UnsupportedProblemError(
+                "a HopperConfig is for an eager call that returns out and lse in one pass, got "
+                f"num_splits={num_splits}, max_logits_only={max_logits_only}, traced={is_traced}; "
+                "pass a FwdConfig"
+            )
+        return _HopperForwardPlan(config, launched, out_shape, lse_shape)
     programs = program_count(rows, heads, kv_group, config)
     if num_splits is None:
         num_splits = split_count(programs, topk, config.block_k, traits.num_sms)
@@ -291,16 +320,21 @@ def _plan_forward(
         use_int64_offsets = bool(seq_kv * kv_strides[1] >= INT32_OFFSETS)
     return _ForwardPlan(
         config,
-        (programs, num_splits),
-        q_strides,
-        kv_strides,
-        (seq_q, seq_kv, topk, slots_per_split),
-        (
+        launched,
+        out_shape,
+        lse_shape,
+        grid=(programs, num_splits),
+        partials=(rows, num_splits, heads),
+        q_strides=q_strides,
+        kv_strides=kv_strides,
+        indices_strides=outer_strides(indices_stride),
+        sizes=(seq_q, seq_kv, topk, slots_per_split),
+        constants=(
             *(heads, kv_group, d_total, d_v, config.block_h, config.block_k),
             *chunk_widths(d_total, d_v, config.max_chunk),
             *(alignment((*q_strides, *kv_strides)), use_int64_offsets),
         ),
-        launch_options(config),
+        options=launch_options(config),
     )
 
 
