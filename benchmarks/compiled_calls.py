@@ -5,7 +5,8 @@
 Parts, small ones first; one that fails is recorded with its error and the others still run:
 
     host      host time of one compiled inference call, lowering on and off, and in eager
-    slope     host time over the number of operator calls in one graph, lowering on and off: microseconds per call
+    slope     host time over the number of operator calls in one graph, lowering off and on, and on with Inductor's option
+              to launch users' kernels as its own: microseconds per call
     gaps      a compiled decode layer as one CUDA graph: device time of a replay over the sum of its kernels
     compile   first step of the demo's model in a process of its own, caches cold and warm, against the same model with
               SDPA in the operator's place
@@ -97,17 +98,19 @@ def part_host() -> list[Record]:
 
 def part_slope() -> list[Record]:
     """With one block of slots a call is one kernel; with two the few queries are split, and a kernel merges."""
+    # One compile thread: the workers of more have options of their own.
+    is_static = {"static_launch_user_defined_triton_kernels": True, "compile_threads": 1}
     return [
-        slope_record(name, is_lowered=is_lowered, kernels=kernels)
+        slope_record(name, options, is_lowered=name != "extern", kernels=kernels)
         for kernels in (1, 2)
-        for name, is_lowered in (("extern", False), ("inlined", True))
+        for name, options in (("extern", {}), ("inlined", {}), ("inlined, launched statically", is_static))
     ]
 
 
-def slope_record(name: str, *, is_lowered: bool, kernels: int) -> Record:
+def slope_record(name: str, options: dict[str, Any], *, is_lowered: bool, kernels: int) -> Record:
     args = draw(1, 2, 256, 28, 128, 32 * kernels)
     calls = []
-    with torch.no_grad():
+    with torch.no_grad(), torch._inductor.config.patch(options):
         for count in CALLS:
 
             def function(q: Tensor, kv: Tensor, indices: Tensor, count: int = count) -> list[Tensor]:

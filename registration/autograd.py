@@ -1,7 +1,6 @@
 """Autograd: the forward's formula is one call of the backward operator, and the backward operator has none.
 
-The formula only calls operators, never a kernel, so it stays traceable and AOT autograd sees both graphs. The forward
-calls its kernel itself only where nothing that could look at the call comes in between.
+The formula only calls operators, never a kernel, so it stays traceable and AOT autograd sees both graphs.
 """
 
 from __future__ import annotations
@@ -11,24 +10,15 @@ from typing import Any
 import torch
 
 from mla_ops.errors import DoubleBackwardError
-from mla_ops.registration.impl import sparse_attn_impl
 from mla_ops.registration.schema import SPARSE_ATTN, SPARSE_ATTN_BWD, SPARSE_ATTN_MAX_LOGITS
 from mla_ops.wrappers import is_dtensor
-
-# The dispatch keys of a call with plain tensors of one device, and no mode, trace or transform around it: what comes
-# after autograd is the kernel.
-_Key = torch._C.DispatchKey
-_STRAIGHT = frozenset(
-    (torch._C.DispatchKeySet(device) | torch._C.DispatchKeySet(autograd)).raw_repr()
-    for device, autograd in ((_Key.CPU, _Key.AutogradCPU), (_Key.CUDA, _Key.AutogradCUDA))
-)
 
 
 class _SparseAttn(torch.autograd.Function):
     """The forward and its formula.
 
-    Not made by `torch.library.register_autograd`: what that makes reads the schema in every call, which was 20 of the
-    57 us that a call with gradients took on the host.
+    Not made by `torch.library.register_autograd`, whose kernel reads the schema in every call: it took 20 of the 57 us
+    that a call with gradients needed on the host. This one calls what comes after autograd in the same way.
     """
 
     @staticmethod
@@ -91,10 +81,8 @@ def _sparse_attn(
 
 
 def _below_autograd(keys: torch._C.DispatchKeySet, *arguments: Any) -> Any:
-    """Run what comes after autograd in a call with these dispatch keys; the dispatcher would take 3 us to find it."""
+    """Run what comes after autograd in a call with these dispatch keys."""
     with torch._C._AutoDispatchBelowAutograd():
-        if keys.raw_repr() in _STRAIGHT:
-            return sparse_attn_impl(*arguments)
         return SPARSE_ATTN.redispatch(keys & torch._C._after_autograd_keyset, *arguments)
 
 

@@ -9,13 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from torch.utils.flop_counter import FlopCounterMode
 
 import mla_ops
-from mla_ops.registration import autograd
 from mla_ops.testing import Case, Inputs, make_inputs
 
 CASE = Case(batch=2, seq_q=5, heads=4, seq_kv=11, d_total=24, d_v=16, topk=6)
@@ -232,38 +230,6 @@ def test_selective_checkpointing(policy: CheckpointPolicy, executions: int, comp
 
 
 # What comes between a call and its kernel
-
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
-
-
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("needs_grad", [False, True])
-def test_only_a_call_that_nothing_watches_goes_straight_to_its_kernel(
-    device: str, needs_grad: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    straight, watched = [], []
-    kernel = autograd.sparse_attn_impl
-    monkeypatch.setattr(autograd, "sparse_attn_impl", lambda *args: (straight.append(args), kernel(*args))[1])
-
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            watched.append(func)
-            return func(*args, **(kwargs or {}))
-
-    inputs = make_inputs(CASE, device=device, attn_sink=True)
-    inputs = inputs.requires_grad(q=needs_grad, kv=needs_grad, attn_sink=needs_grad)
-    expected = torch.ops.mla.sparse_attn(*inputs.args)
-    assert len(straight) == 1
-    with Watch():
-        actual = torch.ops.mla.sparse_attn(*inputs.args)
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        fake = torch.ops.mla.sparse_attn(*inputs.args)
-    assert len(straight) == 1
-    assert watched.count(torch.ops.mla.sparse_attn.default) == 1
-    for results in zip(actual, expected, fake, strict=True):
-        assert torch.equal(*results[:2])
-        assert isinstance(results[2], FakeTensor)
-        assert {result.requires_grad for result in results} == {needs_grad}
 
 
 @pytest.mark.parametrize("needs_grad", [False, True])
