@@ -5,8 +5,8 @@
 Parts, small ones first; one that fails is recorded with its error and the others still run:
 
     host      host time of one compiled inference call, lowering on and off, and in eager
-    slope     host time over the number of operator calls in one graph, lowering off and on, and on with Inductor's option
-              to launch users' kernels as its own: microseconds per call
+    slope     host time over the number of operator calls in one graph, lowering off and on, and on with the option of
+              Inductor to launch users' kernels as its own: microseconds per call
     gaps      a compiled decode layer as one CUDA graph: device time of a replay over the sum of its kernels
     compile   first step of the demo's model in a process of its own, caches cold and warm, against the same model with
               SDPA in the operator's place
