@@ -154,8 +154,8 @@ ROWS: tuple[Row, ...] = (
 )
 
 # The warp-specialised forward, by the widest value and the widest row a configuration takes; the first that does is it.
-# Measured at 576/512, 512/512 and 320/256 with 64 heads and more (benchmarks/results/*-h100-wide-forward.json): 1.9 to
-# 2.0 times the plain kernel, 1.5 times at 320/256.
+# Measured at 576/512, 512/512 and 320/256 with 64 heads and more (benchmarks/results/*-h100-wide-forward.json): 1.8 to
+# 2.1 times the plain kernel, 1.7 times at 320/256.
 HOPPER: tuple[tuple[int, int, HopperConfig], ...] = tuple(
     (width, width + tail, HopperConfig(left, width - left, tail, value_registers, gather_registers, pairs))
     for left, width, value_registers, gather_registers in (
