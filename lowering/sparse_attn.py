@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from mla_ops.backends import triton, triton_hopper
+from mla_ops.backends import triton, triton_forward_plan, triton_hopper
 from mla_ops.device import DeviceTraits, traits_of
 from mla_ops.dispatch import select
 from mla_ops.lowering import choices, is_enabled
@@ -66,8 +66,8 @@ def _lower_forward(
         return _extern(SPARSE_ATTN, args, reason)
     problem, rows = plan.problem, plan.hints.batch * plan.hints.seq_q
     config = choices.forward(problem, plan.hints, plan.traits, softmax_scale)
-    programs = triton.program_count(rows, problem.heads, problem.kv_group, config)
-    num_splits = triton.split_count(programs, problem.topk, config.block_k, plan.traits.num_sms)
+    programs = triton_forward_plan.program_count(rows, problem.heads, problem.kv_group, config)
+    num_splits = triton_forward_plan.split_count(programs, problem.topk, config.block_k, plan.traits.num_sms)
 
     def launch(*tensors: Any) -> Any:
         q, kv, indices, topk_length, attn_sink = tensors
@@ -207,4 +207,4 @@ def _needs_int64_offsets(kv: Any, problem: SparseAttnProblem) -> bool | None:
     row_strides = [problem.kv_group * problem.d_total, *(kv.maybe_get_stride() or [])[-3:-2]]
     limit = max(inductor.upper_bound(seq_kv * stride) for stride in row_strides)
     is_bounded = inductor.is_ahead_of_time() or limit < float("inf")
-    return True if is_bounded and limit >= triton.INT32_OFFSETS else None
+    return True if is_bounded and limit >= triton_forward_plan.INT32_OFFSETS else None

@@ -16,6 +16,7 @@ import torch
 import mla_ops
 from mla_ops import settings
 from mla_ops.backends import triton as triton_backend
+from mla_ops.backends.triton_forward_plan import plan_forward
 from mla_ops.configs import backward_configs, forward_config, hopper_backward_config, hopper_config
 from mla_ops.configs.launch import BwdConfig, FwdConfig, HopperBwdConfig, HopperConfig
 from mla_ops.configs.tuned import TunedRow, write_rows
@@ -398,7 +399,7 @@ def test_a_forward_is_planned_for_the_hopper_kernel_only_as_one_eager_pass(
     q, kv, indices = (torch.empty(size, device="meta") for size in ((4096, 64, 576), (8192, 1, 576), (4096, 1, 2048)))
     options: dict[str, Any] = dict.fromkeys(("config", "num_splits", "use_int64_offsets"))
     options |= {"max_logits_only": False, "is_traced": False} | change
-    plan = triton_backend._plan_forward(
+    plan = plan_forward(
         q.shape, q.stride(), kv.shape, kv.stride(), indices.shape, indices.stride(),
         512, torch.bfloat16, H100, "", **options,
     )  # fmt: skip

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from mla_ops.backends import triton as backend
-from mla_ops.backends import triton_deterministic
+from mla_ops.backends import triton_deterministic, triton_forward_plan
 from mla_ops.configs.launch import BwdConfig, FwdConfig
 from mla_ops.device import DeviceTraits
 from mla_ops.reference import sparse_attn_reference
@@ -402,10 +402,21 @@ def test_places_are_a_sort_by_key_then_query(dtype: torch.dtype, monkeypatch: py
     assert pairs == sorted(pairs)
 
 
-def test_wide_offsets_give_the_same_result(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def wide_offsets_from_now_on(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], None]]:
+    def use_them() -> None:
+        triton_forward_plan.plan_forward.cache_clear()  # plans of calls alike have been made
+        for module in (backend, triton_forward_plan):
+            monkeypatch.setattr(module, "INT32_OFFSETS", 1)
+
+    yield use_them
+    triton_forward_plan.plan_forward.cache_clear()
+
+
+def test_wide_offsets_give_the_same_result(wide_offsets_from_now_on: Callable[[], None]) -> None:
     inputs = make_inputs(SMALL, torch.float32, DEVICE)
     expected, max_logits = run(inputs), max_logits_of(inputs)
-    monkeypatch.setattr(backend, "INT32_OFFSETS", 1)
+    wide_offsets_from_now_on()
     assert_same(run(inputs), expected)
     assert torch.equal(max_logits_of(inputs), max_logits)
 

@@ -9,12 +9,20 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import lru_cache
 from importlib.util import find_spec
-from typing import Any, NamedTuple, TypeVar
+from typing import Any
 
 import torch
 
 from mla_ops.backends import triton_hopper
 from mla_ops.backends.triton_deterministic import dkv_in_query_order
+from mla_ops.backends.triton_forward_plan import (
+    INT32_OFFSETS,
+    HopperForwardPlan,
+    fitting,
+    plan_forward,
+    program_count,
+    split_count,
+)
 from mla_ops.backends.triton_tensors import (
     aligned_like_contiguous,
     alignment,
@@ -29,9 +37,6 @@ from mla_ops.errors import UnsupportedProblemError
 from mla_ops.problem import Hints, SparseAttnProblem
 from mla_ops.settings import current
 
-# Element offsets of KV rows from here on are computed in 64 bits.
-INT32_OFFSETS = 2**31
-
 _SUPPORTED_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 # What this process has launched, as (d_total, d_v, heads, kv_group, dtype, configuration); for `describe_launch`.
@@ -41,7 +46,6 @@ _launched: set[tuple[object, ...]] = set()
 Wrap = Callable[[Any], Any]
 
 _Out = torch.Tensor | None
-_Config = TypeVar("_Config")
 
 
 def _identity(kernel: Any) -> Any:
@@ -196,15 +200,15 @@ def launch_forward(
     if q.numel() == 0:  # no queries or no heads
         out_shape = (0,) if max_logits_only else (*q.shape[:-1], d_v)
         return q.new_empty(out_shape), q.new_empty(q.shape[:-1], dtype=torch.float32)
-    plan_forward = _plan_forward.__wrapped__ if is_traced else _plan_forward  # symbols have no hash
-    plan = plan_forward(
+    make_plan = plan_forward.__wrapped__ if is_traced else plan_forward  # symbols have no hash
+    plan = make_plan(
         q.shape, q.stride(), kv.shape, kv.stride(), indices.shape, indices.stride(), d_v, q.dtype, traits,
         current().tuned_rows, config, num_splits, use_int64_offsets, max_logits_only, is_traced,
     )  # fmt: skip
     out = unfilled((0,) if max_logits_only else plan.out_shape, q.dtype, q, is_traced=is_traced)
     lse = unfilled(plan.lse_shape, torch.float32, q, is_traced=is_traced)
     topk_length, attn_sink = _contiguous(topk_length), _contiguous(attn_sink)
-    if isinstance(plan, _HopperForwardPlan):
+    if isinstance(plan, HopperForwardPlan):
         triton_hopper.launch_forward(
             q, kv, indices, softmax_scale, topk_length, attn_sink, out, lse, plan.config, traits
         )
@@ -243,113 +247,6 @@ def _forward_kernels() -> tuple[Any, Any]:
     from mla_ops.kernels.forward_split import _sparse_attn_merge_kernel
 
     return _sparse_attn_fwd_kernel, _sparse_attn_merge_kernel
-
-
-class _ForwardPlan(NamedTuple):
-    """What sizes and strides decide about a launch of the forward kernel."""
-
-    config: FwdConfig
-    launched: tuple[object, ...]  # for `_launched`
-    out_shape: tuple[int, ...]  # as plain tuples: torch takes 0.4 us longer to read a torch.Size
-    lse_shape: tuple[int, ...]
-    grid: tuple[int, int]
-    partials: tuple[int, int, int]  # rows, splits, heads: the shape of a partial lse
-    q_strides: tuple[int, int, int]
-    kv_strides: tuple[int, int, int]
-    indices_strides: tuple[int, int, int]
-    sizes: tuple[int, int, int, int]  # seq_q, seq_kv, topk, slots_per_split
-    constants: tuple[int | bool, ...]  # of the kernel, from HEADS to USE_INT64_OFFSETS
-    options: dict[str, int]
-
-
-class _HopperForwardPlan(NamedTuple):
-    """That a launch is one of the warp-specialised kernel; fields as in `_ForwardPlan`."""
-
-    config: HopperConfig
-    launched: tuple[object, ...]
-    out_shape: tuple[int, ...]
-    lse_shape: tuple[int, ...]
-
-
-@lru_cache(maxsize=4096)  # 7 of the 14 us that a launch took on the host
-def _plan_forward(
-    q_shape: torch.Size,
-    q_stride: tuple[int, ...],
-    kv_shape: torch.Size,
-    kv_stride: tuple[int, ...],
-    indices_shape: torch.Size,
-    indices_stride: tuple[int, ...],
-    d_v: int,
-    dtype: torch.dtype,
-    traits: DeviceTraits,
-    tuned_rows: str,
-    config: FwdConfig | HopperConfig | None,
-    num_splits: int | None,
-    use_int64_offsets: bool | None,
-    max_logits_only: bool,
-    is_traced: bool,
-) -> _ForwardPlan | _HopperForwardPlan:
-    """Plan a launch that has something to compute; what is None is derived."""
-    seq_q, heads, d_total = q_shape[-3:]
-    seq_kv, kv_group = kv_shape[-3:-1]
-    topk = indices_shape[-1]
-    rows = seq_q if len(q_shape) == 3 else q_shape[0] * seq_q
-    widths = (d_total, d_v, dtype.itemsize)
-    in_one_pass = num_splits is None and not max_logits_only and not is_traced
-    if config is None and in_one_pass:
-        config = triton_hopper.automatic_config(traits, rows, heads, kv_group, topk, widths, tuned_rows)
-    if config is None:
-        key = (traits.arch, traits.smem_bytes, heads // kv_group, *widths, tuned_rows)
-        config = _fitting(forward_config(*key), "forward", d_total, dtype, traits)
-    launched = (d_total, d_v, heads, kv_group, dtype, config)
-    out_shape, lse_shape = (*q_shape[:-1], d_v), (*q_shape[:-1],)
-    if isinstance(config, HopperConfig):
-        if not in_one_pass:
-            raise UnsupportedProblemError(
-                "a HopperConfig is for an eager call that returns out and lse in one pass, got "
-                f"num_splits={num_splits}, max_logits_only={max_logits_only}, traced={is_traced}; "
-                "pass a FwdConfig"
-            )
-        return _HopperForwardPlan(config, launched, out_shape, lse_shape)
-    programs = program_count(rows, heads, kv_group, config)
-    if num_splits is None:
-        num_splits = split_count(programs, topk, config.block_k, traits.num_sms)
-    slots_per_split = topk if num_splits == 1 else -(-topk // (num_splits * config.block_k)) * config.block_k
-    q_strides, kv_strides = outer_strides(q_stride), outer_strides(kv_stride)
-    if use_int64_offsets is None:
-        use_int64_offsets = bool(seq_kv * kv_strides[1] >= INT32_OFFSETS)
-    return _ForwardPlan(
-        config,
-        launched,
-        out_shape,
-        lse_shape,
-        grid=(programs, num_splits),
-        partials=(rows, num_splits, heads),
-        q_strides=q_strides,
-        kv_strides=kv_strides,
-        indices_strides=outer_strides(indices_stride),
-        sizes=(seq_q, seq_kv, topk, slots_per_split),
-        constants=(
-            *(heads, kv_group, d_total, d_v, config.block_h, config.block_k),
-            *chunk_widths(d_total, d_v, config.max_chunk),
-            *(alignment((*q_strides, *kv_strides)), use_int64_offsets),
-        ),
-        options=launch_options(config),
-    )
-
-
-def program_count(rows: int, heads: int, kv_group: int, config: FwdConfig) -> int:
-    """Return how many programs a forward needs: one per row, KV group and block of its heads."""
-    return rows * kv_group * -(-(heads // kv_group) // config.block_h)
-
-
-def split_count(programs: int, topk: int, block_k: int, num_sms: int) -> int:
-    """Return over how many programs the slots of one row are shared out; 1 when the grid fills the device anyway."""
-    blocks = -(-topk // block_k)
-    if not 0 < programs < num_sms or blocks < 2:
-        return 1
-    blocks_per_split = -(-blocks // (num_sms // programs))
-    return -(-blocks // blocks_per_split)
 
 
 def launch_backward(
@@ -404,7 +301,7 @@ def launch_backward(
             configs = None if specialised is None else (specialised,)
         if configs is None:
             key = (traits.arch, traits.smem_bytes, heads // kv_group, *widths, tuned_rows, is_deterministic)
-            configs = _fitting(backward_configs(*key), "backward", d_total, q.dtype, traits)
+            configs = fitting(backward_configs(*key), "backward", d_total, q.dtype, traits)
     topk_length, attn_sink, dlse = _contiguous(topk_length), _contiguous(attn_sink), _contiguous(dlse)
     out, lse = out.contiguous(), lse.contiguous()
     strides = (*outer_strides(q.stride()), *outer_strides(kv.stride()))
@@ -477,13 +374,6 @@ def wave_programs(config: BwdConfig | HopperBwdConfig, traits: DeviceTraits) -> 
     if isinstance(config, HopperBwdConfig):
         return traits.num_sms
     return traits.num_sms * max(1, 65536 // ((config.max_registers or 256) * 32 * config.num_warps))
-
-
-def _fitting(found: _Config | None, side: str, d_total: int, dtype: torch.dtype, traits: DeviceTraits) -> _Config:
-    """Return the configuration that was found for a call; dispatch refuses problems for which there is none."""
-    if found is None:
-        raise UnsupportedProblemError(f"no {side} configuration for d_total={d_total} in {dtype} fits {traits}")
-    return found
 
 
 def _contiguous(tensor: torch.Tensor | None) -> torch.Tensor | None:
