@@ -26,12 +26,18 @@ def assert_same(actual: Results, expected: Results) -> None:
         assert torch.equal(value, expected[name]), name
 
 
+# Shared memory holds one pair of tiles at the first, two at the second.
+ONE_AND_TWO_PAIRS = pytest.mark.parametrize(("d_total", "d_v"), [(576, 512), (320, 256)], ids=["576x512", "320x256"])
+
+
 # The first to run when something is wrong: one program, one pair of tiles, every slot valid, then one more of each.
+@ONE_AND_TWO_PAIRS
 @pytest.mark.parametrize(
     ("topk", "seq_q"), [(128, 1), (64, 1), (256, 1), (128, 400)], ids=["one pair", "one tile", "two pairs", "two items"]
 )
-def test_a_program_and_a_pair_at_a_time(topk: int, seq_q: int) -> None:
-    check(wide_inputs(replace(WIDE, batch=1, topk=topk, seq_q=seq_q, seq_kv=512), invalid=False))
+def test_a_program_and_a_pair_at_a_time(topk: int, seq_q: int, d_total: int, d_v: int) -> None:
+    sizes = {"d_total": d_total, "d_v": d_v, "topk": topk, "seq_q": seq_q, "seq_kv": 512}
+    check(wide_inputs(replace(WIDE, batch=1, **sizes), invalid=False))
 
 
 @pytest.mark.parametrize("d_v", [256, 320, 384, 448, 512])
@@ -54,8 +60,10 @@ def test_infinite_sinks() -> None:
     assert (check(inputs)["out"][..., 0, :] == 0).all()
 
 
-def test_more_items_than_programs_with_lengths_from_none_to_all() -> None:
-    inputs = wide_inputs(replace(WIDE, batch=2, seq_q=700, heads=80, topk=300, seq_kv=1000), topk_length=True)
+@ONE_AND_TWO_PAIRS
+def test_more_items_than_programs_with_lengths_from_none_to_all(d_total: int, d_v: int) -> None:
+    sizes = {"d_total": d_total, "d_v": d_v, "seq_q": 700, "heads": 80, "topk": 300, "seq_kv": 1000}
+    inputs = wide_inputs(replace(WIDE, batch=2, **sizes), topk_length=True)
     inputs.topk_length.copy_(torch.arange(1400, device="cuda").view(2, 700) * 7 % 320 - 10)
     check(inputs)
 
@@ -142,9 +150,11 @@ def repeated(inputs: Inputs, count: int) -> None:
         assert_same(run(inputs), first)
 
 
+@ONE_AND_TWO_PAIRS
 @pytest.mark.parametrize("heads", [64, 100])
-def test_a_thousand_runs_are_bit_equal(heads: int) -> None:
-    repeated(wide_inputs(replace(WIDE, batch=1, seq_q=512, heads=heads, topk=700, seq_kv=4096), topk_length=True), 1000)
+def test_a_thousand_runs_are_bit_equal(heads: int, d_total: int, d_v: int) -> None:
+    sizes = {"d_total": d_total, "d_v": d_v, "seq_q": 512, "heads": heads, "topk": 700, "seq_kv": 4096}
+    repeated(wide_inputs(replace(WIDE, batch=1, **sizes), topk_length=True), 1000)
 
 
 def test_a_replay_with_other_indices_is_what_eager_gives() -> None:
