@@ -29,6 +29,7 @@ class Machine:
     """Barriers that count arrivals, one a phase unless told otherwise, and buffers that know who touches them."""
 
     skipped: str = ""  # the name of a barrier that nobody waits for
+    hasty: str = ""  # the name of a barrier whose wait for copies ends one group fewer
     arrivals_of_a_phase: dict[object, int] = field(default_factory=dict)  # by the name of the barrier
     arrivals: Counter[tuple[object, ...]] = field(default_factory=Counter)
     holds: dict[tuple[object, ...], object] = field(default_factory=dict)
@@ -95,51 +96,74 @@ class Forward:
         return first, first + 1
 
 
+@dataclass
+class Copies:
+    """Asynchronous copies in groups: a wait ends those of all groups but the last ones."""
+
+    machine: Machine
+    groups: list[list[tuple[object, ...]]] = field(default_factory=lambda: [[]])
+
+    def start(self, value: object, *buffer: object) -> Step:
+        self.groups[-1].append((value, *buffer))
+        return self.machine.begin_write(*buffer)
+
+    def commit(self) -> None:
+        self.groups.append([])
+
+    def publish(self, later: int, arrives: bool, *barrier: object) -> Iterator[Step]:
+        later += barrier[0] == self.machine.hasty
+        for group in self.groups[: -1 - later]:
+            while group:
+                yield self.machine.end_write(*group.pop(0))
+        if arrives:
+            yield self.machine.arrive(*barrier)
+
+
 def gather(m: Machine, work: Forward) -> Iterator[Step]:
-    def announce(number: int) -> Iterator[Step]:
-        tile, stage = ("rows", number), work.stages(number // 2)[number % 2]
-        for half in HALVES:
-            yield m.end_write(tile, "k", 0, stage, half)
-        yield m.arrive("left_full", stage)
-        for half in HALVES:
-            yield m.end_write(tile, "k", 1, stage, half)
-        yield m.end_write(tile, "tail", stage)
-        yield m.arrive("rest_full", stage)
-
-    def announce_queries(item: int) -> Iterator[Step]:
-        yield m.end_write(item, "q", 0)
-        yield m.arrive("q_left_full")
-        yield m.end_write(item, "q", 1)
-        yield m.arrive("q_rest_full")
-
+    copies = Copies(m)
     pair = 0
     for item, num_pairs in enumerate(work.items):
         for i in range(num_pairs):
-            for s, stage in enumerate(work.stages(pair)):
-                number = 2 * pair + s
+            stages = work.stages(pair)
+            for s, stage in enumerate(stages):
+                tile = ("rows", 2 * pair + s)
                 for half in HALVES:
                     for side in SIDES:
                         yield m.wait(work.parity(pair) ^ 1, "free", stage, half, side)
-                        yield m.begin_write("k", side, stage, half)
-                yield m.begin_write("tail", stage)
-                yield from write(m, ("rows", number), "valid", stage)
-                if work.pairs > 1 and s == 0 and pair > 0:
-                    yield from announce(number - 1)
-                if s == 0 and i == 0:
-                    yield m.wait((item & 1) ^ 1, "q_free")
-                    for side in SIDES:
-                        yield m.begin_write("q", side)
-                if work.pairs == 1:
-                    yield from announce(number)
-                    if s == 0 and i == 0:
-                        yield from announce_queries(item)
-                elif s == 1:
-                    yield from announce(number - 1)
+                        yield copies.start(tile, "k", side, stage, half)
+                        if (half, side) == (1, 0):
+                            copies.commit()
+                yield copies.start(tile, "tail", stage)
+                copies.commit()
+                yield from write(m, tile, "valid", stage)
+                if work.pairs > 1 and s == 0:
+                    before = work.stages(pair - 1)[1]
+                    yield from copies.publish(3, pair > 0, "left_full", before)
+                    yield from copies.publish(2, pair > 0, "rest_full", before)
+                if s == 0:
                     if i == 0:
-                        yield from announce_queries(item)
+                        yield m.wait((item & 1) ^ 1, "q_free")
+                        yield copies.start(item, "q", 0)
+                    copies.commit()
+                    if i == 0:
+                        yield copies.start(item, "q", 1)
+                    copies.commit()
+                if work.pairs == 1:
+                    yield from copies.publish(3 if s == 0 else 1, True, "left_full", stage)
+                    yield from copies.publish(2 if s == 0 else 0, True, "rest_full", stage)
+                    if s == 0:
+                        yield from copies.publish(1, i == 0, "q_left_full")
+                        yield from copies.publish(0, i == 0, "q_rest_full")
+                elif s == 1:
+                    yield from copies.publish(5, True, "left_full", stages[0])
+                    yield from copies.publish(4, True, "rest_full", stages[0])
+                    yield from copies.publish(3, i == 0, "q_left_full")
+                    yield from copies.publish(2, i == 0, "q_rest_full")
             pair += 1
     if work.pairs > 1:
-        yield from announce(2 * pair - 1)
+        last = work.stages(pair - 1)[1]
+        yield from copies.publish(1, True, "left_full", last)
+        yield from copies.publish(0, True, "rest_full", last)
 
 
 def scores(m: Machine, work: Forward) -> Iterator[Step]:
@@ -272,19 +296,19 @@ def backward_roles(m: Machine, num_tiles: int) -> list[Iterator[Step]]:
 Roles = Callable[[Machine, Any], list[Iterator[Step]]]
 
 
-def interleave_often(roles_of: Roles, work: Forward | int, skipped: str = "") -> None:
+def interleave_often(roles_of: Roles, work: Forward | int, **faults: Any) -> None:
     for seed in range(200):
-        interleave(roles_of, work, seed, skipped)
+        interleave(roles_of, work, seed, **faults)
 
 
-def interleave(roles_of: Roles, work: Forward | int, seed: int, skipped: str = "") -> None:
+def interleave(roles_of: Roles, work: Forward | int, seed: int, **faults: Any) -> None:
     """Run the roles in a random order until all have ended; some roles are much faster than others.
 
     Raises:
         ProtocolError: a role touched a buffer that was not its own yet, or none could go on.
     """
     choose = random.Random(seed)
-    roles = roles_of(Machine(skipped), work)
+    roles = roles_of(Machine(**faults), work)
     pending = {role: next(role) for role in roles}
     speed = {role: choose.choice([1, 4, 64]) for role in roles}
     while pending:
@@ -314,6 +338,13 @@ def test_no_role_of_the_forward_meets_a_buffer_that_is_not_its_own_and_all_of_th
 def test_every_barrier_of_the_forward_that_guards_a_buffer_is_needed(barrier: str, pairs: int) -> None:
     with pytest.raises(ProtocolError):
         interleave_often(forward_roles, Forward([2, 1, 3], pairs), skipped=barrier)
+
+
+@pytest.mark.parametrize("pairs", [1, 2])
+@pytest.mark.parametrize("barrier", ["left_full", "rest_full", "q_left_full", "q_rest_full"])
+def test_no_wait_for_copies_may_end_fewer_groups(barrier: str, pairs: int) -> None:
+    with pytest.raises(ProtocolError):
+        interleave_often(forward_roles, Forward([2, 1, 3], pairs), hasty=barrier)
 
 
 @pytest.mark.parametrize("pairs", [1, 2])
