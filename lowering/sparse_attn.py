@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from mla_ops.backends import triton, triton_forward_plan, triton_hopper
+from mla_ops.configs.launch import program_count
 from mla_ops.device import DeviceTraits, traits_of
 from mla_ops.dispatch import select
 from mla_ops.lowering import choices, is_enabled
@@ -66,7 +67,7 @@ def _lower_forward(
         return _extern(SPARSE_ATTN, args, reason)
     problem, rows = plan.problem, plan.hints.batch * plan.hints.seq_q
     config = choices.forward(problem, plan.hints, plan.traits, softmax_scale)
-    programs = triton_forward_plan.program_count(rows, problem.heads, problem.kv_group, config)
+    programs = program_count(rows, problem.heads, problem.kv_group, config.block_h)
     num_splits = triton_forward_plan.split_count(programs, problem.topk, config.block_k, plan.traits.num_sms)
 
     def launch(*tensors: Any) -> Any:

@@ -20,7 +20,6 @@ from mla_ops.backends.triton_forward_plan import (
     HopperForwardPlan,
     fitting,
     plan_forward,
-    program_count,
     split_count,
 )
 from mla_ops.backends.triton_tensors import (
@@ -31,7 +30,15 @@ from mla_ops.backends.triton_tensors import (
     with_unit_inner_stride,
 )
 from mla_ops.configs import MAX_D_TOTAL, backward_configs, forward_config
-from mla_ops.configs.launch import BwdConfig, FwdConfig, HopperBwdConfig, HopperConfig, chunk_widths, launch_options
+from mla_ops.configs.launch import (
+    BwdConfig,
+    FwdConfig,
+    HopperBwdConfig,
+    HopperConfig,
+    chunk_widths,
+    launch_options,
+    program_count,
+)
 from mla_ops.device import DeviceTraits, traits_of
 from mla_ops.errors import UnsupportedProblemError
 from mla_ops.problem import Hints, SparseAttnProblem
@@ -109,7 +116,7 @@ class TritonBackend:
         if specialised is not None:
             launches.append((f"forward: {specialised}", specialised))
         elif fwd is not None:
-            programs = program_count(rows, problem.heads, problem.kv_group, fwd)
+            programs = program_count(rows, problem.heads, problem.kv_group, fwd.block_h)
             splits = split_count(programs, problem.topk, fwd.block_k, traits.num_sms)
             launches.append((f"forward: {fwd}, slots split over {splits} programs", fwd))
         specialised_bwd = triton_hopper.automatic_backward_config(
@@ -327,7 +334,7 @@ def launch_backward(
             )  # fmt: skip
         else:
             has_far_places = places is not None and dkv is not None and dkv.numel() >= INT32_OFFSETS
-            wrap(_sparse_attn_bwd_kernel)[(num_rows * kv_group * -(-(heads // kv_group) // config.block_h),)](
+            wrap(_sparse_attn_bwd_kernel)[(program_count(num_rows, heads, kv_group, config.block_h),)](
                 q, *strides[:3], kv, *strides[3:], indices, *outer_strides(indices.stride()),
                 topk_length, attn_sink, out, lse, dout, *do_strides, dlse, dq, dkv, dsink, places,
                 softmax_scale, first_row, seq_q, seq_kv, indices.shape[-1],
@@ -352,8 +359,8 @@ def launch_backward(
         if is_deterministic:
             dkv = dkv_in_query_order(
                 lambda partial, *rows: run(config, others[0], partial, others[1], *rows),
-                kv, indices, topk_length, -(-(heads // kv_group) // config.block_h), wave_programs(config, traits),
-                wrap, is_traced=is_traced,
+                kv, indices, topk_length, program_count(1, heads // kv_group, kv_group=1, block_h=config.block_h),
+                wave_programs(config, traits), wrap, is_traced=is_traced,
             )  # fmt: skip
         else:
             dkv = q.new_zeros(kv.shape, dtype=torch.float32)

@@ -10,7 +10,7 @@ import torch
 from mla_ops.backends import triton_hopper
 from mla_ops.backends.triton_tensors import alignment, outer_strides
 from mla_ops.configs import forward_config
-from mla_ops.configs.launch import FwdConfig, HopperConfig, chunk_widths, launch_options
+from mla_ops.configs.launch import FwdConfig, HopperConfig, chunk_widths, launch_options, program_count
 from mla_ops.device import DeviceTraits
 from mla_ops.errors import UnsupportedProblemError
 
@@ -86,7 +86,7 @@ def plan_forward(
                 "pass a FwdConfig"
             )
         return HopperForwardPlan(config, launched, out_shape, lse_shape)
-    programs = program_count(rows, heads, kv_group, config)
+    programs = program_count(rows, heads, kv_group, config.block_h)
     if num_splits is None:
         num_splits = split_count(programs, topk, config.block_k, traits.num_sms)
     slots_per_split = topk if num_splits == 1 else -(-topk // (num_splits * config.block_k)) * config.block_k
@@ -111,11 +111,6 @@ def plan_forward(
         ),
         options=launch_options(config),
     )
-
-
-def program_count(rows: int, heads: int, kv_group: int, config: FwdConfig) -> int:
-    """Return how many programs a forward needs: one per row, KV group and block of its heads."""
-    return rows * kv_group * -(-(heads // kv_group) // config.block_h)
 
 
 def split_count(programs: int, topk: int, block_k: int, num_sms: int) -> int:

@@ -11,7 +11,7 @@ import torch
 
 from mla_ops.backends.triton_tensors import outer_strides
 from mla_ops.configs import MIN_HOPPER_D_V, hopper_backward_config, hopper_config, is_tuned
-from mla_ops.configs.launch import HOPPER_BLOCK_H, HopperBwdConfig, HopperConfig
+from mla_ops.configs.launch import HOPPER_BLOCK_H, HopperBwdConfig, HopperConfig, program_count
 from mla_ops.device import DeviceTraits
 from mla_ops.errors import UnsupportedProblemError
 
@@ -65,15 +65,10 @@ def _is_worth_it(
     return (
         topk >= LEAST_TOPK[side]
         and 2 * heads_per_group > HOPPER_BLOCK_H
-        and 2 * item_count(rows, heads, kv_group) >= traits.num_sms
+        and 2 * program_count(rows, heads, kv_group, HOPPER_BLOCK_H) >= traits.num_sms
         and gluon_reason() is None
         and not is_tuned(side, traits.arch, heads_per_group, *widths, tuned_rows)
     )
-
-
-def item_count(rows: int, heads: int, kv_group: int) -> int:
-    """Return how many work items a call has: one per row, KV group and block of 64 heads."""
-    return rows * kv_group * -(-(heads // kv_group) // HOPPER_BLOCK_H)
 
 
 def launch_forward(
@@ -102,7 +97,7 @@ def launch_forward(
 
     q, kv = _with_aligned_rows(q), _with_aligned_rows(kv)
     heads, (seq_kv, kv_group) = q.shape[-2], kv.shape[-3:-1]
-    items = item_count(q.shape[:-2].numel(), heads, kv_group)
+    items = program_count(q.shape[:-2].numel(), heads, kv_group, HOPPER_BLOCK_H)
     _sparse_attn_fwd_hopper_kernel[(min(items, traits.num_sms),)](
         q, *outer_strides(q.stride()), kv, *outer_strides(kv.stride()), indices, *outer_strides(indices.stride()),
         topk_length, attn_sink, out, lse,
@@ -153,10 +148,11 @@ def launch_backward(
     heads, (seq_kv, kv_group) = q.shape[-2], kv.shape[-3:-1]
     do_strides = (0, 0, 0) if dout is None else outer_strides(dout.stride())
     num_rows = q.shape[:-2].numel() if num_rows is None else num_rows
-    _sparse_attn_bwd_hopper_kernel[(item_count(num_rows, heads, kv_group),)](
+    first_item = program_count(first_row, heads, kv_group, config.block_h)
+    _sparse_attn_bwd_hopper_kernel[(program_count(num_rows, heads, kv_group, config.block_h),)](
         q, *outer_strides(q.stride()), kv, *outer_strides(kv.stride()), indices, *outer_strides(indices.stride()),
         topk_length, attn_sink, out, lse, dout, *do_strides, dlse, dq, dkv, dsink, places,
-        softmax_scale, item_count(first_row, heads, kv_group), q.shape[-3], seq_kv, indices.shape[-1],
+        softmax_scale, first_item, q.shape[-3], seq_kv, indices.shape[-1],
         heads, kv_group, d_total, d_v, config.half_value, config.half_tail,
         num_warps=4,
     )  # fmt: skip

@@ -59,6 +59,11 @@ class HopperBwdConfig:
     block_h: ClassVar[int] = HOPPER_BLOCK_H
 
 
+def program_count(rows: int, heads: int, kv_group: int, block_h: int) -> int:
+    """Return how many programs a kernel needs: one per row, KV group and block of its heads."""
+    return rows * kv_group * -(-(heads // kv_group) // block_h)
+
+
 def launch_options(config: FwdConfig | BwdConfig) -> dict[str, int]:
     """Return what Triton takes beside the kernel's own arguments."""
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
