@@ -23,7 +23,7 @@ class _SparseAttn(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, keys: torch._C.DispatchKeySet, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        out, lse = _below_autograd(keys, *arguments)
+        out, lse = _below_autograd(SPARSE_ATTN, keys, *arguments)
         q, kv, indices, d_v, softmax_scale, topk_length, attn_sink, backend = arguments
         ctx.save_for_backward(q, kv, indices, out, lse, topk_length, attn_sink)
         ctx.d_v = d_v  # a SymInt while tracing
@@ -77,13 +77,13 @@ def _sparse_attn(
         q.requires_grad or kv.requires_grad or (attn_sink is not None and attn_sink.requires_grad)
     ):
         return _SparseAttn.apply(keys, *arguments)  # type: ignore[no-untyped-call]
-    return _below_autograd(keys, *arguments)
+    return _below_autograd(SPARSE_ATTN, keys, *arguments)
 
 
-def _below_autograd(keys: torch._C.DispatchKeySet, *arguments: Any) -> Any:
-    """Run what comes after autograd in a call with these dispatch keys."""
+def _below_autograd(op: torch._ops.OpOverload, keys: torch._C.DispatchKeySet, *arguments: Any) -> Any:
+    """Run what comes after autograd in a call of `op` with these dispatch keys."""
     with torch._C._AutoDispatchBelowAutograd():
-        return SPARSE_ATTN.redispatch(keys & torch._C._after_autograd_keyset, *arguments)
+        return op.redispatch(keys & torch._C._after_autograd_keyset, *arguments)
 
 
 def _refuse_double_backward(ctx: Any, *grads: torch.Tensor | None) -> None:
@@ -94,14 +94,13 @@ def _refuse_double_backward(ctx: Any, *grads: torch.Tensor | None) -> None:
     )
 
 
-def _max_logits_without_grad(*args: Any) -> Any:
+def _max_logits_without_grad(keys: torch._C.DispatchKeySet, *arguments: Any) -> Any:
     # Not differentiable, and said so: without a kernel at this key torch warns, and only when a backward passes.
-    with torch._C._AutoDispatchBelowAutograd():
-        return SPARSE_ATTN_MAX_LOGITS(*args)
+    return _below_autograd(SPARSE_ATTN_MAX_LOGITS, keys, *arguments)
 
 
 def register(library: torch.library.Library) -> None:
     """Attach the formulas to the operators of `library`."""
     library.impl("sparse_attn", _sparse_attn, "Autograd", with_keyset=True)
     torch.library.register_autograd("mla::sparse_attn_bwd", _refuse_double_backward, lib=library)
-    library.impl("sparse_attn_max_logits", _max_logits_without_grad, "Autograd")
+    library.impl("sparse_attn_max_logits", _max_logits_without_grad, "Autograd", with_keyset=True)
