@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -54,3 +55,16 @@ def check_backward(inputs: Inputs, **uses: bool) -> Results:
     actual = backward(inputs, **results, **uses)
     assert_matches_oracle({**results, **actual}, inputs, **uses)
     return actual
+
+
+def replay_with_other_indices(run: Callable[[Inputs], Results]) -> tuple[Results, Results]:
+    """Return what `run` gives when it was captured with other indices and is replayed, and what it gives in eager."""
+    inputs, other = wide_inputs(topk_length=True), wide_inputs(topk_length=True, seed=1)
+    run(inputs)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run(inputs)
+    inputs.indices.copy_(other.indices)
+    inputs.topk_length.copy_(other.topk_length)
+    graph.replay()
+    return captured, run(inputs)

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from hopper_kernels import WIDE, Results, backward, forward, wide_inputs
+from hopper_kernels import WIDE, Results, backward, forward, replay_with_other_indices, wide_inputs
 from hopper_kernels import check_backward as check
+from strided_tensors import padded, sliced, transposed
 
 import mla_ops
 from mla_ops.backends import triton as backend
@@ -92,20 +93,12 @@ def test_nan_in_unselected_and_empty_rows_stays_there() -> None:
 def test_strided_inputs_give_the_contiguous_result() -> None:
     inputs = wide_inputs(topk_length=True)
     expected = run(inputs)
-
-    def sliced(tensor: torch.Tensor, dim: int) -> torch.Tensor:
-        wide = torch.cat([torch.full_like(tensor, 7), tensor, torch.full_like(tensor, 7)], dim)
-        return wide.narrow(dim, tensor.shape[dim], tensor.shape[dim])
-
-    def padded(tensor: torch.Tensor) -> torch.Tensor:
-        return torch.nn.functional.pad(tensor, (1, 2), value=7)[..., 1:-2]
-
     strided = replace(
         inputs, q=sliced(inputs.q, -2), kv=sliced(inputs.kv, -1), indices=sliced(inputs.indices, -1),
         dout=sliced(inputs.dout, 1), dlse=sliced(inputs.dlse, -1), topk_length=sliced(inputs.topk_length, 1),
     )  # fmt: skip
     assert_same(run(strided), expected)
-    assert_same(run(replace(inputs, q=inputs.q.mT.contiguous().mT, kv=inputs.kv.mT.contiguous().mT)), expected)
+    assert_same(run(replace(inputs, q=transposed(inputs.q), kv=transposed(inputs.kv))), expected)
     odd_rows = replace(inputs, **{name: padded(getattr(inputs, name)) for name in ("q", "kv", "dout")})
     assert_same(run(odd_rows), expected)
     summed = replace(inputs, dout=torch.ones_like(inputs.dout), dlse=torch.ones_like(inputs.dlse))
@@ -164,15 +157,7 @@ def test_a_thousand_runs_give_the_same(heads: int) -> None:
 
 
 def test_a_replay_with_other_indices_is_what_eager_gives() -> None:
-    inputs, other = wide_inputs(topk_length=True), wide_inputs(topk_length=True, seed=1)
-    run(inputs)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = run(inputs)
-    inputs.indices.copy_(other.indices)
-    inputs.topk_length.copy_(other.topk_length)
-    graph.replay()
-    assert_same(captured, run(inputs))
+    assert_same(*replay_with_other_indices(run))
 
 
 # As the operator runs it

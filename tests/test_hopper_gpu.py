@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from hopper_kernels import WIDE, Results, config_key, wide_inputs
+from hopper_kernels import WIDE, Results, config_key, replay_with_other_indices, wide_inputs
 from hopper_kernels import check_forward as check
 from hopper_kernels import forward as run
+from strided_tensors import padded, sliced, transposed
 
 import mla_ops
 from mla_ops.backends import triton as backend
@@ -103,20 +104,12 @@ def test_very_negative_and_growing_logits() -> None:
 def test_strided_inputs_give_the_contiguous_result() -> None:
     inputs = wide_inputs(topk_length=True)
     expected = run(inputs)
-
-    def sliced(tensor: torch.Tensor, dim: int) -> torch.Tensor:
-        wide = torch.cat([torch.full_like(tensor, 7), tensor, torch.full_like(tensor, 7)], dim)
-        return wide.narrow(dim, tensor.shape[dim], tensor.shape[dim])
-
-    def padded(tensor: torch.Tensor) -> torch.Tensor:
-        return torch.nn.functional.pad(tensor, (1, 2), value=7)[..., 1:-2]
-
     strided = replace(
         inputs, q=sliced(inputs.q, -2), kv=sliced(inputs.kv, -1), indices=sliced(inputs.indices, -1),
         topk_length=sliced(inputs.topk_length, 1),
     )  # fmt: skip
     assert_same(run(strided), expected)
-    assert_same(run(replace(inputs, q=inputs.q.mT.contiguous().mT, kv=inputs.kv.mT.contiguous().mT)), expected)
+    assert_same(run(replace(inputs, q=transposed(inputs.q), kv=transposed(inputs.kv))), expected)
     assert_same(run(replace(inputs, q=padded(inputs.q), kv=padded(inputs.kv))), expected)
 
 
@@ -144,29 +137,18 @@ def test_rows_beyond_2_to_the_31_elements() -> None:
     assert all(torch.equal(a, b) for a, b in zip(wide, narrow, strict=True))
 
 
-def repeated(inputs: Inputs, count: int) -> None:
-    first = run(inputs)
-    for _ in range(count):
-        assert_same(run(inputs), first)
-
-
 @ONE_AND_TWO_PAIRS
 @pytest.mark.parametrize("heads", [64, 100])
 def test_a_thousand_runs_are_bit_equal(heads: int, d_total: int, d_v: int) -> None:
     sizes = {"d_total": d_total, "d_v": d_v, "seq_q": 512, "heads": heads, "topk": 700, "seq_kv": 4096}
-    repeated(wide_inputs(replace(WIDE, batch=1, **sizes), topk_length=True), 1000)
+    inputs = wide_inputs(replace(WIDE, batch=1, **sizes), topk_length=True)
+    first = run(inputs)
+    for _ in range(1000):
+        assert_same(run(inputs), first)
 
 
 def test_a_replay_with_other_indices_is_what_eager_gives() -> None:
-    inputs, other = wide_inputs(topk_length=True), wide_inputs(topk_length=True, seed=1)
-    run(inputs)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = run(inputs)
-    inputs.indices.copy_(other.indices)
-    inputs.topk_length.copy_(other.topk_length)
-    graph.replay()
-    assert_same(captured, run(inputs))
+    assert_same(*replay_with_other_indices(run))
 
 
 # As the operator runs it

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from strided_tensors import padded, sliced, transposed
 
 from mla_ops.backends import triton as backend
 from mla_ops.backends import triton_deterministic, triton_forward_plan
@@ -244,22 +245,13 @@ def test_a_very_negative_logit_outweighs_padding() -> None:
 def test_strided_inputs_give_the_contiguous_result(dtype: torch.dtype) -> None:
     inputs = make_inputs(SMALL, dtype, DEVICE, topk_length=True)
     expected = run(inputs)
-
-    def sliced(tensor: torch.Tensor, dim: int) -> torch.Tensor:
-        wide = torch.cat([torch.full_like(tensor, 7), tensor, torch.full_like(tensor, 7)], dim)
-        return wide.narrow(dim, tensor.shape[dim], tensor.shape[dim])
-
-    def padded(tensor: torch.Tensor) -> torch.Tensor:
-        return torch.nn.functional.pad(tensor, (1, 2), value=7)[..., 1:-2]
-
     strided = replace(
         inputs, q=sliced(inputs.q, -2), kv=sliced(inputs.kv, -1), indices=sliced(inputs.indices, -1),
         dout=sliced(inputs.dout, 1), dlse=sliced(inputs.dlse, -1), topk_length=sliced(inputs.topk_length, 1),
     )  # fmt: skip
     assert_same(run(strided), expected)
     assert torch.equal(max_logits_of(strided), max_logits_of(inputs))
-    transposed = replace(inputs, q=inputs.q.mT.contiguous().mT, kv=inputs.kv.mT.contiguous().mT)
-    assert_same(run(transposed), expected)
+    assert_same(run(replace(inputs, q=transposed(inputs.q), kv=transposed(inputs.kv))), expected)
     odd_rows = replace(inputs, **{name: padded(getattr(inputs, name)) for name in ("q", "kv", "dout")})
     assert_same(run(odd_rows), expected)
     summed = replace(inputs, dout=torch.ones_like(inputs.dout), dlse=torch.ones_like(inputs.dlse))
