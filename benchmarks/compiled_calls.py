@@ -99,11 +99,11 @@ def part_host() -> list[Record]:
 def part_slope() -> list[Record]:
     """With one block of slots a call is one kernel; with two the few queries are split, and a kernel merges."""
     # One compile thread: the workers of more have options of their own.
-    is_static = {"static_launch_user_defined_triton_kernels": True, "compile_threads": 1}
+    static_launch = {"static_launch_user_defined_triton_kernels": True, "compile_threads": 1}
     return [
         slope_record(name, options, is_lowered=name != "extern", kernels=kernels)
         for kernels in (1, 2)
-        for name, options in (("extern", {}), ("inlined", {}), ("inlined, launched statically", is_static))
+        for name, options in (("extern", {}), ("inlined", {}), ("inlined, launched statically", static_launch))
     ]
 
 
