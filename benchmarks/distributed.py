@@ -292,7 +292,11 @@ def main() -> None:
     os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
     ranks = max(torch.cuda.device_count(), 2)
     with TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(run_rank, (ranks, folder, arguments), nprocs=ranks)
+        # A rank that ends as `spawn` ends it may abort: DTensor's caches keep gloo's threads alive through Python's
+        # finalization, and a thread that then frees a tensor waits for a lock it cannot have. A fork just exits.
+        torch.multiprocessing.start_processes(
+            run_rank, (ranks, folder, arguments), nprocs=ranks, start_method="forkserver"
+        )
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ failure on one rank is everybody's; a check that leaves ranks waiting for one an
 from __future__ import annotations
 
 import json
+import os
 import sys
 import traceback
 from pathlib import Path
@@ -49,6 +50,10 @@ def main() -> None:
         (folder / "results.json").write_text(json.dumps(outcomes))
     dist.barrier()
     dist.destroy_process_group()
+    sys.stdout.flush()
+    # Past Python's finalization: DTensor's caches keep gloo's threads alive that long, and one of them that then frees
+    # a tensor waits for a lock it cannot have, and aborts the process ("terminate called without an active exception").
+    os._exit(0)
 
 
 if __name__ == "__main__":

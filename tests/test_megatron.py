@@ -135,7 +135,8 @@ def run_rank(rank: int, ranks: int, folder: Path) -> None:
 
 
 def test_tensor_and_sequence_parallel_ranks_equal_one(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(run_rank, args=(2, tmp_path), nprocs=2)
+    # "forkserver", because a spawned rank runs Python's finalization, where gloo's threads may abort it.
+    torch.multiprocessing.start_processes(run_rank, args=(2, tmp_path), nprocs=2, start_method="forkserver")
     shares = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     for whole, *parts in zip(run_packed(), *shares, strict=True):
         for expected, *actual in zip(whole, *parts, strict=True):
