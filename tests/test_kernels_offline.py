@@ -230,6 +230,21 @@ def test_row_fits_and_does_not_spill(arch: int, row: Row) -> None:
         assert compiled.stack_bytes <= ALLOWED_STACK.get((arch, row.family, row.heads, side), 0), side
 
 
+# Tiles that no table has and `shrink_to_fit` or a tuned row may: block_h, block_k, num_stages, is_key_major.
+OTHER_TILES = [(32, 32, 2, True), (16, 32, 1, True), (32, 64, 2, False), (64, 32, 1, False)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("block_h", "block_k", "num_stages", "is_key_major"), OTHER_TILES)
+@pytest.mark.parametrize("arch", [80, 90])
+def test_shared_memory_of_other_backward_tiles_is_bounded(
+    arch: int, block_h: int, block_k: int, num_stages: int, is_key_major: bool
+) -> None:
+    config = BwdConfig(block_h, block_k, 64, 4, num_stages, is_key_major)
+    compiled = compile_backward(config, arch, block_h, 320, 256)
+    assert compiled.shared_bytes <= bwd_smem_bytes(config, arch, 320, 256, 2)
+
+
 def test_products_of_64_rows_are_wgmma_on_hopper() -> None:
     fwd = forward_config(90, SMEM_BYTES[90], 64, 128, 64, 2)
     assert compile_forward(fwd, 90, 64, 128, 64).count(r"wgmma\.mma_async") > 0

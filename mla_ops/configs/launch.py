@@ -120,8 +120,8 @@ def padded_widths(d_total: int, d_v: int, max_chunk: int) -> tuple[int, int]:
 def fwd_smem_bytes(config: FwdConfig, arch: int, d_total: int, d_v: int, element_size: int) -> int:
     """Return an upper bound of the shared memory of the forward kernel: q, the buffers of rows, and the weights."""
     _, width = padded_widths(d_total, d_v, config.max_chunk)
-    is_wide = config.block_h >= 64
-    operands = config.block_h * width + config.block_k * width * _row_buffers(config.num_stages, arch, is_wide)
+    buffers = _row_buffers(config.num_stages, _is_asynchronous(arch, config.block_h, config.num_warps))
+    operands = config.block_h * width + config.block_k * width * buffers
     weights = config.block_h * config.block_k
     # Rows that pass through registers are stored once more, chunk by chunk, as operands of the second product.
     again = config.block_k * max(chunk_widths(d_total, d_v, config.max_chunk)) if config.num_stages == 1 else 0
@@ -131,9 +131,17 @@ def fwd_smem_bytes(config: FwdConfig, arch: int, d_total: int, d_v: int, element
 def bwd_smem_bytes(config: BwdConfig, arch: int, d_total: int, d_v: int, element_size: int) -> int:
     """Return an upper bound of the shared memory of the backward kernel: q, dout, the buffers of rows, P and dS."""
     value, width = padded_widths(d_total, d_v, config.max_chunk)
-    is_wide = (config.block_k if config.is_key_major else config.block_h) >= 64
-    buffers = _row_buffers(config.num_stages, arch, is_wide)
-    operands = config.block_h * (width + value) + config.block_k * width * buffers
+    # How many rows the products have: those of the logits, of dq, and of dkv.
+    if config.is_key_major:
+        heights = (config.block_k, *chunk_widths(d_total, d_v, config.max_chunk))
+    else:
+        heights = (config.block_h, config.block_k)
+    kinds = {_is_asynchronous(arch, height, config.num_warps) for height in heights}
+    # Asynchronous products read other layouts than the rest, which read q and dout also transposed if key-major: what
+    # two kinds read is held twice.
+    query_forms = 2 if len(kinds) == 2 or (config.is_key_major and kinds == {False}) else 1
+    row_forms = _row_buffers(config.num_stages, _is_asynchronous(arch, heights[0], config.num_warps)) + len(kinds) - 1
+    operands = query_forms * config.block_h * (width + value) + row_forms * config.block_k * width
     # dS is held twice, for products that have its heads as rows and as columns; then a dkv tile, to be added 16 bytes
     # at a time.
     weights = 3 * config.block_h * config.block_k * element_size
@@ -155,15 +163,19 @@ def hopper_bwd_smem_bytes(config: HopperBwdConfig) -> int:
     return 2 * 64 * (channels + 2 * 64) + _HOPPER_SMALL_BYTES
 
 
-def _row_buffers(num_stages: int, arch: int, is_wide: bool) -> int:
+def _is_asynchronous(arch: int, rows: int, num_warps: int) -> bool:
+    """Return whether a product of `rows` rows reads its operands from shared memory while the program goes on."""
+    return 90 <= arch < 120 and rows >= 64 and num_warps >= 4
+
+
+def _row_buffers(num_stages: int, is_asynchronous: bool) -> int:
     """Return how many blocks of rows are in shared memory at a time.
 
-    Products of 64 and more rows are asynchronous on sm90 and sm100 and read a block while the next ones arrive; the
-    others have copied it to registers by then.
+    Asynchronous products read a block while the next ones arrive; the others have copied it to registers by then.
     """
     if num_stages == 1:
         return 1
-    return num_stages if is_wide and 90 <= arch < 120 else num_stages - 1
+    return num_stages if is_asynchronous else num_stages - 1
 
 
 Config = TypeVar("Config", FwdConfig, BwdConfig)
