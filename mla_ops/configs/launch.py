@@ -132,10 +132,10 @@ def bwd_smem_bytes(config: BwdConfig, arch: int, d_total: int, d_v: int, element
     """Return an upper bound of the shared memory of the backward kernel: q, dout, the buffers of rows, P and dS."""
     value, width = padded_widths(d_total, d_v, config.max_chunk)
     # How many rows the products have: those of the logits, of dq, and of dkv.
+    heights = (config.block_h, config.block_h, config.block_k)
     if config.is_key_major:
-        heights = (config.block_k, *chunk_widths(d_total, d_v, config.max_chunk))
-    else:
-        heights = (config.block_h, config.block_k)
+        block_dv, block_dt = chunk_widths(d_total, d_v, config.max_chunk)
+        heights = (config.block_k, min(block_dv, block_dt) if width > value else block_dv, config.block_k)
     kinds = {_is_asynchronous(arch, height, config.num_warps) for height in heights}
     # Asynchronous products read other layouts than the rest, which read q and dout also transposed if key-major: what
     # two kinds read is held twice.
