@@ -309,6 +309,10 @@ def launch_backward(
         if configs is None:
             key = (traits.arch, traits.smem_bytes, heads // kv_group, *widths, tuned_rows, is_deterministic)
             configs = fitting(backward_configs(*key), "backward", d_total, q.dtype, traits)
+    if any(isinstance(config, HopperBwdConfig) for config in configs):
+        if is_traced:
+            raise UnsupportedProblemError("a HopperBwdConfig is for an eager call, got traced=True; pass BwdConfigs")
+        q, kv = triton_hopper.with_aligned_rows(q), triton_hopper.with_aligned_rows(kv)
     topk_length, attn_sink, dlse = _contiguous(topk_length), _contiguous(attn_sink), _contiguous(dlse)
     out, lse = out.contiguous(), lse.contiguous()
     strides = (*outer_strides(q.stride()), *outer_strides(kv.stride()))
@@ -324,10 +328,6 @@ def launch_backward(
         places: _Out = None, first_row: int = 0, num_rows: int = rows,
     ) -> None:  # fmt: skip
         if isinstance(config, HopperBwdConfig):
-            if is_traced:
-                raise UnsupportedProblemError(
-                    "a HopperBwdConfig is for an eager call, got traced=True; pass BwdConfigs"
-                )
             triton_hopper.launch_backward(
                 dout, dlse, q, kv, indices, out, lse, softmax_scale, topk_length, attn_sink, dq, dkv, dsink,
                 config, traits, places=places, first_row=first_row, num_rows=num_rows,

@@ -95,7 +95,7 @@ def launch_forward(
     _check(hopper_config, is_covered, config, traits, q.dtype, d_total, d_v)
     from mla_ops.kernels.hopper_forward import _sparse_attn_fwd_hopper_kernel
 
-    q, kv = _with_aligned_rows(q), _with_aligned_rows(kv)
+    q, kv = with_aligned_rows(q), with_aligned_rows(kv)
     heads, (seq_kv, kv_group) = q.shape[-2], kv.shape[-3:-1]
     items = program_count(q.shape[:-2].numel(), heads, kv_group, HOPPER_BLOCK_H)
     _sparse_attn_fwd_hopper_kernel[(min(items, traits.num_sms),)](
@@ -133,8 +133,9 @@ def launch_backward(
     """Run the warp-specialised backward: write `dq` and `dsink` (`[..., heads]`), add to `dkv` (fp32); or not, if None.
 
     With `places` (of the slots, as `indices`) their rows are stored in `dkv` there instead. Of the queries only
-    `num_rows` from `first_row` on, if given, are processed. The inner strides of q, kv and indices are 1, the rows of
-    `dout` are as aligned as those of a contiguous tensor, and everything else is contiguous.
+    `num_rows` from `first_row` on, if given, are processed. The inner strides of q, kv and indices are 1, the rows of q
+    and kv are aligned (`with_aligned_rows`), those of `dout` as those of a contiguous tensor, and everything else is
+    contiguous.
 
     Raises:
         UnsupportedProblemError: the device, the installed triton, the dtype or the widths are not for this kernel.
@@ -144,7 +145,6 @@ def launch_backward(
     _check(hopper_backward_config, is_covered, config, traits, q.dtype, d_total, d_v)
     from mla_ops.kernels.hopper_backward import _sparse_attn_bwd_hopper_kernel
 
-    q, kv = _with_aligned_rows(q), _with_aligned_rows(kv)
     heads, (seq_kv, kv_group) = q.shape[-2], kv.shape[-3:-1]
     do_strides = (0, 0, 0) if dout is None else outer_strides(dout.stride())
     num_rows = q.shape[:-2].numel() if num_rows is None else num_rows
@@ -188,7 +188,7 @@ def _check(
         )
 
 
-def _with_aligned_rows(tensor: torch.Tensor) -> torch.Tensor:
+def with_aligned_rows(tensor: torch.Tensor) -> torch.Tensor:
     """Return `tensor`, copied unless every row begins at a multiple of 16 bytes: the size of an asynchronous copy.
 
     A copy and not the plain kernel, so that strided inputs give the bits of contiguous ones.
