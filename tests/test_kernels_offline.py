@@ -149,6 +149,11 @@ def compile_forward(
     return compile_kernel(_sparse_attn_fwd_kernel, arch, constants, launch_options(config), element)
 
 
+def dkv_element(element: str, is_placed: bool) -> str:
+    """Return what the backward kernels write for dkv: sums in fp32, or rows as `row_dtype` has them."""
+    return "bf16" if is_placed and element == "bf16" else "fp32"
+
+
 def compile_backward(
     config: BwdConfig,
     arch: int,
@@ -167,7 +172,7 @@ def compile_backward(
     constants = {**shape_constants(config, heads, d_total, d_v, align), **orders, **constants}
     if is_placed:
         del constants["places_ptr"]
-    rows = element if is_placed and element == "bf16" else "fp32"
+    rows = dkv_element(element, is_placed)
     return compile_kernel(_sparse_attn_bwd_kernel, arch, constants, launch_options(config), element, rows)
 
 
@@ -195,7 +200,7 @@ def compile_hopper_backward(
         "WIDTH": config.half_value, "HALF_TAIL": config.half_tail, **({} if is_placed else {"places_ptr": None}),
         **constants,
     }  # fmt: skip
-    rows = element if is_placed and element == "bf16" else "fp32"
+    rows = dkv_element(element, is_placed)
     return compile_kernel(_sparse_attn_bwd_hopper_kernel, 90, constants, {"num_warps": 4}, element, rows)
 
 

@@ -131,16 +131,21 @@ def fwd_smem_bytes(config: FwdConfig, arch: int, d_total: int, d_v: int, element
 def bwd_smem_bytes(config: BwdConfig, arch: int, d_total: int, d_v: int, element_size: int) -> int:
     """Return an upper bound of the shared memory of the backward kernel: q, dout, the buffers of rows, P and dS."""
     value, width = padded_widths(d_total, d_v, config.max_chunk)
-    # How many rows the products have: those of the logits, of dq, and of dkv.
-    heights = (config.block_h, config.block_h, config.block_k)
+    # How many rows the products for the logits and for dq have; those for dkv have the keys'.
+    logits_rows = dq_rows = config.block_h
     if config.is_key_major:
         block_dv, block_dt = chunk_widths(d_total, d_v, config.max_chunk)
-        heights = (config.block_k, min(block_dv, block_dt) if width > value else block_dv, config.block_k)
-    kinds = {_is_asynchronous(arch, height, config.num_warps) for height in heights}
+        logits_rows, dq_rows = config.block_k, min(block_dv, block_dt) if width > value else block_dv
+    has_asynchronous_logits = _is_asynchronous(arch, logits_rows, config.num_warps)
+    kinds = {
+        has_asynchronous_logits,
+        _is_asynchronous(arch, dq_rows, config.num_warps),
+        _is_asynchronous(arch, config.block_k, config.num_warps),
+    }
     # Asynchronous products read other layouts than the rest, which read q and dout also transposed if key-major: what
     # two kinds read is held twice.
     query_forms = 2 if len(kinds) == 2 or (config.is_key_major and kinds == {False}) else 1
-    row_forms = _row_buffers(config.num_stages, _is_asynchronous(arch, heights[0], config.num_warps)) + len(kinds) - 1
+    row_forms = _row_buffers(config.num_stages, has_asynchronous_logits) + len(kinds) - 1
     operands = query_forms * config.block_h * (width + value) + row_forms * config.block_k * width
     # dS is held twice, for products that have its heads as rows and as columns; then a dkv tile, to be added 16 bytes
     # at a time.
