@@ -16,6 +16,8 @@ from typing import Any
 import torch
 
 from mla_ops.backends import triton, triton_forward_plan, triton_hopper
+from mla_ops.backends.triton_key_order import rows_per_launch
+from mla_ops.configs import backward_configs
 from mla_ops.configs.launch import program_count
 from mla_ops.device import DeviceTraits, traits_of
 from mla_ops.dispatch import select
@@ -68,7 +70,8 @@ def _lower_forward(
     problem, rows = plan.problem, plan.hints.batch * plan.hints.seq_q
     config = choices.forward(problem, plan.hints, plan.traits, softmax_scale)
     programs = program_count(rows, problem.heads, problem.kv_group, config.block_h)
-    num_splits = triton_forward_plan.split_count(programs, problem.topk, config.block_k, plan.traits.num_sms)
+    widths = (problem.d_total, problem.d_v, problem.dtype.itemsize)
+    num_splits = triton_forward_plan.split_count(programs, problem.topk, config, plan.traits, *widths)
 
     def launch(*tensors: Any) -> Any:
         q, kv, indices, topk_length, attn_sink = tensors
@@ -110,6 +113,8 @@ def _lower_backward(
     try:
         plan = _plan(q, kv, indices, d_v, backend, needs_grad=True)
         _leave_specialised_to_the_operator(plan, triton_hopper.automatic_backward_config)
+        if need_dkv:
+            _leave_key_order_to_the_operator(plan)
     except _StayExtern as reason:
         args = (dout, dlse, q, kv, indices, out, lse, d_v, softmax_scale)
         return _extern(SPARSE_ATTN_BWD, (*args, topk_length, attn_sink, need_dq, need_dkv, backend), reason)
@@ -149,6 +154,19 @@ def _leave_specialised_to_the_operator(plan: _Plan, automatic_config: Callable[.
     config = automatic_config(plan.traits, rows, problem.heads, problem.kv_group, problem.topk, widths, tuned_rows)
     if config is not None and not inductor.is_ahead_of_time():
         raise _StayExtern(f"{config} is twice as fast as the plain kernel and written in Gluon, which is not inlined")
+
+
+def _leave_key_order_to_the_operator(plan: _Plan) -> None:
+    """Raise `_StayExtern` where eager adds to dkv in the order of the keys; a package does it in that of the slots."""
+    problem, traits = plan.problem, plan.traits
+    widths = (problem.d_total, problem.d_v, problem.dtype.itemsize)
+    configs = backward_configs(
+        traits.arch, traits.smem_bytes, max(1, problem.heads_per_group), *widths, current().tuned_rows
+    )
+    launch_rows = configs and rows_per_launch(problem, plan.hints.seq_kv, configs[-1], traits)
+    is_deterministic = torch.are_deterministic_algorithms_enabled()
+    if launch_rows is not None and not is_deterministic and not inductor.is_ahead_of_time():
+        raise _StayExtern(f"dkv does not fit the cache, so {launch_rows} queries at a time add to it in key order")
 
 
 def _extern(op: torch._ops.OpOverload, args: tuple[Any, ...], reason: _StayExtern) -> Any:

@@ -16,6 +16,7 @@ class DeviceTraits:
     arch: int = 0  # CUDA compute capability as major * 10 + minor; 0 elsewhere
     smem_bytes: int = 0  # shared memory one thread block may opt in to
     num_sms: int = 0
+    l2_bytes: int = 0
     name: str = ""
 
     def __str__(self) -> str:
@@ -39,6 +40,7 @@ def _cuda_traits(index: int) -> DeviceTraits:
         arch=properties.major * 10 + properties.minor,
         smem_bytes=properties.shared_memory_per_block_optin,  # type: ignore[attr-defined]  # not in torch's stub
         num_sms=properties.multi_processor_count,
+        l2_bytes=properties.L2_cache_size,
         name=properties.name,
     )
 

@@ -32,7 +32,9 @@ H100 = SimpleNamespace(
     gcnArchName="",
     uuid="fake",
 )
-H100_TRAITS = DeviceTraits("cuda", 90, H100.shared_memory_per_block_optin, H100.multi_processor_count, H100.name)
+H100_TRAITS = DeviceTraits(
+    "cuda", 90, H100.shared_memory_per_block_optin, H100.multi_processor_count, H100.L2_cache_size, H100.name
+)
 DRIVER = SimpleNamespace(
     get_current_target=lambda: SimpleNamespace(backend="cuda", arch=90, warp_size=32),
     get_current_device=lambda: 0,

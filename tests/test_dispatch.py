@@ -16,9 +16,10 @@ import torch
 import mla_ops
 from mla_ops import settings
 from mla_ops.backends import triton as triton_backend
-from mla_ops.backends.triton_forward_plan import plan_forward
+from mla_ops.backends.triton_forward_plan import plan_forward, split_count
+from mla_ops.backends.triton_key_order import rows_per_launch
 from mla_ops.configs import backward_configs, forward_config, hopper_backward_config, hopper_config
-from mla_ops.configs.launch import BwdConfig, FwdConfig, HopperBwdConfig, HopperConfig
+from mla_ops.configs.launch import BwdConfig, FwdConfig, HopperBwdConfig, HopperConfig, program_count
 from mla_ops.configs.tuned import TunedRow, write_rows
 from mla_ops.device import DeviceTraits
 from mla_ops.dispatch import BACKENDS, select
@@ -27,7 +28,7 @@ from mla_ops.problem import Hints, SparseAttnProblem
 from mla_ops.testing import Case, make_inputs
 
 CPU = DeviceTraits(type="cpu")
-H100 = DeviceTraits(type="cuda", arch=90, smem_bytes=232448, num_sms=132, name="H100")
+H100 = DeviceTraits(type="cuda", arch=90, smem_bytes=232448, num_sms=132, l2_bytes=50 << 20, name="H100")
 NAM56R = SparseAttnProblem(d_total=128, d_v=64, topk=256, heads=28, kv_group=1, dtype=torch.bfloat16)
 
 
@@ -357,6 +358,49 @@ def test_the_hopper_forward_pays_from_fewer_slots_on_than_the_backward() -> None
     hints = Hints(batch=1, seq_q=4096, seq_kv=8192)
     launches = triton_backend.TritonBackend().describe_launch(problem, H100, hints)
     assert ["Hopper" in launch for launch in launches] == [True, False]
+
+
+@pytest.mark.parametrize(
+    ("heads", "rows", "topk", "expected"),
+    [
+        (28, 1, 2048, 32),  # as many as ever pay
+        (28, 1, 256, 8),  # as there are blocks: there is an SM for each
+        (28, 48, 256, 4),
+        (28, 48, 2048, 16),  # of four blocks
+        (28, 128, 2048, 8),  # as many as find a place
+        (28, 300, 2048, 3),
+        (28, 300, 128, 1),
+        (28, 1, 64, 1),
+        (28, 4096, 2048, 1),
+        (28, 0, 2048, 1),
+    ],
+)
+def test_slots_are_split_until_the_device_is_full(heads: int, rows: int, topk: int, expected: int) -> None:
+    config = forward_config(H100.arch, H100.smem_bytes, heads, 128, 64, 2)
+    assert config is not None
+    programs = program_count(rows, heads, 1, config.block_h)
+    assert split_count(programs, topk, config, H100, 128, 64, 2) == expected
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({}, 264),  # two waves of 132 programs
+        ({"heads": 128}, 132),
+        ({"seq_kv": 8192}, None),  # kv and dkv fit the cache
+        ({"d_total": 128, "d_v": 64}, None),
+        ({"topk": 256}, None),  # few queries of a launch have a key in common
+    ],
+    ids=str,
+)
+def test_when_a_backward_goes_through_the_keys_in_order(change: dict[str, int], expected: int | None) -> None:
+    pytest.importorskip("triton", reason="triton is not installed")
+    sizes = {"d_total": 576, "d_v": 512, "heads": 64, "kv_group": 1, "topk": 2048, "seq_kv": 65536} | change
+    seq_kv = sizes.pop("seq_kv")
+    problem = SparseAttnProblem(**sizes, dtype=torch.bfloat16, needs_grad=True)
+    assert rows_per_launch(problem, seq_kv, HopperBwdConfig(256, 32), H100) == expected
+    launches = triton_backend.TritonBackend().describe_launch(problem, H100, Hints(1, 4096, seq_kv))
+    assert ("in key order" in str(launches)) == (expected is not None)
 
 
 @pytest.mark.usefixtures("deterministic")

@@ -17,7 +17,7 @@ import torch
 from strided_tensors import padded, sliced, transposed
 
 from mla_ops.backends import triton as backend
-from mla_ops.backends import triton_deterministic, triton_forward_plan
+from mla_ops.backends import triton_deterministic, triton_forward_plan, triton_key_order
 from mla_ops.configs.launch import BwdConfig, FwdConfig
 from mla_ops.device import DeviceTraits
 from mla_ops.reference import sparse_attn_reference
@@ -27,7 +27,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
 # The interpreter multiplies the bit patterns of bf16.
 DTYPES = [torch.float32, torch.float16] + ([] if INTERPRETED else [torch.bfloat16])
-TRAITS = DeviceTraits(type="cuda", arch=90, smem_bytes=232448, num_sms=132) if INTERPRETED else None
+TRAITS = DeviceTraits(type="cuda", arch=90, smem_bytes=232448, num_sms=132, l2_bytes=50 << 20) if INTERPRETED else None
 
 pytestmark = [pytest.mark.usefixtures("poisoned_memory")] + ([] if INTERPRETED else [pytest.mark.gpu])
 on_gpu_only = pytest.mark.skipif(INTERPRETED, reason="too large for the interpreter")
@@ -278,11 +278,51 @@ def test_empty_and_single_sizes(sizes: dict[str, Any], deterministic: bool) -> N
         assert_matches_oracle(results, inputs)
 
 
-@pytest.mark.parametrize("num_splits", [2, 3, 7])
-def test_split_slots_merge_to_the_same_result(num_splits: int) -> None:
-    inputs = make_inputs(replace(SMALL, topk=70), torch.float32, DEVICE, topk_length=True, attn_sink=True)
+@pytest.mark.parametrize("d_v", [64, 33, 144, 288])  # the merge takes 128 channels at a time: of several heads, or less
+@pytest.mark.parametrize("num_splits", [2, 3, 10])  # and 8 splits
+def test_split_slots_merge_to_the_same_result(num_splits: int, d_v: int) -> None:
+    case = replace(SMALL, topk=150, d_total=d_v + 16, d_v=d_v)
+    inputs = make_inputs(case, torch.float32, DEVICE, topk_length=True, attn_sink=True)
     config = FwdConfig(block_h=16, block_k=16, max_chunk=64, num_warps=4, num_stages=2)
     check(inputs, fwd={"num_splits": num_splits, "config": config})
+
+
+@pytest.mark.parametrize("batch", [None, 3])
+@pytest.mark.parametrize("launch_rows", [1, 5, 100])
+def test_dkv_in_key_order(launch_rows: int, batch: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hostile indices and lengths, launches that cross batch elements, and sorts that hold two launches each."""
+    monkeypatch.setattr(backend, "rows_per_launch", lambda *_: launch_rows)
+    monkeypatch.setattr(triton_key_order, "SORTED_SLOTS", 2 * launch_rows * SMALL.kv_group * SMALL.topk)
+    case = replace(SMALL, batch=batch, seq_q=7)
+    inputs = make_inputs(case, torch.float32, DEVICE, topk_length=True, attn_sink=True, index_dtype=torch.int64)
+    launched = []
+    add_in_key_order = triton_key_order.add_in_key_order
+
+    def add_and_note(run_rows: Callable[..., None], *args: Any) -> None:
+        def run_and_note(ordered: torch.Tensor, first_row: int, num_rows: int) -> None:
+            launched.append(range(first_row, first_row + num_rows))
+            run_rows(ordered, first_row, num_rows)
+
+        add_in_key_order(run_and_note, *args)
+
+    monkeypatch.setattr(backend, "add_in_key_order", add_and_note)
+    check(inputs)
+    rows = inputs.q.shape[:-2].numel()
+    assert [row for some in launched for row in some] == list(range(rows))
+    assert len(launched) == -(-rows // launch_rows)
+
+
+@pytest.mark.parametrize("is_strided", [False, True])
+def test_key_order_is_descending_with_invalid_slots_last(is_strided: bool) -> None:
+    indices = torch.tensor([[3, -1, 9, 2**31 - 1], [-5, 0, 7, 1]], dtype=torch.int32, device=DEVICE)[:, None]
+    if is_strided:
+        indices = padded(indices)
+    seen: list[list[int]] = []
+    lengths = torch.tensor([3, 4], device=DEVICE)
+    triton_key_order.add_in_key_order(
+        lambda ordered, row, _: seen.append(ordered[row, 0].tolist()), indices, lengths, 1
+    )
+    assert seen == [[9, 3, -1, -1], [7, 1, 0, -5]]
 
 
 MANY_HEADS = Case(d_total=80, d_v=48, topk=37, heads=40, batch=1, seq_q=3, seq_kv=24)

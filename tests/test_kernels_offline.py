@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from mla_ops.backends.triton import MERGED_CHANNELS, MERGED_SPLITS
 from mla_ops.configs import TABLES, backward_configs, forward_config, hopper_backward_config, hopper_config
 from mla_ops.configs.head_dims import FAMILIES
 from mla_ops.configs.launch import (
@@ -322,9 +323,9 @@ def test_split_forward_merge_and_ordered_sum_compile() -> None:
 
     config = FwdConfig(block_h=16, block_k=64, max_chunk=64, num_warps=4, num_stages=2)
     assert compile_forward(config, 90, 16, 576, 512, IS_SPLIT=True).stack_bytes == 0
-    merge = {"HEADS": 16, "D_V": 512, "BLOCK_D": 512}
+    merge = {"HEADS": 16, "D_V": 512, "BLOCK_S": MERGED_SPLITS, "BLOCK_H": 1, "BLOCK_D": MERGED_CHANNELS}
+    assert compile_kernel(_sparse_attn_merge_kernel, 90, merge, {"num_warps": 1}, "bf16").stack_bytes == 0
     options = launch_options(config)
-    assert compile_kernel(_sparse_attn_merge_kernel, 90, merge, options, "bf16").stack_bytes == 0
     ordered = {"HEAD_BLOCKS": 2, "D_TOTAL": 576, "BLOCK_ROWS": 32, "BLOCK_D": 128, "IS_FIRST": False}
     assert compile_kernel(_sum_placed_rows_kernel, 90, ordered, options, "bf16").stack_bytes == 0
     for kernel in (_rank_slots_kernel, _place_slots_kernel):

@@ -132,6 +132,20 @@ def test_widths_marked_dynamic_keep_one_graph_and_the_operator(said: Callable[[s
     assert said("stays an extern call: d_total is marked dynamic")
 
 
+@pytest.mark.parametrize("is_deterministic", [False, True], ids=["atomics", "in order"])
+def test_a_backward_in_key_order_is_left_to_the_operator(
+    is_deterministic: bool, request: pytest.FixtureRequest, said: Callable[[str], bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if is_deterministic:
+        request.getfixturevalue("deterministic")
+    monkeypatch.setattr("mla_ops.lowering.sparse_attn.rows_per_launch", lambda *_: 132)
+    compiled, _ = compile_lowered()
+    train(compiled, make_inputs(DISTINCT))
+    assert said("mla.sparse_attn.default is inlined")
+    left = "mla.sparse_attn_bwd.default stays an extern call: dkv does not fit the cache"
+    assert said(left) != is_deterministic
+
+
 @pytest.mark.parametrize(("longest", "is_wide"), [(2**24, False), (2**30, True)])
 def test_a_declared_range_decides_about_wide_offsets_without_a_guard(longest: int, is_wide: bool) -> None:
     # 24 channels: 2**24 rows end below element 2**31, 2**30 rows do not. A guard would violate the declared range.

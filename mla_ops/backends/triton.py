@@ -22,6 +22,7 @@ from mla_ops.backends.triton_forward_plan import (
     plan_forward,
     split_count,
 )
+from mla_ops.backends.triton_key_order import add_in_key_order, rows_per_launch
 from mla_ops.backends.triton_tensors import (
     aligned_like_contiguous,
     alignment,
@@ -38,6 +39,7 @@ from mla_ops.configs.launch import (
     chunk_widths,
     launch_options,
     program_count,
+    wave_programs,
 )
 from mla_ops.device import DeviceTraits, traits_of
 from mla_ops.errors import UnsupportedProblemError
@@ -48,6 +50,9 @@ _SUPPORTED_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 # What this process has launched, as (d_total, d_v, heads, kv_group, dtype, configuration); for `describe_launch`.
 _launched: set[tuple[object, ...]] = set()
+
+# What a program of the merge kernel has in registers at a time.
+MERGED_CHANNELS, MERGED_SPLITS = 128, 8
 
 # Applied to a kernel before it is launched: nothing in eager, `torch.library.wrap_triton` in a trace.
 Wrap = Callable[[Any], Any]
@@ -117,14 +122,16 @@ class TritonBackend:
             launches.append((f"forward: {specialised}", specialised))
         elif fwd is not None:
             programs = program_count(rows, problem.heads, problem.kv_group, fwd.block_h)
-            splits = split_count(programs, problem.topk, fwd.block_k, traits.num_sms)
+            splits = split_count(programs, problem.topk, fwd, traits, *widths)
             launches.append((f"forward: {fwd}, slots split over {splits} programs", fwd))
         specialised_bwd = triton_hopper.automatic_backward_config(
             traits, rows, problem.heads, problem.kv_group, problem.topk, widths, current().tuned_rows
         )
         bwds = backward_configs(*key, is_deterministic) if specialised_bwd is None else (specialised_bwd,)
         for bwd in (bwds or ()) if problem.needs_grad else ():
-            launches.append((f"backward: {bwd}", bwd))
+            launch_rows = None if is_deterministic else rows_per_launch(problem, hints.seq_kv, bwd, traits)
+            order = "" if launch_rows is None else f", in key order, {launch_rows} queries a launch"
+            launches.append((f"backward: {bwd}{order}", bwd))
         sizes = (problem.d_total, problem.d_v, problem.heads, problem.kv_group, problem.dtype)
         cold = "; not warm: mla_ops.warmup(...) compiles it ahead of the first call"
         return tuple(text + ("; warm" if (*sizes, config) in _launched else cold) for text, config in launches)
@@ -240,10 +247,13 @@ def launch_forward(
     if not is_traced:
         _launched.add(plan.launched)
     if is_split:
-        block_d = 1 << (d_v - 1).bit_length()
-        wrap(merge_kernel)[(lse.numel(),)](
-            kernel_out, kernel_lse, attn_sink, out, lse, num_splits, plan.partials[-1], d_v, block_d, num_warps=4
-        )
+        rows, _, heads = plan.partials
+        block_d = min(MERGED_CHANNELS, 1 << (d_v - 1).bit_length())
+        block_h = MERGED_CHANNELS // block_d
+        wrap(merge_kernel)[(program_count(rows, heads, 1, block_h) * -(-d_v // block_d),)](
+            kernel_out, kernel_lse, attn_sink, out, lse, num_splits,
+            heads, d_v, MERGED_SPLITS, block_h, block_d, num_warps=1,
+        )  # fmt: skip
     return out, lse
 
 
@@ -281,7 +291,8 @@ def launch_backward(
     With `HopperBwdConfig`, or where one is automatic, it is the warp-specialised kernel instead, in eager: a trace
     takes the plain kernel, because compilers inline Triton and not Gluon.
 
-    dkv is summed in fp32: by atomics, or with `torch.use_deterministic_algorithms(True)` in the order of the indices.
+    dkv is summed in fp32: by atomics, or with `torch.use_deterministic_algorithms(True)` in the order of the queries.
+    Atomics go through the keys in order where dkv exceeds the cache, but not in a trace: see `triton_key_order.py`.
     """
     from mla_ops.kernels.backward import _sparse_attn_bwd_kernel
 
@@ -325,7 +336,7 @@ def launch_backward(
 
     def run(
         config: BwdConfig | HopperBwdConfig, dq: _Out, dkv: _Out, dsink: _Out,
-        places: _Out = None, first_row: int = 0, num_rows: int = rows,
+        indices: torch.Tensor = indices, places: _Out = None, first_row: int = 0, num_rows: int = rows,
     ) -> None:  # fmt: skip
         if isinstance(config, HopperBwdConfig):
             triton_hopper.launch_backward(
@@ -358,13 +369,21 @@ def launch_backward(
         others = (None, None) if two_passes else (dq, dsink)
         if is_deterministic:
             dkv = dkv_in_query_order(
-                lambda partial, *rows: run(config, others[0], partial, others[1], *rows),
+                lambda partial, *rows: run(config, others[0], partial, others[1], indices, *rows),
                 kv, indices, topk_length, program_count(1, heads // kv_group, kv_group=1, block_h=config.block_h),
-                wave_programs(config, traits), wrap, is_traced=is_traced,
+                wave_programs(config, traits.num_sms), wrap, is_traced=is_traced,
             )  # fmt: skip
         else:
             dkv = q.new_zeros(kv.shape, dtype=torch.float32)
-            run(config, others[0], dkv, others[1])
+            problem = None if is_traced else SparseAttnProblem.from_tensors(q, kv, indices, d_v)
+            launch_rows = None if problem is None else rows_per_launch(problem, seq_kv, config, traits)
+            if launch_rows is None:
+                run(config, others[0], dkv, others[1])
+            else:
+                add_in_key_order(
+                    lambda ordered, *rows: run(config, others[0], dkv, others[1], ordered, None, *rows),
+                    indices, topk_length, launch_rows,
+                )  # fmt: skip
     if dkv is not None:
         dkv = dkv.to(kv.dtype)
     if dsink is not None:
@@ -374,13 +393,6 @@ def launch_backward(
         kv.new_empty(0) if dkv is None else dkv,
         lse.new_empty(0) if dsink is None else dsink,
     )
-
-
-def wave_programs(config: BwdConfig | HopperBwdConfig, traits: DeviceTraits) -> int:
-    """Return how many programs of the backward kernel the registers of a device hold at a time."""
-    if isinstance(config, HopperBwdConfig):
-        return traits.num_sms
-    return traits.num_sms * max(1, 65536 // ((config.max_registers or 256) * 32 * config.num_warps))
 
 
 def _contiguous(tensor: torch.Tensor | None) -> torch.Tensor | None:

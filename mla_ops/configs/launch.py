@@ -64,6 +64,13 @@ def program_count(rows: int, heads: int, kv_group: int, block_h: int) -> int:
     return rows * kv_group * -(-(heads // kv_group) // block_h)
 
 
+def wave_programs(config: BwdConfig | HopperBwdConfig, num_sms: int) -> int:
+    """Return how many programs of the backward kernel the registers of a device hold at a time."""
+    if isinstance(config, HopperBwdConfig):
+        return num_sms
+    return num_sms * max(1, 65536 // ((config.max_registers or 256) * 32 * config.num_warps))
+
+
 def launch_options(config: FwdConfig | BwdConfig) -> dict[str, int]:
     """Return what Triton takes beside the kernel's own arguments."""
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}

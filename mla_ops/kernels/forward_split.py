@@ -12,35 +12,50 @@ def _sparse_attn_merge_kernel(
     attn_sink_ptr,
     out_ptr, lse_ptr,
     num_splits,
-    HEADS: tl.constexpr, D_V: tl.constexpr, BLOCK_D: tl.constexpr,
+    HEADS: tl.constexpr, D_V: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """One program merges one (row, head). Partial results carry no sink; it enters here, once."""
-    program = tl.program_id(0)
-    row = (program // HEADS).to(tl.int64)
-    head = program % HEADS
-    offs_d = tl.arange(0, BLOCK_D)
-    partial = row * num_splits * HEADS + head
+    """One program merges some heads of a row, or some channels of a head, with one warp: the sums over splits of more
+    would cross warps and take twice as long.
 
-    # Online in the splits, as the kernel itself is online in the slots; -inf is the lse of an empty split.
-    lse_max = -float("inf")
-    total = 0.0
-    acc = tl.zeros([BLOCK_D], tl.float32)
-    for split in tl.range(0, num_splits):
-        lse_split = tl.load(partial_lse_ptr + partial + split * HEADS)
-        out_split = tl.load(partial_out_ptr + (partial + split * HEADS) * D_V + offs_d, mask=offs_d < D_V, other=0.0)
-        new_max = tl.maximum(lse_max, lse_split)
+    Partial results carry no sink; it enters here, once.
+    """
+    HEAD_BLOCKS: tl.constexpr = (HEADS + BLOCK_H - 1) // BLOCK_H
+    CHANNEL_BLOCKS: tl.constexpr = (D_V + BLOCK_D - 1) // BLOCK_D
+    program = tl.program_id(0)
+    row = (program // (HEAD_BLOCKS * CHANNEL_BLOCKS)).to(tl.int64)
+    channel_block = program % CHANNEL_BLOCKS
+    offs_h = program // CHANNEL_BLOCKS % HEAD_BLOCKS * BLOCK_H + tl.arange(0, BLOCK_H)
+    offs_d = channel_block * BLOCK_D + tl.arange(0, BLOCK_D)
+    head_mask = offs_h < HEADS
+    mask = head_mask[:, None] & (offs_d < D_V)[None, :]
+
+    # Online in blocks of splits, as the kernel itself is online in the slots; -inf is the lse of an empty split.
+    lse_max = tl.full([BLOCK_H], -float("inf"), tl.float32)
+    total = tl.zeros([BLOCK_H], tl.float32)
+    acc = tl.zeros([BLOCK_H, BLOCK_D], tl.float32)
+    for start in tl.range(0, num_splits, BLOCK_S):
+        splits = start + tl.arange(0, BLOCK_S)
+        split_mask = splits < num_splits
+        partials = (row * num_splits + splits)[:, None] * HEADS + offs_h[None, :]
+        lse = tl.load(partial_lse_ptr + partials, mask=split_mask[:, None] & head_mask[None, :], other=-float("inf"))
+        out = tl.load(
+            partial_out_ptr + partials[:, :, None] * D_V + offs_d[None, None, :],
+            mask=split_mask[:, None, None] & mask[None, :, :], other=0.0,
+        )  # fmt: skip
+        new_max = tl.maximum(lse_max, tl.max(lse, 0))
         finite_max = tl.where(new_max == -float("inf"), 0.0, new_max)
         rescale = tl.exp(lse_max - finite_max)
-        weight = tl.exp(lse_split - finite_max)
-        total = total * rescale + weight
-        acc = acc * rescale + out_split * weight
+        weights = tl.exp(lse - finite_max[None, :])
+        total = total * rescale + tl.sum(weights, 0)
+        acc = acc * rescale[:, None] + tl.sum(out * weights[:, :, None], 0)
         lse_max = new_max
 
     is_empty = total == 0.0
     factor = tl.where(is_empty, 0.0, 1.0 / total)
     lse = tl.where(is_empty, -float("inf"), lse_max + tl.log(total))
     if attn_sink_ptr is not None:
-        factor *= sink_keep(lse, tl.load(attn_sink_ptr + head))
-    out = (acc * factor).to(out_ptr.dtype.element_ty)
-    tl.store(out_ptr + (row * HEADS + head) * D_V + offs_d, out, mask=offs_d < D_V)
-    tl.store(lse_ptr + row * HEADS + head, lse)
+        factor *= sink_keep(lse, tl.load(attn_sink_ptr + offs_h, mask=head_mask, other=0.0))
+    row_heads = row * HEADS + offs_h
+    out = (acc * factor[:, None]).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + row_heads[:, None] * D_V + offs_d[None, :], out, mask=mask)
+    tl.store(lse_ptr + row_heads, lse, mask=head_mask & (channel_block == 0))
