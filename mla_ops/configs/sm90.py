@@ -60,12 +60,13 @@ ROWS: tuple[Row, ...] = (
         ),
     ),
     # Measured (MID). Five value chunks of 64 against one of 256: 270 against 181 TFLOP/s with the keys to match.
-    # Stored rows: 4.43 ms of the kernel with three programs an SM, 4.59 with two.
+    # Backward with 32 keys as rows: 4.65 against 4.71 ms of 16 as columns, with half the warps. Stored rows: 4.43 ms of
+    # the kernel with three programs an SM, 4.59 with two.
     Row(
         family="320x256",
         heads=32,
         fwd=FwdConfig(block_h=32, block_k=128, max_chunk=64, num_warps=4, num_stages=2),
-        bwd=(BwdConfig(block_h=32, block_k=16, max_chunk=64, num_warps=2, num_stages=2, is_key_major=False),),
+        bwd=(BwdConfig(block_h=32, block_k=32, max_chunk=64, num_warps=4, num_stages=2),),
         placed=BwdConfig(
             block_h=32, block_k=32, max_chunk=64, num_warps=4, num_stages=2, is_key_major=False, max_registers=168
         ),
