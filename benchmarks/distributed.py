@@ -3,12 +3,14 @@
     python benchmarks/distributed.py [SHAPE ...] [--compile]     one process per GPU; writes results/<date>-<device>-...
 
 bf16, Sq 8192, Skv 65536, random distinct indices. Correctness comes first: a shape is timed only after the sharded
-results agree with those of one rank on the whole problem. Times are medians over repetitions that all ranks start
-together, then the slowest rank's. Efficiency is the time of one rank on the whole problem (all ranks at it at once)
-over `ranks` times the sharded time. The backward of tensor parallelism ends with the all-reduce of `dkv`.
+results agree with those of one rank on the whole problem. Times are those of one of CALLS calls that are issued one
+after the other, as layers are: medians over repetitions that all ranks start together, then the slowest rank's.
+Efficiency is the time of one rank on the whole problem (all ranks at it at once) over `ranks` times the sharded time.
+The backward of tensor parallelism ends with the all-reduce of `dkv`.
 
-`--compile` compiles the context-parallel call, whose packing and merging are many small operators in eager. Without
-GPUs everything runs at toy sizes over gloo, to test this file, and nothing is written.
+`--compile` compiles every call: in eager a DTensor takes longer on the host than a narrow forward on the GPU, and the
+packing and merging of key sharding are many small operators. Without GPUs everything runs at toy sizes over gloo, to
+test this file, and nothing is written.
 """
 
 from __future__ import annotations
@@ -36,6 +38,7 @@ from mla_ops.distributed import key_load, sparse_attn_cp
 
 SCALE = 0.08
 REPETITIONS = 7
+CALLS = 10
 DRAWN_ROWS = 1024  # queries whose indices are drawn at once
 
 
@@ -68,7 +71,11 @@ class Bench:
 
     mesh: DeviceMesh
     device: torch.device
-    compiled: bool
+    is_compiled: bool
+
+    def compiled(self, call: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """Return `call`, compiled if the run is asked to."""
+        return torch.compile(call, fullgraph=True, dynamic=False) if self.is_compiled else call
 
     @property
     def rank(self) -> int:
@@ -109,9 +116,10 @@ class Bench:
             dist.barrier()
             self.synchronize()
             start = time.perf_counter()
-            function()
+            for _ in range(CALLS):
+                function()
             self.synchronize()
-            times.append(time.perf_counter() - start)
+            times.append((time.perf_counter() - start) / CALLS)
         slowest = torch.tensor(statistics.median(times), device=self.device)
         dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
         return 1e3 * float(slowest)
@@ -147,13 +155,17 @@ class Way:
             return self.forward()
 
 
-def one_rank(shape: Shape, q: Tensor, kv: Tensor, indices: Tensor, dout: Tensor) -> Way:
+def attention(shape: Shape) -> Callable[..., Tensor]:
+    def call(q: Tensor, kv: Tensor, indices: Tensor) -> Tensor:
+        return mla_ops.sparse_attn(q, kv, indices, d_v=shape.d_v, softmax_scale=SCALE).out
+
+    return call
+
+
+def one_rank(bench: Bench, shape: Shape, q: Tensor, kv: Tensor, indices: Tensor, dout: Tensor) -> Way:
     leaves = [q.detach().requires_grad_(), kv.detach().requires_grad_()]
-
-    def forward() -> Tensor:
-        return mla_ops.sparse_attn(*leaves, indices, d_v=shape.d_v, softmax_scale=SCALE).out
-
-    return Way("one rank", leaves, forward, dout)
+    run = bench.compiled(attention(shape))
+    return Way("one rank", leaves, lambda: run(*leaves, indices), dout)
 
 
 def tensor_parallel(bench: Bench, shape: Shape, q: Tensor, kv: Tensor, indices: Tensor, dout: Tensor) -> Way:
@@ -167,14 +179,13 @@ def tensor_parallel(bench: Bench, shape: Shape, q: Tensor, kv: Tensor, indices: 
     leaves = [place(q, heads).requires_grad_(), place(kv, whole).requires_grad_()]
     where = place(indices, whole)
 
-    def forward() -> Tensor:
-        return mla_ops.sparse_attn(*leaves, where, d_v=shape.d_v, softmax_scale=SCALE).out
+    run = bench.compiled(attention(shape))
 
     def finish(grads: list[Tensor]) -> list[Tensor]:
         dq, dkv = grads
         return [dq.to_local(), dkv.redistribute(placements=whole).to_local()]
 
-    return Way("TP over heads", leaves, forward, place(dout, heads), finish)
+    return Way("TP over heads", leaves, lambda: run(*leaves, where), place(dout, heads), finish)
 
 
 def context_parallel(bench: Bench, shape: Shape, q: Tensor, kv: Tensor, indices: Tensor, dout: Tensor) -> Way:
@@ -187,7 +198,7 @@ def context_parallel(bench: Bench, shape: Shape, q: Tensor, kv: Tensor, indices:
     def call(q: Tensor, kv: Tensor, indices: Tensor) -> Tensor:
         return sparse_attn_cp(q, kv, indices, bench.mesh, d_v=shape.d_v, softmax_scale=SCALE).out
 
-    run = torch.compile(call, fullgraph=True, dynamic=False) if bench.compiled else call
+    run = bench.compiled(call)
     return Way("key-sharded CP", leaves, lambda: run(*leaves, where), own(dout))
 
 
@@ -230,7 +241,7 @@ def time_collectives(bench: Bench, shape: Shape) -> dict[str, dict[str, float]]:
 
 def measure(bench: Bench, name: str, shape: Shape) -> list[dict[str, Any]]:
     tensors = bench.draw(shape)
-    alone = one_rank(shape, *tensors)
+    alone = one_rank(bench, shape, *tensors)
     where = tensors[2].chunk(bench.ranks, 1)[bench.rank]
     ways = [alone, tensor_parallel(bench, shape, *tensors), context_parallel(bench, shape, *tensors)]
     base: dict[str, float] = {}
@@ -238,7 +249,7 @@ def measure(bench: Bench, name: str, shape: Shape) -> list[dict[str, Any]]:
     for way in ways:
         is_cp = way.name == "key-sharded CP"
         common: dict[str, Any] = {"shape": name, **asdict(shape), "impl": way.name, "ranks": bench.ranks}
-        common["compiled"] = bench.compiled and is_cp
+        common["compiled"] = bench.is_compiled
         if way is not alone:
             common["error"] = check(bench, way, alone)
         if is_cp:

@@ -187,6 +187,12 @@ def test_the_operator_takes_it() -> None:
     assert launched_backwards() == {HopperBwdConfig}
 
 
+@pytest.mark.parametrize("use", [{}, {"topk_length": True, "attn_sink": True}], ids=str)
+def test_key_order(use: dict[str, bool], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "rows_per_launch", lambda *_: 33)
+    check(wide_inputs(replace(WIDE, batch=2, seq_q=40), **use))
+
+
 @pytest.mark.usefixtures("deterministic", "_nothing_launched")
 @pytest.mark.parametrize("workspace_bytes", [1 << 20, 1 << 30], ids=["parts", "whole"])
 def test_a_deterministic_backward_takes_it_and_repeats_its_bits(
