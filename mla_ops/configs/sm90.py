@@ -29,14 +29,12 @@ ROWS: tuple[Row, ...] = (
         ),
         placed=BwdConfig(block_h=32, block_k=64, max_chunk=64, num_warps=4, num_stages=2),
     ),
-    # Measured (64 and 128 heads, 8,192 queries, topk 256, 8,192 and 65,536 keys). Backward with heads as rows: 0.84 to
-    # 0.89 of the time with keys as rows, which stored rows keep.
+    # Derived by shared-memory arithmetic, not yet measured.
     Row(
         family="128x64",
         heads=64,
         fwd=FwdConfig(block_h=64, block_k=64, max_chunk=64, num_warps=4, num_stages=2),
-        bwd=(BwdConfig(block_h=64, block_k=64, max_chunk=64, num_warps=4, num_stages=2, is_key_major=False),),
-        placed=BwdConfig(block_h=64, block_k=64, max_chunk=64, num_warps=4, num_stages=2, is_ahead=False),
+        bwd=(BwdConfig(block_h=64, block_k=64, max_chunk=64, num_warps=4, num_stages=2, is_ahead=False),),
     ),
     # Measured (NAM2). Backward with 240 registers: 1.17 against 1.18 ms with 255. Stored rows: 1.80 against 1.98 ms.
     Row(
@@ -62,13 +60,12 @@ ROWS: tuple[Row, ...] = (
         ),
     ),
     # Measured (MID). Five value chunks of 64 against one of 256: 270 against 181 TFLOP/s with the keys to match.
-    # Backward with 32 keys as rows: 4.65 against 4.71 ms of 16 as columns, with half the warps. Stored rows: 4.43 ms of
-    # the kernel with three programs an SM, 4.59 with two.
+    # Stored rows: 4.43 ms of the kernel with three programs an SM, 4.59 with two.
     Row(
         family="320x256",
         heads=32,
         fwd=FwdConfig(block_h=32, block_k=128, max_chunk=64, num_warps=4, num_stages=2),
-        bwd=(BwdConfig(block_h=32, block_k=32, max_chunk=64, num_warps=4, num_stages=2),),
+        bwd=(BwdConfig(block_h=32, block_k=16, max_chunk=64, num_warps=2, num_stages=2, is_key_major=False),),
         placed=BwdConfig(
             block_h=32, block_k=32, max_chunk=64, num_warps=4, num_stages=2, is_key_major=False, max_registers=168
         ),
