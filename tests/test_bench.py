@@ -58,10 +58,10 @@ def test_floor_is_the_larger_of_products_and_bytes() -> None:
 def test_sweeps_are_drawn_from_the_results_file_alone(tmp_path: Path) -> None:
     records = [
         {"shape": f"{sweep}={value}", **asdict(shape), "impl": "mla_ops", "direction": direction, "ms": 1.0,
-         "tflops": 100.0 + value, "floor_ratio": 0.5}
+         "tflops": 100.0 + value, "floor_ratio": 0.0}
         for sweep in ("heads", "topk") for value, shape in SWEEPS[sweep][1].items() for direction in ("fwd", "bwd")
     ]  # fmt: skip
-    path = write(tmp_path, "sweeps", torch.device("cpu"), records, commit="abc")
+    path = write(tmp_path, "sweeps", torch.device("cpu"), records, commit="abc", matmul_flops_per_s=772e12)
     header = json.loads(path.read_text())["header"]
     assert header["commit"] == "abc"
     assert header["torch"] == torch.__version__

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from mla_ops.cli.requirements import require
-from mla_ops.cli.shapes import SWEEPS
+from mla_ops.cli.shapes import SWEEPS, Shape
 
 
 def plot_sweeps(results: Path) -> Path:
@@ -30,7 +31,7 @@ def plot_sweeps(results: Path) -> Path:
     for axis, (sweep, records) in zip(axes[0], points.items(), strict=True):
         for direction, label, color in (("fwd", "forward", "tab:blue"), ("bwd", "backward", "tab:orange")):
             series = [
-                (value, r["tflops"], r["tflops"] / r["floor_ratio"])
+                (value, r["tflops"], _floor_tflops(r, data["matmul_flops_per_s"]))
                 for value, r in records
                 if r["direction"] == direction
             ]
@@ -49,3 +50,9 @@ def plot_sweeps(results: Path) -> Path:
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
     return path
+
+
+def _floor_tflops(record: dict[str, Any], matmul: float) -> float:
+    """Return the speed at the hardware's floor; the rounded ratio of a record is 0 where a shape is small."""
+    shape = Shape(**{field.name: record[field.name] for field in fields(Shape)})
+    return shape.flops(record["direction"]) / shape.floor_seconds(record["direction"], matmul) / 1e12
