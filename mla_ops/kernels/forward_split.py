@@ -14,8 +14,8 @@ def _sparse_attn_merge_kernel(
     num_splits,
     HEADS: tl.constexpr, D_V: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """One program merges some heads of a row, or some channels of a head, with one warp: the sums over splits of more
-    would cross warps and take twice as long.
+    """One program, of one warp, merges some heads of a row or some channels of a head: the sums of more warps would
+    cross them, which took two to four times as long.
 
     Partial results carry no sink; it enters here, once.
     """
@@ -37,17 +37,19 @@ def _sparse_attn_merge_kernel(
         splits = start + tl.arange(0, BLOCK_S)
         split_mask = splits < num_splits
         partials = (row * num_splits + splits)[:, None] * HEADS + offs_h[None, :]
-        lse = tl.load(partial_lse_ptr + partials, mask=split_mask[:, None] & head_mask[None, :], other=-float("inf"))
-        out = tl.load(
+        lse_splits = tl.load(
+            partial_lse_ptr + partials, mask=split_mask[:, None] & head_mask[None, :], other=-float("inf")
+        )
+        out_splits = tl.load(
             partial_out_ptr + partials[:, :, None] * D_V + offs_d[None, None, :],
             mask=split_mask[:, None, None] & mask[None, :, :], other=0.0,
         )  # fmt: skip
-        new_max = tl.maximum(lse_max, tl.max(lse, 0))
+        new_max = tl.maximum(lse_max, tl.max(lse_splits, 0))
         finite_max = tl.where(new_max == -float("inf"), 0.0, new_max)
         rescale = tl.exp(lse_max - finite_max)
-        weights = tl.exp(lse - finite_max[None, :])
+        weights = tl.exp(lse_splits - finite_max[None, :])
         total = total * rescale + tl.sum(weights, 0)
-        acc = acc * rescale[:, None] + tl.sum(out * weights[:, :, None], 0)
+        acc = acc * rescale[:, None] + tl.sum(out_splits * weights[:, :, None], 0)
         lse_max = new_max
 
     is_empty = total == 0.0
