@@ -82,7 +82,7 @@ def compiled(function: FunctionType, *, is_lowered: bool, **options: Any) -> Cal
 
 
 def part_host() -> list[Record]:
-    args = draw(1, 2, 256, 28, 128, 64)
+    args = draw(1, 2, 256, 28, 128, 128)  # split, so two kernels
 
     def function(q: Tensor, kv: Tensor, indices: Tensor) -> Tensor:
         return torch.ops.mla.sparse_attn(q, kv, indices, 64, SCALE)[0]
@@ -97,7 +97,7 @@ def part_host() -> list[Record]:
 
 
 def part_slope() -> list[Record]:
-    """With one block of slots a call is one kernel; with two the few queries are split, and a kernel merges."""
+    """With one block of slots a call is one kernel; with four the few queries are split, and a kernel merges."""
     # One compile thread: the workers of more have options of their own.
     static_launch = {"static_launch_user_defined_triton_kernels": True, "compile_threads": 1}
     return [
@@ -108,7 +108,7 @@ def part_slope() -> list[Record]:
 
 
 def slope_record(name: str, options: dict[str, Any], *, is_lowered: bool, kernels: int) -> Record:
-    args = draw(1, 2, 256, 28, 128, 32 * kernels)
+    args = draw(1, 2, 256, 28, 128, {1: 32, 2: 128}[kernels])
     calls = []
     with torch.no_grad(), torch._inductor.config.patch(options):
         for count in CALLS:

@@ -170,7 +170,7 @@ def _host_microseconds() -> dict[str, float]:
     """Return the median host time of one small call: the operator, and a bare launch of the kernel it ends in."""
     from mla_ops.backends.triton import launch_forward
 
-    # One block of slots: with more, so few queries would be split over programs, and a second kernel merges.
+    # One block of slots: with four, so few queries would be split over programs, and a second kernel merges.
     q, kv, indices, _ = Shape(1, 2, 256, 28, 128, 64, 32).draw()
     leaves = [q.clone().requires_grad_(), kv.clone().requires_grad_()]
     launches: list[Callable[[], Any]] = []
