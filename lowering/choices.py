@@ -29,7 +29,7 @@ _Choice = TypeVar("_Choice", FwdConfig, tuple[BwdConfig, ...])
 
 def forward(problem: SparseAttnProblem, hints: Hints, traits: DeviceTraits, softmax_scale: float) -> FwdConfig:
     """Return the configuration to inline a forward with."""
-    candidates = forward_candidates(*_key(problem, traits), count=_count(hints))
+    candidates = forward_candidates(*config_key(problem, traits), count=_count(hints))
 
     def prepare() -> Callable[[FwdConfig], Any]:
         arguments = (*_random_inputs(problem, hints, traits), problem.d_v, softmax_scale, None, None)
@@ -48,7 +48,7 @@ def backward(
 ) -> tuple[BwdConfig, ...]:
     """Return the configurations, one per pass, to inline a backward with."""
     is_deterministic = need_dkv and torch.are_deterministic_algorithms_enabled()
-    candidates = backward_candidates(*_key(problem, traits), is_deterministic, count=_count(hints))
+    candidates = backward_candidates(*config_key(problem, traits), is_deterministic, count=_count(hints))
 
     def prepare() -> Callable[[tuple[BwdConfig, ...]], Any]:
         inputs = _random_inputs(problem, hints, traits)
@@ -59,7 +59,8 @@ def backward(
     return _fastest(candidates, prepare)
 
 
-def _key(problem: SparseAttnProblem, traits: DeviceTraits) -> tuple[int, int, int, int, int, int, str]:
+def config_key(problem: SparseAttnProblem, traits: DeviceTraits) -> tuple[int, int, int, int, int, int, str]:
+    """Return what the tables of `mla_ops.configs` are asked with."""
     heads = max(1, problem.heads_per_group)  # no heads: nothing is launched
     widths = (problem.d_total, problem.d_v, problem.dtype.itemsize)
     return traits.arch, traits.smem_bytes, heads, *widths, current().tuned_rows

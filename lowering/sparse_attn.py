@@ -158,14 +158,16 @@ def _leave_specialised_to_the_operator(plan: _Plan, automatic_config: Callable[.
 
 def _leave_key_order_to_the_operator(plan: _Plan) -> None:
     """Raise `_StayExtern` where eager adds to dkv in the order of the keys; a package does it in that of the slots."""
+    if torch.are_deterministic_algorithms_enabled() or inductor.is_ahead_of_time():
+        return
     problem, traits = plan.problem, plan.traits
+    configs = backward_configs(*choices.config_key(problem, traits))
+    assert configs is not None  # dispatch has refused what nothing fits
     widths = (problem.d_total, problem.d_v, problem.dtype.itemsize)
-    configs = backward_configs(
-        traits.arch, traits.smem_bytes, max(1, problem.heads_per_group), *widths, current().tuned_rows
+    launch_rows = rows_per_launch(
+        configs[-1], traits, plan.hints.seq_kv, problem.heads, problem.kv_group, problem.topk, widths
     )
-    launch_rows = configs and rows_per_launch(problem, plan.hints.seq_kv, configs[-1], traits)
-    is_deterministic = torch.are_deterministic_algorithms_enabled()
-    if launch_rows is not None and not is_deterministic and not inductor.is_ahead_of_time():
+    if launch_rows is not None:
         raise _StayExtern(f"dkv does not fit the cache, so {launch_rows} queries at a time add to it in key order")
 
 

@@ -398,7 +398,9 @@ def test_when_a_backward_goes_through_the_keys_in_order(change: dict[str, int], 
     sizes = {"d_total": 576, "d_v": 512, "heads": 64, "kv_group": 1, "topk": 2048, "seq_kv": 65536} | change
     seq_kv = sizes.pop("seq_kv")
     problem = SparseAttnProblem(**sizes, dtype=torch.bfloat16, needs_grad=True)
-    assert rows_per_launch(problem, seq_kv, HopperBwdConfig(256, 32), H100) == expected
+    widths = (problem.d_total, problem.d_v, 2)
+    arguments = (seq_kv, problem.heads, problem.kv_group, problem.topk, widths)
+    assert rows_per_launch(HopperBwdConfig(256, 32), H100, *arguments) == expected
     launches = triton_backend.TritonBackend().describe_launch(problem, H100, Hints(1, 4096, seq_kv))
     assert ("in key order" in str(launches)) == (expected is not None)
 

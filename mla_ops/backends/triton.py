@@ -127,9 +127,13 @@ class TritonBackend:
         specialised_bwd = triton_hopper.automatic_backward_config(
             traits, rows, problem.heads, problem.kv_group, problem.topk, widths, current().tuned_rows
         )
-        bwds = backward_configs(*key, is_deterministic) if specialised_bwd is None else (specialised_bwd,)
-        for bwd in (bwds or ()) if problem.needs_grad else ():
-            launch_rows = None if is_deterministic else rows_per_launch(problem, hints.seq_kv, bwd, traits)
+        bwds = (backward_configs(*key, is_deterministic) or ()) if specialised_bwd is None else (specialised_bwd,)
+        for bwd in bwds if problem.needs_grad else ():
+            launch_rows = None
+            if bwd is bwds[-1] and not is_deterministic:  # a dq pass before it adds nothing
+                launch_rows = rows_per_launch(
+                    bwd, traits, hints.seq_kv, problem.heads, problem.kv_group, problem.topk, widths
+                )
             order = "" if launch_rows is None else f", in key order, {launch_rows} queries a launch"
             launches.append((f"backward: {bwd}{order}", bwd))
         sizes = (problem.d_total, problem.d_v, problem.heads, problem.kv_group, problem.dtype)
@@ -310,8 +314,9 @@ def launch_backward(
         )
     is_traced = wrap is not _identity
     is_deterministic = need_dkv and torch.are_deterministic_algorithms_enabled()
+    widths = (d_total, d_v, q.element_size())
     if configs is None:
-        widths, tuned_rows = (d_total, d_v, q.element_size()), current().tuned_rows
+        tuned_rows = current().tuned_rows
         if not is_traced:
             specialised = triton_hopper.automatic_backward_config(
                 traits, rows, heads, kv_group, indices.shape[-1], widths, tuned_rows
@@ -375,8 +380,9 @@ def launch_backward(
             )  # fmt: skip
         else:
             dkv = q.new_zeros(kv.shape, dtype=torch.float32)
-            problem = None if is_traced else SparseAttnProblem.from_tensors(q, kv, indices, d_v)
-            launch_rows = None if problem is None else rows_per_launch(problem, seq_kv, config, traits)
+            launch_rows = None
+            if not is_traced:
+                launch_rows = rows_per_launch(config, traits, seq_kv, heads, kv_group, indices.shape[-1], widths)
             if launch_rows is None:
                 run(config, others[0], dkv, others[1])
             else:

@@ -10,7 +10,15 @@ import torch
 from mla_ops.backends import triton_hopper
 from mla_ops.backends.triton_tensors import alignment, outer_strides
 from mla_ops.configs import forward_config
-from mla_ops.configs.launch import FwdConfig, HopperConfig, chunk_widths, fwd_smem_bytes, launch_options, program_count
+from mla_ops.configs.launch import (
+    FwdConfig,
+    HopperConfig,
+    chunk_widths,
+    fwd_smem_bytes,
+    launch_options,
+    program_count,
+    programs_by_registers,
+)
 from mla_ops.device import DeviceTraits
 from mla_ops.errors import UnsupportedProblemError
 
@@ -136,8 +144,7 @@ def resident_programs(config: FwdConfig, traits: DeviceTraits, d_total: int, d_v
     A kernel without a limit takes 168 registers a thread, more or less.
     """
     by_memory = traits.smem_bytes // fwd_smem_bytes(config, traits.arch, d_total, d_v, element_size)
-    by_registers = 65536 // ((config.max_registers or 168) * 32 * config.num_warps)
-    return traits.num_sms * max(1, min(by_memory, by_registers))
+    return traits.num_sms * max(1, min(by_memory, programs_by_registers(config, 168)))
 
 
 def fitting(found: _Config | None, side: str, d_total: int, dtype: torch.dtype, traits: DeviceTraits) -> _Config:

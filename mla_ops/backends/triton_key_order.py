@@ -15,29 +15,36 @@ import torch
 
 from mla_ops.configs.launch import BwdConfig, HopperBwdConfig, program_count, wave_programs
 from mla_ops.device import DeviceTraits
-from mla_ops.problem import SparseAttnProblem
 
 # Narrower rows gain less from it than the indices cost to sort.
 LEAST_D_TOTAL = 256
 # Waves of programs in a launch: with one, more time is lost at its end; with four, programs drift apart in it.
 WAVES = 2
-# Slots that are sorted at a time, which takes 20 bytes for each besides the result.
+# Slots that are sorted at a time. Besides the result each takes 12 bytes, or 25 if `indices` are int64 and have
+# lengths, and more where a query has more slots than torch sorts in place.
 SORTED_SLOTS = 1 << 23
 
 
 def rows_per_launch(
-    problem: SparseAttnProblem, seq_kv: int, config: BwdConfig | HopperBwdConfig, traits: DeviceTraits
+    config: BwdConfig | HopperBwdConfig,
+    traits: DeviceTraits,
+    seq_kv: int,
+    heads: int,
+    kv_group: int,
+    topk: int,
+    widths: tuple[int, int, int],
 ) -> int | None:
     """Return how many queries a launch takes, or None: all of them, with their keys in the order of the slots.
 
-    None where kv and dkv of a batch element fit the cache, and where a launch comes to a key less than twice.
+    `widths` is d_total, d_v and the bytes of an element. None where kv and dkv of a batch element fit the cache, and
+    where a launch comes to a key less than twice.
     """
-    row_bytes = problem.kv_group * problem.d_total * (problem.dtype.itemsize + 4)
-    if problem.d_total < LEAST_D_TOTAL or seq_kv * row_bytes <= traits.l2_bytes:
+    d_total, _, element_size = widths
+    if d_total < LEAST_D_TOTAL or seq_kv * kv_group * d_total * (element_size + 4) <= traits.l2_bytes:
         return None
-    programs_per_row = program_count(1, problem.heads, problem.kv_group, config.block_h)
+    programs_per_row = program_count(1, heads, kv_group, config.block_h)
     rows = max(1, WAVES * wave_programs(config, traits.num_sms) // programs_per_row)
-    return rows if rows * problem.topk >= 2 * seq_kv else None
+    return rows if rows * topk >= 2 * seq_kv else None
 
 
 def add_in_key_order(

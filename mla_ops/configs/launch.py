@@ -66,9 +66,12 @@ def program_count(rows: int, heads: int, kv_group: int, block_h: int) -> int:
 
 def wave_programs(config: BwdConfig | HopperBwdConfig, num_sms: int) -> int:
     """Return how many programs of the backward kernel the registers of a device hold at a time."""
-    if isinstance(config, HopperBwdConfig):
-        return num_sms
-    return num_sms * max(1, 65536 // ((config.max_registers or 256) * 32 * config.num_warps))
+    return num_sms if isinstance(config, HopperBwdConfig) else num_sms * programs_by_registers(config, 256)
+
+
+def programs_by_registers(config: FwdConfig | BwdConfig, unlimited: int) -> int:
+    """Return how many programs the registers of an SM hold; a kernel without a limit takes `unlimited` a thread."""
+    return max(1, 65536 // ((config.max_registers or unlimited) * 32 * config.num_warps))
 
 
 def launch_options(config: FwdConfig | BwdConfig) -> dict[str, int]:
