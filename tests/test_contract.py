@@ -210,6 +210,15 @@ def test_deterministic_mode_makes_dkv_bitwise_reproducible(target: Target, reque
     assert all(torch.equal(first, gradients()) for _ in range(5))
 
 
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_results_can_be_written_in_place(deterministic: bool, target: Target, request: pytest.FixtureRequest) -> None:
+    if deterministic:
+        request.getfixturevalue("deterministic")
+    inputs = make_inputs(SMALL, device=target.device).requires_grad()
+    for result in mla_ops.sparse_attn(inputs.q, inputs.kv, inputs.indices, **inputs.kwargs, backend=target.backend):
+        assert (result.zero_() == 0).all()  # autograd refuses it where the results are views
+
+
 # 9. lse is differentiable
 
 
