@@ -44,8 +44,8 @@ def unfilled(shape: tuple[int, ...], dtype: torch.dtype, like: torch.Tensor, *, 
     """Return memory that is written before it is read.
 
     In deterministic mode `torch.empty` fills what it returns: a write of the whole of it, a tenth of a narrow forward.
-    A storage made by hand is left alone; `set_` and no `view` on top, because autograd lets nobody write to results that
-    are views of one another. In a trace the compiler allocates and doesn't fill.
+    A storage made by hand is left alone; `set_` gives it its shape, not `view`: autograd lets nobody write to results
+    that are views. In a trace the compiler allocates and doesn't fill.
     """
     if is_traced or not torch.are_deterministic_algorithms_enabled():
         return like.new_empty(shape, dtype=dtype)

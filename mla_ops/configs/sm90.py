@@ -70,7 +70,7 @@ ROWS: tuple[Row, ...] = (
         fwd=FwdConfig(block_h=16, block_k=32, max_chunk=64, num_warps=1, num_stages=2),
         bwd=(BwdConfig(block_h=16, block_k=32, max_chunk=64, num_warps=2, num_stages=2, is_key_major=False),),
     ),
-    # Measured. Forward: one warp without a cap takes 188 us, with one at 232 registers 226 and at 200 340, two warps 221.
+    # Measured. Forward: one warp without a cap takes 188 us, capped at 232 registers 226 and at 200 340; two warps 221.
     Row(
         family="192x128",
         heads=32,
@@ -163,8 +163,8 @@ ROWS: tuple[Row, ...] = (
             ),
         ),
     ),
-    # Measured at 1024/960 as two 16-head blocks: 2.1 against 3.4 ms forward of 512-wide chunks and eight warps, 8.3 against
-    # 18.8 ms backward of 128-wide ones and one stage.
+    # Measured at 1024/960 as two 16-head blocks: 2.1 against 3.4 ms forward of 512-wide chunks and eight warps, 8.3
+    # against 18.8 ms backward of 128-wide ones and one stage.
     Row(
         family="1024x1024",
         heads=16,
