@@ -239,9 +239,10 @@ def main() -> None:
                 record["mla_ops_speed_up"] = round(record["ms"] / base_ms, 2)
             print(record, flush=True)
             records.append(record)
-    if on_gpu:
-        sizes = {"config": asdict(CONFIG), "sequence": SEQUENCE}
-        print(f"wrote {write(arguments.out, 'training-step', device, records, arguments.commit, **sizes)}")
+            if on_gpu:  # after each, so that a run that is cut off leaves what it measured
+                sizes = {"config": asdict(CONFIG), "sequence": SEQUENCE}
+                path = write(arguments.out, "training-step", device, records, arguments.commit, **sizes)
+                print(f"wrote {path}")
 
 
 if __name__ == "__main__":

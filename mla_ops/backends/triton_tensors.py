@@ -50,4 +50,6 @@ def unfilled(shape: tuple[int, ...], dtype: torch.dtype, like: torch.Tensor, *, 
     if is_traced or not torch.are_deterministic_algorithms_enabled():
         return like.new_empty(shape, dtype=dtype)
     storage = torch.UntypedStorage(torch.Size(shape).numel() * dtype.itemsize, device=like.device)
-    return torch.empty(0, dtype=dtype, device=like.device).set_(storage, 0, shape)
+    tensor = torch.empty(0, dtype=dtype, device=like.device)
+    tensor.set_(storage, 0, shape)  # type: ignore[call-overload]  # the stub lacks the default of the strides
+    return tensor
