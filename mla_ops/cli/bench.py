@@ -220,8 +220,8 @@ def _matmul_flops_per_s() -> float:
 def _median_ms(run: Callable[[], Any]) -> float:
     """Return the median time on the GPU, from a flushed L2 cache; what the host needs for a call is measured by itself.
 
-    The GPU spins until the host has issued the whole call, or short calls would be as fast as the host. No longer: one
-    that has rested runs at higher clocks than in a training step.
+    The GPU spins until the host has issued the whole call, or short calls would be as fast as the host: for twice as
+    long as the host took before, and no longer, because a GPU that has rested runs at higher clocks than in training.
     """
     cache = torch.empty(256 << 20, dtype=torch.int8, device="cuda")
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
