@@ -234,8 +234,8 @@ def main() -> None:
         for name in VARIANTS if on_gpu else ("mla_ops", "dense", "rest"):
             record = measure(name, batch, device, expected)
             if name == "mla_ops":
-                expected, base_ms = record["losses"], record.get("ms")
-            elif "ms" in record and name != "rest":
+                expected, base_ms = record.get("losses"), record.get("ms")
+            elif "ms" in record and base_ms is not None and name != "rest":
                 record["mla_ops_speed_up"] = round(record["ms"] / base_ms, 2)
             print(record, flush=True)
             records.append(record)

@@ -2,7 +2,7 @@
 
 | variable | field | default | meaning |
 | --- | --- | --- | --- |
-| `MLA_OPS_EAGER_WORKSPACE_MB` | `eager_workspace_mb` | 8 | MiB of gathered KV rows the eager backend holds at a time |
+| `MLA_OPS_EAGER_WORKSPACE_MB` | `eager_workspace_mb` | 8 | MiB of gathered rows and logits in a chunk (eager backend) |
 | `MLA_OPS_TUNED_ROWS` | `tuned_rows` | none | file of launch configurations that `mla-ops tune` wrote |
 
 `override()` replaces fields for one context (a thread or task), which is what tests and notebooks want.

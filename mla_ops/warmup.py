@@ -24,7 +24,7 @@ def warmup(
 
     Takes example tensors with the shapes, dtypes and strides to come; their values do not matter and are not read.
     Run it under the `torch.use_deterministic_algorithms` setting to come. On a device without kernels to compile (the
-    CPU) it checks the arguments and costs one empty call.
+    CPU) it checks the arguments and costs a forward and three backwards.
 
     Args:
         q: as in `mla_ops.sparse_attn`, as are all arguments up to `attn_sink`.

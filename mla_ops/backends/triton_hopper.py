@@ -27,10 +27,10 @@ def automatic_config(
     """Return the configuration that a forward of `rows` queries takes by itself, or None: the plain kernel.
 
     `widths` is d_total, d_v and the bytes of an element. The kernel is about twice as fast as the plain one, so it is
-    taken where at least half of its 64 heads are real and at least a third of the device has a program: fewer heads
-    leave its products empty, and the slots of fewer queries are split over programs, which it does not do (topk 2048,
-    128 heads: 16 queries take the plain kernel 48 us and 32 take it 90; 48 take this one 64, and so would fewer). And
-    where slots are many enough for what a work item costs besides them: see LEAST_TOPK.
+    taken where more than half of its 64 heads are real and at least a third of the device has a program: fewer heads
+    leave its products empty, and the slots of fewer queries are split over programs, which it does not do (seen in CUDA
+    graphs with topk 2048 and 128 heads: 16 queries take the plain kernel 48 us and 32 take it 90; 48 take this one 64,
+    and so would fewer). And where slots are many enough for what a work item costs besides them: see LEAST_TOPK.
     """
     if traits.arch != 90 or widths[1] < MIN_HOPPER_D_V:  # most calls
         return None

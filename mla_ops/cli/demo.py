@@ -8,7 +8,6 @@ length, which a graph with a symbolic length takes without recompiling.
 from __future__ import annotations
 
 import json
-import platform
 import sysconfig
 import time
 from collections.abc import Iterator
@@ -20,9 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import mla_ops
 from mla_ops.cli.model import LanguageModel, ModelConfig
 from mla_ops.cli.peers import Attention, masked_sdpa, ours
+from mla_ops.cli.provenance import header
 from mla_ops.cli.requirements import require
 from mla_ops.cli.shapes import SHAPES
 from mla_ops.device import pick_device, traits_of
@@ -73,10 +72,7 @@ def run_demo(*, out: Path, steps: int, device: str, seed: int) -> int:
     eager, _ = _train("eager", training, config, target, steps, seed, None)
 
     report = {
-        "device": str(traits_of(target)),
-        "processor": platform.processor() or platform.machine(),
-        "threads": torch.get_num_threads(),
-        "versions": {"mla_ops": mla_ops.__version__, "torch": torch.__version__, "python": platform.python_version()},
+        "header": header(target),
         "operator_backend": op_backend,
         "compile_backend": compiler,
         "fullgraph": True,

@@ -39,10 +39,11 @@ class Shape:
         return 2.0 * self.slots * self.H * widths[direction]
 
     def floor_seconds(self, direction: str, matmul: float) -> float:
-        """Return the larger of two bounds, for a device that multiplies at `matmul` FLOP/s.
+        """Return the larger of two estimates, for a device that multiplies at `matmul` FLOP/s.
 
         The FLOPs at that rate; and the bytes at the rates above: forward, the selected rows once per 64 heads;
-        backward, the same plus fp32 rows added atomically once per 64 heads, nothing overlapped.
+        backward, the same plus fp32 rows added atomically once per 64 heads, not overlapped. A kernel that overlaps
+        them, or gathers faster than the micro-benchmark did, beats it.
         """
         if direction == "fwd_bwd":
             return sum(self.floor_seconds(d, matmul) for d in ("fwd", "bwd"))

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from mla_ops.configs.launch import BwdConfig, FwdConfig, HopperBwdConfig, HopperConfig, Row
 
-# Measured rows: H100 80GB HBM3, torch 2.11, triton 3.6, bf16, random distinct indices; shapes and figures are those of
-# benchmarks/results/*-h100-sparse-attn.json. What other configurations gave, here and in benchmarks/NOTES.md, was seen
-# while choosing and has no result file. Narrow rows are gathered by one warp: nothing is exchanged between warps.
+# Measured rows: H100 80GB HBM3, torch 2.11, triton 3.6, bf16, random distinct indices; names in parentheses are shapes
+# of mla_ops/cli/shapes.py. What the rows reach in use stands in benchmarks/results/*-h100-sparse-attn.json and
+# *-h100-sweeps.json; figures here were seen while choosing, mostly of the kernel alone, and have no result file. Narrow
+# rows are gathered by one warp: nothing is exchanged between warps.
 ROWS: tuple[Row, ...] = (
     # Measured (NAM8). The cap lets 16 programs share an SM: 88 against 83 TFLOP/s forward.
     Row(
