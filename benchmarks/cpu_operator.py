@@ -14,6 +14,7 @@ occupy, results included.
 
 from __future__ import annotations
 
+import argparse
 import ctypes
 import json
 import statistics
@@ -173,8 +174,12 @@ def resident_mb(field: str = "VmRSS") -> float:
 
 
 def main() -> None:
-    if len(sys.argv) == 3 and sys.argv[1] == "--memory":
-        measure_memory(sys.argv[2])
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the results")
+    parser.add_argument("--memory", metavar="DTYPE", help="print the peak memory of one dtype; for processes of their own")
+    arguments = parser.parse_args()
+    if arguments.memory is not None:
+        measure_memory(arguments.memory)
         return
     records = [record for dtype in (torch.float32, torch.bfloat16) for record in time_operator(dtype)]
     memory = []
@@ -191,7 +196,7 @@ def main() -> None:
             f"memory, {m['dtype']}: forward {m['peak_mb_forward']} MB, forward + backward "
             f"{m['peak_mb_forward_backward']} MB, of which results {m['of_which_results_mb']} MB"
         )
-    print(f"wrote {write(RESULTS, 'operator', torch.device('cpu'), records, memory=memory)}")
+    print(f"wrote {write(arguments.out, 'operator', torch.device('cpu'), records, memory=memory)}")
 
 
 if __name__ == "__main__":
