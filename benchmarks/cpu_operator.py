@@ -176,7 +176,7 @@ def resident_mb(field: str = "VmRSS") -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the results")
-    parser.add_argument("--memory", metavar="DTYPE", help="print the peak memory of one dtype; for processes of their own")
+    parser.add_argument("--memory", metavar="DTYPE", help="print the peak memory of one dtype, in this process")
     arguments = parser.parse_args()
     if arguments.memory is not None:
         measure_memory(arguments.memory)
