@@ -20,6 +20,7 @@ from mla_ops.api import SparseAttnOutput, sparse_attn, sparse_attn_max_logits
 from mla_ops.dispatch import backend_names, explain
 from mla_ops.errors import (
     DoubleBackwardError,
+    ForwardModeError,
     InvalidInputError,
     MissingExtraError,
     MlaOpsError,
@@ -33,6 +34,7 @@ from mla_ops.warmup import warmup
 
 __all__ = [
     "DoubleBackwardError",
+    "ForwardModeError",
     "InvalidInputError",
     "MissingExtraError",
     "MlaOpsError",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+from torch.utils import _pytree
 
 from mla_ops.registration import SPARSE_ATTN, SPARSE_ATTN_MAX_LOGITS
 from mla_ops.validation import check_argument_types, check_inputs
@@ -16,6 +17,10 @@ class SparseAttnOutput(NamedTuple):
 
     out: torch.Tensor  # [batch, seq_q, heads, d_v], q.dtype, contiguous
     lse: torch.Tensor  # [batch, seq_q, heads], fp32, natural log, sink excluded
+
+
+# An exported program that returns it can be saved. Private, like the absence of a public way for named tuples.
+_pytree._register_namedtuple(SparseAttnOutput, serialized_type_name="mla_ops.SparseAttnOutput")
 
 
 def sparse_attn(
@@ -67,6 +72,7 @@ def sparse_attn(
         UnsupportedProblemError: no backend runs it, or not the named one; the message lists each one's reasons.
         UnsupportedShardingError: DTensors are placed as no sharding rule serves.
         DoubleBackwardError: a gradient of a gradient was asked for (eager; torch refuses it in compiled code).
+        ForwardModeError: a forward-mode derivative was asked for.
 
     Reference: DeepSeek-V3.2 technical report, DeepSeek Sparse Attention; `mla_ops/reference.py` is the definition.
     """

@@ -37,6 +37,10 @@ class DoubleBackwardError(MlaOpsError, NotImplementedError):
     """A gradient of a gradient was asked for; the operator is differentiable once."""
 
 
+class ForwardModeError(MlaOpsError, NotImplementedError):
+    """A forward-mode derivative was asked for; the operator is differentiable in reverse mode."""
+
+
 class MissingExtraError(MlaOpsError, ImportError):
     """A feature needs an optional dependency that cannot be imported; the message says why and holds the pip line."""
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
-from mla_ops.errors import DoubleBackwardError
+from mla_ops.errors import DoubleBackwardError, ForwardModeError
 from mla_ops.registration.schema import SPARSE_ATTN, SPARSE_ATTN_BWD, SPARSE_ATTN_MAX_LOGITS
 from mla_ops.wrappers import is_dtensor
 
@@ -72,6 +73,7 @@ def _sparse_attn(
     attn_sink: torch.Tensor | None = None,
     backend: str = "auto",
 ) -> Any:
+    _refuse_forward_mode(q, kv, attn_sink)
     arguments = (q, kv, indices, d_v, softmax_scale, topk_length, attn_sink, backend)
     if torch.is_grad_enabled() and (
         q.requires_grad or kv.requires_grad or (attn_sink is not None and attn_sink.requires_grad)
@@ -86,6 +88,18 @@ def _below_autograd(op: torch._ops.OpOverload, keys: torch._C.DispatchKeySet, *a
         return op.redispatch(keys & torch._C._after_autograd_keyset, *arguments)
 
 
+def _refuse_forward_mode(*tensors: torch.Tensor | None) -> None:
+    # Without this the tangents end here, and torch takes the derivative for zero.
+    if forward_ad._current_level < 0:
+        return
+    for tensor in tensors:
+        if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:
+            raise ForwardModeError(
+                "mla::sparse_attn is differentiable in reverse mode, an argument with a forward-mode tangent arrived; "
+                "use backward() or torch.autograd.grad, or compute with mla_ops.reference.sparse_attn_reference"
+            )
+
+
 def _refuse_double_backward(ctx: Any, *grads: torch.Tensor | None) -> None:
     # Without a formula here torch only warns and returns zeros as the second derivative.
     raise DoubleBackwardError(
@@ -96,6 +110,7 @@ def _refuse_double_backward(ctx: Any, *grads: torch.Tensor | None) -> None:
 
 def _max_logits_without_grad(keys: torch._C.DispatchKeySet, *arguments: Any) -> Any:
     # Not differentiable, and said so: without a kernel at this key torch warns, and only when a backward passes.
+    _refuse_forward_mode(*(argument for argument in arguments if isinstance(argument, torch.Tensor)))
     return _below_autograd(SPARSE_ATTN_MAX_LOGITS, keys, *arguments)
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch.compiler.config
 
 import mla_ops
+from mla_ops.errors import InvalidSettingError
 
 
 @cache
@@ -36,7 +37,7 @@ def tag_compile_caches(*, is_lowered: bool = True, tuned_rows: str = "") -> None
     """
     tag = fingerprint() + ("" if is_lowered else "-extern")
     if tuned_rows:
-        tag += f"-{hashlib.sha256(Path(tuned_rows).read_bytes()).hexdigest()[:16]}"
+        tag += f"-{hashlib.sha256(_contents(tuned_rows)).hexdigest()[:16]}"
     config = torch.compiler.config
     # Private, like the absence of any public way to set a default; where the name is gone, the thread's tag remains.
     entry = getattr(config, "_config", {}).get("cache_key_tag")
@@ -45,6 +46,15 @@ def tag_compile_caches(*, is_lowered: bool = True, tuned_rows: str = "") -> None
             setattr(entry, source, _tagged(getattr(entry, source), tag))
     if config.cache_key_tag != _tagged(config.cache_key_tag, tag):
         config.cache_key_tag = _tagged(config.cache_key_tag, tag)
+
+
+def _contents(tuned_rows: str) -> bytes:
+    try:
+        return Path(tuned_rows).read_bytes()
+    except OSError as error:
+        raise InvalidSettingError(
+            f"tuned_rows (MLA_OPS_TUNED_ROWS) must name a file that mla-ops tune wrote, got {tuned_rows!r} ({error})"
+        ) from None
 
 
 def _tagged(tags: str, tag: str) -> str:

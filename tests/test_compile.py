@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -158,6 +159,34 @@ def test_export_keeps_the_widths_symbolic() -> None:
         actual = exported.module()(inputs.q, inputs.kv, inputs.indices, d_v)
         expected = torch.ops.mla.sparse_attn(inputs.q, inputs.kv, inputs.indices, d_v, 0.1)
         assert_bitwise(list(actual), list(expected))
+
+
+def test_a_program_that_returns_the_named_tuple_is_saved_and_loaded(tmp_path: Path) -> None:
+    class Module(torch.nn.Module):
+        def forward(self, q: torch.Tensor, kv: torch.Tensor, indices: torch.Tensor) -> mla_ops.SparseAttnOutput:
+            return mla_ops.sparse_attn(q, kv, indices, d_v=5, softmax_scale=0.1)
+
+    inputs = make_inputs(Case(d_total=8, d_v=5))
+    arguments = (inputs.q, inputs.kv, inputs.indices)
+    path = tmp_path / "program.pt2"
+    torch.export.save(torch.export.export(Module(), arguments), path)
+    loaded = torch.export.load(path).module()(*arguments)
+    assert type(loaded) is mla_ops.SparseAttnOutput
+    assert_bitwise(list(loaded), list(Module()(*arguments)))
+
+
+def test_a_missing_file_of_tuned_rows_is_named() -> None:
+    inputs = make_inputs(Case(d_total=8, d_v=5))
+
+    @torch.compile(backend="eager", fullgraph=True)
+    def run() -> torch.Tensor:
+        return torch.ops.mla.sparse_attn(inputs.q, inputs.kv, inputs.indices, 5, 0.1)[0]
+
+    with (
+        mla_ops.settings.override(tuned_rows="/nowhere/rows.json"),
+        pytest.raises(Exception, match=r"InvalidSettingError.*MLA_OPS_TUNED_ROWS.*nowhere"),
+    ):
+        run()
 
 
 def test_first_call_of_a_process_may_be_the_compiled_one() -> None:

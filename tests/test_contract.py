@@ -450,6 +450,26 @@ def test_double_backward_raises(target: Target) -> None:
         dq.sum().backward()
 
 
+@pytest.mark.parametrize("differentiated", ["q", "kv", "attn_sink"])
+def test_forward_mode_raises(differentiated: str, target: Target) -> None:
+    inputs = make_inputs(SMALL, device=target.device, attn_sink=True)
+    primal = getattr(inputs, differentiated)
+
+    def out_of(value: torch.Tensor) -> torch.Tensor:
+        changed = replace(inputs, **{differentiated: value})
+        arguments = (changed.q, changed.kv, changed.indices)
+        return mla_ops.sparse_attn(*arguments, **changed.kwargs, backend=target.backend).out
+
+    with pytest.raises(mla_ops.ForwardModeError, match="reverse mode"):
+        torch.func.jvp(out_of, (primal,), (torch.ones_like(primal),))
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(primal, torch.ones_like(primal))
+        for value in (dual, dual.requires_grad_()):
+            with pytest.raises(mla_ops.ForwardModeError, match="reverse mode"):
+                out_of(value)
+        assert torch.equal(out_of(primal), out_of(primal.clone()))  # without a tangent nothing is refused
+
+
 def test_inputs_are_not_changed(target: Target) -> None:
     inputs = make_inputs(SMALL, device=target.device, topk_length=True, attn_sink=True)
     before = [t.clone() for t in vars(inputs).values() if isinstance(t, torch.Tensor)]
