@@ -7,6 +7,8 @@ from functools import cache
 
 import torch
 
+from mla_ops.errors import UnsupportedProblemError
+
 
 @dataclass(frozen=True)
 class DeviceTraits:
@@ -53,7 +55,13 @@ def is_readable(tensor: torch.Tensor) -> bool:
 
 
 def pick_device(name: str) -> torch.device:
-    """Resolve "auto" to the CUDA device if there is one, else the CPU; other names are torch's own."""
+    """Resolve "auto" to the CUDA device if there is one, else the CPU; other names are torch's own.
+
+    Raises:
+        UnsupportedProblemError: the name is "cuda" and torch sees no such device.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UnsupportedProblemError("device must be one that torch sees, got cuda where it sees none; use cpu")
     if name != "auto":
         return torch.device(name)
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -25,6 +25,15 @@ def mla_ops(*args: str, **env: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="asks for a CUDA device where there is none")
+@pytest.mark.parametrize("command", ["demo", "explain --d-total 8 --d-v 5 --topk 4 --heads 2"])
+def test_a_device_that_is_not_there_is_refused_in_a_line(command: str) -> None:
+    result = mla_ops(*command.split(), "--device", "cuda")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr.startswith("mla-ops: UnsupportedProblemError: device must be one that torch sees, got cuda")
+    assert result.stderr.count("\n") == 1
+
+
 def check_demo(folder: Path, result: subprocess.CompletedProcess[str], compiler: str, steps: int) -> None:
     assert result.returncode == 0, result.stderr
     report = json.loads((folder / "report.json").read_text())

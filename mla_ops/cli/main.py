@@ -13,11 +13,11 @@ from mla_ops.errors import MlaOpsError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit status; errors of this package print as one line and return 2."""
+    """Run one command and return its exit status; errors of this package and of files print as a line and return 2."""
     arguments = _parser().parse_args(argv)
     try:
         return int(arguments.run(arguments))
-    except MlaOpsError as error:
+    except (MlaOpsError, OSError) as error:
         print(f"mla-ops: {type(error).__name__}: {error}", file=sys.stderr)
         return 2
 
