@@ -91,8 +91,12 @@ def sparse_attn_cp(
     def check_own_part() -> None:
         check_argument_types(q, kv_shard, indices, d_v, softmax_scale, topk_length, attn_sink, backend)
         _check_plain(q=q, kv_shard=kv_shard, indices=indices, topk_length=topk_length, attn_sink=attn_sink)
-        # While compiling the operator's fake checks, on the gathered sizes: an error in traced Python loses its words.
-        if not torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
+            # An error in traced Python loses its words, so the operator's fake checks: the gathered call below and, for
+            # topk_length and attn_sink, which that call never sees, this one, which leaves the graph as dead code.
+            one_group, no_slots = kv_shard.detach()[..., :1, :], indices[..., :1, :0]
+            SPARSE_ATTN(q.detach(), one_group, no_slots, d_v, softmax_scale, topk_length, attn_sink, backend)
+        else:
             check_inputs(q, kv_shard, indices, d_v, softmax_scale, topk_length, attn_sink)
         if seq_kv is not None:
             _check_owned_rows(kv_shard.shape[-3], owned_rows(seq_kv, ranks.count, ranks.index, key_layout), seq_kv)

@@ -165,6 +165,33 @@ def compiled_key_sharding_is_one_graph_with_its_collectives(world: World) -> Non
         assert forward.code.count("all_gather_into_tensor.default") == 3
         assert forward.code.count("all_to_all_single.default") == 2
         assert backward.code.count("all_to_all_single.default") == 3
+        # The call that only checks is in no graph.
+        assert forward.code.count("mla.sparse_attn.default") == 1
+
+
+@check(2)
+def compiled_key_sharding_refuses_what_eager_refuses(world: World) -> None:
+    mesh = world.mesh(context=2)
+    part = own_part(make_inputs(CP_CASES[0], topk_length=True, attn_sink=True), world, "rows", "contiguous")
+
+    def call(arguments: dict[str, Any]) -> torch.Tensor:
+        return sparse_attn_cp(part.q, part.kv, part.indices, mesh, **arguments).out
+
+    for name, value, words in (
+        ("attn_sink", part.attn_sink[:1], "size 0 of attn_sink must equal heads of q"),
+        ("attn_sink", part.attn_sink[None], "attn_sink must be [heads], got shape"),
+        ("attn_sink", part.attn_sink.half(), "attn_sink must be float32, got float16"),
+        ("topk_length", part.topk_length.float(), "topk_length must be int32 or int64, got float32"),
+        ("topk_length", part.topk_length > 0, "topk_length must be int32 or int64, got bool"),
+        ("topk_length", part.topk_length[:1, :1], "size 0 of topk_length must equal the batch of q"),
+    ):
+        arguments = {**part.kwargs, name: value}
+        with raises(InvalidInputError, words):
+            call(arguments)
+        for dynamic in (False, True):
+            torch._dynamo.reset()
+            with raises(RuntimeError, words):
+                torch.compile(call, fullgraph=True, backend="aot_eager", dynamic=dynamic)(arguments)
 
 
 @check(2, 4)
