@@ -74,8 +74,8 @@ def sparse_attn_cp(
             every `n`-th row from `r` on ("interleaved", as `kv[r::n]`). Causal selections crowd on early rows; which
             layout shares them out better is what `key_load` reports.
         check: compare the calls of all ranks first, and raise the same error on every rank if one is wrong or they
-            disagree. One small collective and a host sync: for setting up, in eager only. Without it, ranks that
-            disagree in shapes may wait for one another, as in any collective.
+            disagree in anything but the mesh. One small collective and a host sync: for setting up, in eager only.
+            Without it, ranks that disagree in shapes may wait for one another, as in any collective.
 
     Returns:
         `out` and `lse` for the rows and heads of `q`, as `mla_ops.sparse_attn` returns them. Partial results are
@@ -86,9 +86,9 @@ def sparse_attn_cp(
         UnsupportedProblemError: no backend runs it, or not the named one.
     """
     ranks = _Ranks.of(mesh, mesh_dim)
-    _check_choices(q_shard, key_layout)
 
     def check_own_part() -> None:
+        _check_constants(q_shard, key_layout, seq_kv)
         check_argument_types(q, kv_shard, indices, d_v, softmax_scale, topk_length, attn_sink, backend)
         _check_plain(q=q, kv_shard=kv_shard, indices=indices, topk_length=topk_length, attn_sink=attn_sink)
         if torch.compiler.is_compiling():
@@ -188,7 +188,7 @@ def key_load(
     all-reduce) and waits for the device: a report, not for the inside of a step.
     """
     ranks = _Ranks.of(mesh, mesh_dim)
-    _check_choices(q_shard, key_layout)
+    _check_constants(q_shard, key_layout, seq_kv)
     owner, _ = _owner_and_local_row(indices, topk_length, seq_kv, ranks.count, key_layout)
     slots = torch.stack([(owner == rank).sum() for rank in range(ranks.count)])
     if q_shard == "rows":
@@ -244,10 +244,12 @@ def _fact(argument: object) -> str:
     return repr(argument)
 
 
-def _check_choices(q_shard: str, key_layout: str) -> None:
+def _check_constants(q_shard: object, key_layout: object, seq_kv: object) -> None:
     for name, value, known in (("q_shard", q_shard, QShard), ("key_layout", key_layout, KeyLayout)):
         if value not in get_args(known):
             raise InvalidInputError(f"{name} must be one of {', '.join(map(repr, get_args(known)))}, got {value!r}")
+    if seq_kv is not None and (isinstance(seq_kv, bool) or not isinstance(seq_kv, (int, torch.SymInt))):
+        raise InvalidInputError(f"seq_kv must be an int, got {type(seq_kv).__name__}; use int(seq_kv)")
 
 
 def _check_plain(**tensors: torch.Tensor | None) -> None:
@@ -300,13 +302,16 @@ class _Ranks:
         """Raise the same error on every rank if one breaks a rule or if shapes, dtypes or constants differ."""
         if torch.compiler.is_compiling():
             raise InvalidInputError("check=True exchanges Python objects, which no graph holds; check in eager")
-        error = None
+        error, facts = None, {}
         try:
             check_own_part()
+            facts = {name: _fact(argument) for name, argument in arguments.items()}
         except InvalidInputError as broken_rule:
             error = str(broken_rule)
+        except Exception as unforeseen:  # whatever it is, the other ranks wait for this one's report
+            error = f"{type(unforeseen).__name__}: {unforeseen}"
         reports: list[Any] = [None] * self.count
-        dist.all_gather_object(reports, (error, {name: _fact(a) for name, a in arguments.items()}), group=self.group)
+        dist.all_gather_object(reports, (error, facts), group=self.group)
         for rank, (broken, of_rank) in enumerate(reports):
             if broken is not None:
                 raise InvalidInputError(f"rank {rank} of {self.count}: {broken}")

@@ -251,7 +251,16 @@ def disagreeing_ranks_raise_the_same_error(world: World) -> None:
     call(InvalidInputError, "d_v must be the same on every rank, got 16 on rank 0, 8", d_v=16 if first else 8)
     call(InvalidInputError, "attn_sink must be the same", attn_sink=part.attn_sink if first else None)
     call(InvalidInputError, "rank 1 of 2", "kv must be a torch.Tensor, got NoneType", kv=part.kv if first else None)
+    call(InvalidInputError, "rank 1 of 2", "q_shard must be one of", "'x'", q_shard="rows" if first else "x")
+    call(InvalidInputError, "rank 1 of 2", "key_layout must be one of", key_layout="contiguous" if first else "x")
+    for wrong in ("24", 24.0, True):
+        words = f"seq_kv must be an int, got {type(wrong).__name__}"
+        call(InvalidInputError, "rank 1 of 2", words, seq_kv=24 if first else wrong)
+    call(InvalidInputError, "rank 1 of 2", "OverflowError", softmax_scale=1.0 if first else 10**400)
     # What all ranks share.
+    call(InvalidInputError, "seq_kv must be an int, got float", seq_kv=24.0, check=False)
+    with raises(InvalidInputError, "seq_kv must be an int, got float"):
+        key_load(part.indices, mesh, seq_kv=24.0)
     call(InvalidInputError, "mesh_dim must be a dimension of the mesh", "('context',)", "'cp'", mesh_dim="cp")
     call(InvalidInputError, "mesh has 2 dimensions", "mesh_dim=", mesh=world.mesh(data=1, context=2))
     call(InvalidInputError, "mesh must be a DeviceMesh, got ProcessGroup", mesh=dist.group.WORLD)
