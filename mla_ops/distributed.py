@@ -56,7 +56,8 @@ def sparse_attn_cp(
     Args:
         q: this rank's queries, `[batch, seq_q, heads, d_total]` or without batch: a run of rows (`q_shard="rows"`), or
             a run of heads of every row (`"heads"`: for fewer rows than ranks, as in decoding, and where projections
-            are tensor parallel over the same ranks).
+            are tensor parallel over the same ranks). With several KV groups, the heads of all ranks together are a
+            multiple of `kv_group`; a rank's own need not be.
         kv_shard: `[batch, rows, kv_group, d_total]`, the keys that this rank owns.
         indices: `[batch, seq_q, kv_group, topk]` for the rows of `q`. They name rows of the whole `kv`; an index local
             to a shard cannot be told from a global one.
@@ -97,7 +98,8 @@ def sparse_attn_cp(
             one_group, no_slots = kv_shard.detach()[..., :1, :], indices[..., :1, :0]
             SPARSE_ATTN(q.detach(), one_group, no_slots, d_v, softmax_scale, topk_length, attn_sink, backend)
         else:
-            check_inputs(q, kv_shard, indices, d_v, softmax_scale, topk_length, attn_sink)
+            head_shards = ranks.count if q_shard == "heads" else 1
+            check_inputs(q, kv_shard, indices, d_v, softmax_scale, topk_length, attn_sink, head_shards)
         if seq_kv is not None:
             _check_owned_rows(kv_shard.shape[-3], owned_rows(seq_kv, ranks.count, ranks.index, key_layout), seq_kv)
 

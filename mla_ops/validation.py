@@ -69,8 +69,12 @@ def check_inputs(
     softmax_scale: float,
     topk_length: torch.Tensor | None,
     attn_sink: torch.Tensor | None,
+    head_shards: int = 1,
 ) -> None:
-    """Raise `InvalidInputError` at the first broken rule of `mla::sparse_attn`; shapes in `mla_ops.sparse_attn`."""
+    """Raise `InvalidInputError` at the first broken rule of `mla::sparse_attn`; shapes in `mla_ops.sparse_attn`.
+
+    With `head_shards`, `q` and `attn_sink` hold that fraction of the heads, while `kv` and `indices` hold every group.
+    """
     _check_storage(q=q, kv=kv, indices=indices, topk_length=topk_length, attn_sink=attn_sink)
 
     if q.dim() not in (3, 4):
@@ -113,9 +117,10 @@ def check_inputs(
     _require_size("indices", indices, -3, seq_q, "seq_q of q")
     _require_size("indices", indices, -2, kv_group, "kv_group of kv")
     _require(kv_group >= 1, lambda: f"kv_group (kv.shape[-2]) must be at least 1, got kv {_shape(kv)}")
+    of_each = "" if head_shards == 1 else f" of each of {head_shards} ranks"
     _require(
-        heads % kv_group == 0,
-        lambda: f"heads must be a multiple of kv_group, got heads={heads} (q) and kv_group={kv_group} (kv)",
+        heads * head_shards % kv_group == 0,
+        lambda: f"heads must be a multiple of kv_group, got heads={heads} (q{of_each}) and kv_group={kv_group} (kv)",
     )
     if topk_length is not None:
         if batch:

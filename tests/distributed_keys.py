@@ -84,6 +84,7 @@ CP_CASES = (
     Case(d_total=24, d_v=16, heads=4, seq_q=8, seq_kv=24),
     Case(d_total=24, d_v=16, heads=8, kv_group=2, batch=None, seq_q=4, seq_kv=23, topk=7),
     Case(d_total=16, d_v=16, heads=4, seq_q=4, seq_kv=5, topk=9),
+    Case(d_total=16, d_v=16, heads=4, kv_group=4, seq_q=4, seq_kv=9, topk=5),  # more groups than heads of a rank
 )
 
 
@@ -258,6 +259,9 @@ def disagreeing_ranks_raise_the_same_error(world: World) -> None:
         call(InvalidInputError, "rank 1 of 2", words, seq_kv=24 if first else wrong)
     call(InvalidInputError, "rank 1 of 2", "OverflowError", softmax_scale=1.0 if first else 10**400)
     # What all ranks share.
+    words = "heads must be a multiple of kv_group, got heads=4 (q of each of 2 ranks) and kv_group=3"
+    kv, indices = part.kv.expand(-1, -1, 3, -1), part.indices.expand(-1, -1, 3, -1)
+    call(InvalidInputError, words, kv=kv, indices=indices, q_shard="heads", check=False)
     call(InvalidInputError, "seq_kv must be an int, got float", seq_kv=24.0, check=False)
     with raises(InvalidInputError, "seq_kv must be an int, got float"):
         key_load(part.indices, mesh, seq_kv=24.0)
