@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch.utils import _pytree
 
+from mla_ops.dispatch import check_backend_name
 from mla_ops.registration import SPARSE_ATTN, SPARSE_ATTN_MAX_LOGITS
 from mla_ops.validation import check_argument_types, check_inputs
 from mla_ops.wrappers import dequantized, is_dtensor
@@ -80,6 +81,7 @@ def sparse_attn(
     check_argument_types(q, kv, indices, d_v, softmax_scale, topk_length, attn_sink, backend)
     if is_dtensor(q) and not torch.compiler.is_compiling():
         # DTensor's dispatcher would run these rules in the fake and wrap what they raise in a RuntimeError.
+        check_backend_name(backend)
         check_inputs(q, kv, indices, d_v, softmax_scale, topk_length, attn_sink)
     return SparseAttnOutput(*SPARSE_ATTN(q, kv, indices, d_v, softmax_scale, topk_length, attn_sink, backend))
 

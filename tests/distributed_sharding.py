@@ -11,7 +11,7 @@ from distributed_world import World, check, raises, single_run
 from torch.distributed.device_mesh import DeviceMesh
 
 import mla_ops
-from mla_ops.errors import InvalidInputError, UnsupportedShardingError
+from mla_ops.errors import InvalidInputError, UnknownBackendError, UnsupportedShardingError
 from mla_ops.testing import Case, Inputs, assert_matches_oracle, make_inputs
 
 
@@ -254,6 +254,8 @@ def bad_placements_raise_typed_errors_on_every_rank(world: World) -> None:
         torch.ops.mla.sparse_attn(**{**whole, "kv": inputs.kv}, **keywords)
     with raises(InvalidInputError, "d_v must be at most d_total (24"):
         mla_ops.sparse_attn(**whole, d_v=25, softmax_scale=0.1)
+    with raises(UnknownBackendError, "backend must be one of 'auto'", "got 'tritn'"):
+        mla_ops.sparse_attn(**whole, **keywords, backend="tritn")
     assert isinstance(mla_ops.sparse_attn(**whole, **keywords).out, DTensor)
 
 

@@ -29,7 +29,7 @@ LAYERS: dict[str, set[str]] = {
     "dispatch": {"errors", "problem", "device", "settings", "validation", "configs", "backends"},
     "registration": {"errors", "problem", "device", "wrappers", "validation", "backends", "dispatch"},
     "lowering": {"errors", "problem", "device", "settings", "configs", "backends", "dispatch", "registration"},
-    "api": {"errors", "wrappers", "validation", "registration"},
+    "api": {"errors", "wrappers", "validation", "dispatch", "registration"},
     "warmup": {"errors", "validation", "registration"},
     "distributed": {"wrappers", "errors", "validation", "registration", "api"},
     "adapters": {"errors", "problem", "device", "dispatch", "api"},
