@@ -125,6 +125,19 @@ def with_offloaded_up_projection() -> Any:
     return model
 
 
+def with_hook(register: str) -> Any:
+    model = make_model()
+    getattr(attention_layer(model).kv_b_proj, register)(lambda *_: None)
+    return model
+
+
+def with_forward_of_its_own() -> Any:
+    model = make_model()
+    linear = attention_layer(model).kv_b_proj
+    linear.forward = lambda x: 2 * nn.functional.linear(x, linear.weight)
+    return model
+
+
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
@@ -143,6 +156,10 @@ def with_offloaded_up_projection() -> Any:
         (with_biased_up_projection, UnsupportedFeatureError, "must be an nn.Linear without bias"),
         (with_integer_up_projection, UnsupportedFeatureError, "plain floating-point parameter .* got Parameter .*int8"),
         (with_offloaded_up_projection, UnsupportedFeatureError, "got Parameter .* on meta; resolve that"),
+        (lambda: with_hook("register_forward_hook"), UnsupportedFeatureError, "got forward hooks; resolve that"),
+        (lambda: with_hook("register_forward_pre_hook"), UnsupportedFeatureError, "got forward pre-hooks; "),
+        (lambda: with_hook("register_full_backward_hook"), UnsupportedFeatureError, "got backward hooks; "),
+        (with_forward_of_its_own, UnsupportedFeatureError, "beside its weight .* got a forward of its own; "),
     ],
     ids=[
         "no-mla",
@@ -156,6 +173,10 @@ def with_offloaded_up_projection() -> Any:
         "bias",
         "quantised",
         "offloaded",
+        "hook",
+        "pre-hook",
+        "backward-hook",
+        "forward",
     ],
 )
 def test_models_that_cannot_be_served_are_refused_on_attach(make: Any, error: type, message: str) -> None:

@@ -49,6 +49,14 @@ _REFUSED = {
         "these models separate packed sequences by their mask, made from position_ids; pass those alone",
     ),
 }
+# What a module may run beside its weight, none of it when the weight alone is read.
+_BESIDE_WEIGHT = (
+    ("forward", "a forward of its own"),
+    ("_forward_hooks", "forward hooks"),
+    ("_forward_pre_hooks", "forward pre-hooks"),
+    ("_backward_hooks", "backward hooks"),
+    ("_backward_pre_hooks", "backward pre-hooks"),
+)
 
 
 @dataclass(frozen=True)
@@ -205,6 +213,9 @@ def _not_absorbable(layer: Any, meta: MLALayerMeta) -> list[str]:
     if not is_whole or not weight.is_floating_point():
         got = f"{type(weight).__name__} {list(weight.shape)} {weight.dtype} on {weight.device}"
         return [f"kv_b_proj.weight must be a plain floating-point parameter {list(shape)}, got {got}; {other}"]
+    added = [what for attribute, what in _BESIDE_WEIGHT if vars(linear).get(attribute)]
+    if added:
+        return [f"kv_b_proj must compute nothing beside its weight to be absorbed, got {', '.join(added)}; {other}"]
     return []
 
 
