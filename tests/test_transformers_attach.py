@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import subprocess
 import sys
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -62,6 +64,20 @@ def test_a_copy_of_an_attached_model_outlives_the_original() -> None:
         twin = copy.deepcopy(model)
     attention_layer(model).kv_b_proj.weight.zero_()
     torch.testing.assert_close(twin(ids).logits, expected, **CLOSE)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@torch.no_grad()
+def test_an_attached_model_is_pickled_as_it_is_and_runs_where_nothing_was_attached(form: Any, tmp_path: Path) -> None:
+    model, ids = make_model(), token_ids()
+    adapter.attach(model, form=form)
+    torch.save((model, ids), tmp_path / "model.pt")
+    code = (
+        "import sys, torch; folder = sys.argv[1]; model, ids = torch.load(f'{folder}/model.pt', weights_only=False); "
+        "torch.save(model(ids).logits.detach(), f'{folder}/logits.pt')"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
+    torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), model(ids).logits, **CLOSE)
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from dataclasses import dataclass
-from types import MethodType
+from functools import partial
 from typing import Any
 
 import torch
@@ -63,6 +63,14 @@ _BESIDE_WEIGHT = (
 class _AttachedLayer:
     meta: MLALayerMeta
     backend: str
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _unpickled, (self.meta, self.backend)
+
+
+def _unpickled(meta: MLALayerMeta, backend: str) -> _AttachedLayer:
+    register()  # the process that loads an attached model may never have attached one
+    return _AttachedLayer(meta, backend)
 
 
 class Attachment(Undo):
@@ -131,7 +139,8 @@ def attach(model: nn.Module, *, form: Form = "absorbed", backend: str = "auto") 
             setattr(layer, _LAYER, _AttachedLayer(meta, backend))
             undo.callback(delattr, layer, _LAYER)
             if form == "absorbed":
-                layer.expand_kv = MethodType(_keep_latent, layer)
+                # No bound method: it would be pickled as the name of a method that the layer's class does not have.
+                layer.expand_kv = partial(_keep_latent, layer)
                 undo.callback(delattr, layer, "expand_kv")
         undo.callback(owner.set_attn_implementation, owner.config._attn_implementation)
         owner.set_attn_implementation(ATTN_IMPLEMENTATION)
@@ -219,10 +228,10 @@ def _not_absorbable(layer: Any, meta: MLALayerMeta) -> list[str]:
     return []
 
 
-def _keep_latent(self: Any, kv_nope: torch.Tensor, k_rot: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _keep_latent(layer: Any, kv_nope: torch.Tensor, k_rot: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Stand in for `expand_kv`: hand on the rows `[B, 1, T, kv_lora_rank + rope]` instead of every head's."""
-    if self.config._attn_implementation != ATTN_IMPLEMENTATION:
-        expanded: tuple[torch.Tensor, torch.Tensor] = type(self).expand_kv(self, kv_nope, k_rot)
+    if layer.config._attn_implementation != ATTN_IMPLEMENTATION:
+        expanded: tuple[torch.Tensor, torch.Tensor] = type(layer).expand_kv(layer, kv_nope, k_rot)
         return expanded
     return torch.cat([kv_nope, k_rot], dim=-1), kv_nope
 
