@@ -256,6 +256,13 @@ def test_gaps_between_segments_belong_to_no_sequence() -> None:
     assert plan.positions.tolist() == [0, 1, 2, 3, 0, 1, 2, 3, 4, 5]
 
 
+def test_rows_of_a_long_gap_index_inside_the_rotary_table() -> None:
+    bounds = torch.tensor([0, 8, 16])
+    plan = plan_positions(META, "thd", 16, replace(PACKED, cu_seqlens_q_padded=bounds, cu_seqlens_kv_padded=bounds))
+    assert plan.positions.tolist() == [*range(6), 5, 5, *range(6), 5, 5]
+    assert torch.zeros(plan.freqs_shape)[plan.positions].shape == (16, 1, 8)
+
+
 def test_unchecked_bad_indices_name_no_key() -> None:
     query, key, _, _ = draw(META, 1, 10)
     indices = torch.tensor([-2, 10, 2**31 + 3, 2**40, -(2**63), 5]).expand(1, 10, 6)

@@ -109,8 +109,8 @@ class PositionPlan:
 
     rotary_len: int  # rows of the table
     freqs_shape: tuple[int, ...]  # of a table that broadcasts against the rope part of a query in its layout
-    # int64 [rows], each row's position in its own sequence. None under context parallelism: which rows a rank holds is
-    # the communication layer's knowledge.
+    # int64 [rows], each row's position in its own sequence; rows of a gap have any of the table. None under context
+    # parallelism: which rows a rank holds is the communication layer's knowledge.
     positions: torch.Tensor | None
     segment_of_row: torch.Tensor | None  # int64 [rows] of a packed batch
 
@@ -177,7 +177,10 @@ def plan_positions(
     segment = positions = None
     if cp_size == 1:
         segment = packed.segment_of_row(rows)
-        positions = torch.arange(rows, device=segment.device) - packed.start_and_length("q")[0][segment]
+        start, length = packed.start_and_length("q")
+        positions = torch.arange(rows, device=segment.device) - start[segment]
+        # A gap may be longer than what the table has left; its rows read any of it.
+        positions = torch.where(positions < length[segment], positions, positions.clamp_max(rotary_len - 1))
     return PositionPlan(
         rotary_len=rotary_len,
         freqs_shape=_freqs_shape(layout, rotary_len, meta.qk_rope_head_dim),
