@@ -522,6 +522,10 @@ REFUSALS = [
     ({"meta": EXPANDED, "value": None}, "the expanded form needs a value"),
     ({"meta": EXPANDED, "value": torch.zeros(2, 10, 4, 24)}, "value must be key but for its width"),
     ({"meta": EXPANDED, "value": torch.zeros(2, 10, 1, 20)}, r"value must be v_channels \(24\) wide"),
+    (
+        {"meta": replace(EXPANDED, v_head_dim=32), "value": torch.zeros(2, 10, 1, 24)},
+        r"value must be v_channels \(32\) wide, got 24; pass the value as wide as the layer's v_head_dim",
+    ),
     ({"meta": EXPANDED, "key": torch.zeros(2, 10, 3, 24)}, "must be a multiple of the key's heads, got 3"),
     ({"indices": torch.zeros(2, 10, 6)}, "indices must be int32 or int64, got torch.float32"),
     ({"indices": torch.zeros(10, 2, 6, dtype=torch.int32)}, r"batch first, whatever the layout of query"),

@@ -208,10 +208,12 @@ def _check_expanded(
         raise MLALayoutError(f"value must be key but for its width, got {_sizes(value)} and {_sizes(key)}")
     for name, tensor in (("query", query), ("key", key)):
         _check_width(name, tensor, meta.k_channels, "k_channels = qk_nope_head_dim + qk_rope_head_dim")
-    if value.shape[-1] not in (meta.v_channels, meta.k_channels):
+    if value.shape[-1] not in (meta.v_channels, max(meta.v_channels, meta.k_channels)):
+        is_wider = meta.k_channels > meta.v_channels
+        padded = f", or zero-padded to k_channels ({meta.k_channels})" if is_wider else ""
         raise MLALayoutError(
-            f"value must be v_channels ({meta.v_channels}) wide, or zero-padded to k_channels ({meta.k_channels}), got "
-            f"{value.shape[-1]}"
+            f"value must be v_channels ({meta.v_channels}) wide{padded}, got {value.shape[-1]}; pass the value as wide "
+            "as the layer's v_head_dim, or correct the metadata"
         )
 
 
