@@ -178,6 +178,16 @@ def test_the_layer_compiles_around_the_operator() -> None:
     torch.testing.assert_close(compiled(q, k, v, None), core(q, k, v, None))
 
 
+@pytest.mark.parametrize("dynamic", [True, None])
+def test_layers_of_other_scales_compile_too(dynamic: bool | None) -> None:
+    torch._dynamo.reset()
+    q, k, v = (torch.randn(ROWS, BATCH, 4, width) for width in (32, 32, 24))
+    for scale in (0.2, 0.3):
+        core = core_attention(softmax_scale=scale)
+        compiled = torch.compile(core, fullgraph=True, dynamic=dynamic, backend="eager")
+        torch.testing.assert_close(compiled(q, k, v, None), core(q, k, v, None))
+
+
 # Specifications
 
 

@@ -113,9 +113,12 @@ class SparseMLACoreAttention(nn.Module):
         self.backend = backend
         self.check_indices = check_indices
         self.requires_dsa_inputs = index_fn is not None  # Megatron asks: whether to hand over `x` and `qr`
+        # The layer in either form. Made here: a compiler that takes the scale for a variable could not check it again.
         self.meta: MLALayerMeta | None = None
+        self._absorbed_meta: MLALayerMeta | None = None
         if k_channels is not None or v_channels is not None:
             self.meta = _resolve(config, layer_number, attention_type, softmax_scale, (k_channels, v_channels))
+            self._absorbed_meta = replace(self.meta, form="absorbed")
 
     def forward(
         self,
@@ -202,7 +205,7 @@ class SparseMLACoreAttention(nn.Module):
         return heads.flatten(-2)
 
     def _meta_of(self, value: torch.Tensor | None, up_v_weight: torch.Tensor | None) -> MLALayerMeta:
-        if self.meta is None:
+        if self.meta is None or self._absorbed_meta is None:
             raise MLAMetadataError(
                 f"layer {self.layer_number} never got k_channels, v_channels and softmax_scale: Megatron's MLA layers "
                 "pass them when they construct their core attention a second time; use it in one of those",
@@ -213,7 +216,7 @@ class SparseMLACoreAttention(nn.Module):
                 "exactly one of value (expanded heads) and up_v_weight (absorbed rows) must be given, got "
                 f"{'neither' if value is None else 'both'}"
             )
-        return replace(self.meta, form="absorbed" if value is None else "expanded")
+        return self._absorbed_meta if value is None else self.meta
 
     def _refuse(
         self, attention_bias: torch.Tensor | None, attention_mask: torch.Tensor | None, packed: PackedSeq | None
