@@ -183,6 +183,26 @@ def test_a_causal_mask_needs_as_many_queries_as_keys() -> None:
         core_attention()(q[:1], k, v, None)
 
 
+@pytest.mark.parametrize("padded", [False, True], ids=["lengths", "starts"])
+def test_a_causal_mask_needs_the_same_segments_of_queries_and_keys(padded: bool) -> None:
+    q, k, v = (t[:, 0] for t in draw(6))
+    bounds = {"cu_seqlens_q": torch.tensor([0, 2, 6]), "cu_seqlens_kv": torch.tensor([0, 4, 6])}
+    if padded:
+        same = torch.tensor([0, 2, 4])
+        bounds = {"cu_seqlens_q": same, "cu_seqlens_kv": same} | {f"{n}_padded": t for n, t in bounds.items()}
+    params = packed_params(**bounds)
+    with pytest.raises(MLALayoutError, match=r"the same segments of query and key, got .* rows \[0, 2\] .* \[0, 4\]"):
+        core_attention()(q, k, v, None, packed_seq_params=params)
+    assert core_attention()(q, k, v, None, attn_mask_type=AttnMaskType.no_mask, packed_seq_params=params).any(1).all()
+
+
+def test_a_causal_mask_hides_no_index_that_names_no_row() -> None:
+    beyond = torch.full((BATCH, ROWS, 1), 99)
+    with pytest.raises(MLALayoutError, match=r"indices\[0, 0, 0, 0\] is 99, outside the 10 rows of key"):
+        core_attention(index_fn=lambda **_: beyond)(*draw(), None)
+    assert not core_attention(index_fn=lambda **_: beyond, check_indices=False)(*draw(), None).any()
+
+
 def test_keys_with_heads_are_not_taken_for_latent_rows() -> None:
     absorbed = {"k_channels": 56, "v_channels": 48}
     q = torch.randn(ROWS, BATCH, 4, 56)

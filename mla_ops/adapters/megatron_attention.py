@@ -11,6 +11,7 @@ from torch import nn
 from mla_ops.adapters.seam import Layout, MLALayerMeta, PackedSeq, SparseCall, normalize_call, resolve_layer_meta
 from mla_ops.adapters.torch_layer import project_v
 from mla_ops.api import sparse_attn
+from mla_ops.device import is_readable
 from mla_ops.errors import MLALayoutError, MLAMetadataError, UnsupportedFeatureError
 
 
@@ -187,6 +188,8 @@ class SparseMLACoreAttention(nn.Module):
                 f"a causal mask needs as many query rows as key rows, got {query.shape[0]} and {key.shape[0]}; for "
                 "decoding pass AttnMaskType.no_mask"
             )
+        if is_causal and packed is not None and self.check_indices:
+            _check_same_segments(packed)
         indices = self._select(query, key, x, qr, packed, is_causal)
         # All heads read the same rows, so one head's slots are made canonical and the others see them as a view: with
         # every earlier row selected, a copy for each head would be the [heads, s, s] that nothing here may hold.
@@ -255,7 +258,8 @@ class SparseMLACoreAttention(nn.Module):
                 )
         if is_causal:
             own_row = torch.arange(query.shape[0], device=query.device)[:, None]
-            indices = torch.where(indices > own_row, -1, indices)
+            # Rows that do not exist are kept, for the check of the indices to report.
+            indices = torch.where((indices > own_row) & (indices < key.shape[0]), -1, indices)
         return indices
 
     def _every_row(self, query: torch.Tensor, key: torch.Tensor, packed: PackedSeq | None) -> torch.Tensor:
@@ -331,6 +335,19 @@ def _resolve(
             f"SparseMLACoreAttention, layer {layer_number}: {'; '.join(bad)}", bad=tuple(bad), source=meta.source
         )
     return meta
+
+
+def _check_same_segments(packed: PackedSeq) -> None:
+    """Raise `MLALayoutError` unless queries and keys are laid out alike; reads values, so not while compiling."""
+    if not is_readable(packed.cu_seqlens_q):
+        return
+    (start_q, length_q), (start_kv, length_kv) = packed.start_and_length("q"), packed.start_and_length("kv")
+    if not (torch.equal(start_q, start_kv) and torch.equal(length_q, length_kv)):
+        raise MLALayoutError(
+            "a causal mask needs the same segments of query and key, got those of query from rows "
+            f"{start_q.tolist()} with lengths {length_q.tolist()} and those of key from {start_kv.tolist()} with "
+            f"{length_kv.tolist()}; pass AttnMaskType.no_mask and an index_fn that names earlier rows only"
+        )
 
 
 def _is_causal(attn_mask_type: Any, packed: PackedSeq | None) -> bool:
