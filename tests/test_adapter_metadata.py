@@ -211,6 +211,19 @@ def test_an_unknown_backend_is_named() -> None:
         backend(None)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"topk": -3}, "topk must be an int of at least 1, got -3"),
+        ({"kv_group": 0}, "kv_group must be an int of at least 1, got 0"),
+        ({"kv_group": 3}, "heads must be a multiple of kv_group, got 4 and 3"),
+    ],
+)
+def test_an_impossible_call_has_no_backend(change: dict[str, int], message: str) -> None:
+    with pytest.raises(MLAMetadataError, match=message):
+        backend(**change)
+
+
 def test_a_layer_without_topk_cannot_choose() -> None:
     with pytest.raises(MLAMetadataError, match="topk is needed to choose a backend") as info:
         backend(topk=None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 import torch
@@ -56,7 +56,8 @@ def resolve_backend(
     Raises:
         UnknownBackendError: `requested` is no known name.
         UnsupportedBackendError: nothing fits, or not what was named; lists every backend's reasons.
-        MLAMetadataError: neither `topk` nor the layer says how many slots a query has.
+        MLAMetadataError: neither `topk` nor the layer says how many slots a query has, or `topk` or `kv_group` cannot
+            be.
     """
     check_backend_name(requested)
     topk = meta.topk if topk is None else topk
@@ -69,6 +70,7 @@ def resolve_backend(
         )
     if kv_group is None:
         kv_group = meta.kv_group if meta.form == "absorbed" else meta.heads
+    meta = replace(meta, topk=topk, kv_group=kv_group)  # checks them
     problem = SparseAttnProblem(
         d_total=meta.d_total,
         d_v=meta.d_v,
