@@ -90,6 +90,11 @@ def test_nothing_given_misses_everything() -> None:
         ({"index_topk": 0}, "topk must be an int of at least 1, got 0"),
         ({"qk_head_dim": 17}, "qk_head_dim=17 contradicts qk_nope_head_dim=16 and qk_rope_head_dim=8"),
         ({"qk_pos_emb_head_dim": 4}, "qk_pos_emb_head_dim=4 contradicts qk_rope_head_dim=8"),
+        (
+            {"rope_scaling": {"type": "yarn", "factor": "40", "mscale_all_dim": 1.0}},
+            "factor of the rope scaling must be a number, got '40'",
+        ),
+        ({"rotary_scaling_factor": 40, "mscale_all_dim": "1"}, "mscale_all_dim of the rope scaling must be a number"),
     ],
 )
 def test_impossible_fields_are_refused(change: dict[str, Any], message: str) -> None:

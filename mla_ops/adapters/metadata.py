@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
+from numbers import Real
 from typing import Any, Literal, get_args
 
 from mla_ops.errors import MLAMetadataError
@@ -124,7 +125,7 @@ def resolve_layer_meta(
     found = {field: value for field, value in found.items() if value is not None}
     found |= {"form": form, "topk": _first(src, _TOPK_NAMES)}
     bad = _bad_fields(found | ({} if softmax_scale is None else {"softmax_scale": softmax_scale}))
-    bad += _contradictions(src)
+    bad += _contradictions(src) + (() if softmax_scale is not None else _bad_rope_scaling(src))
     if missing or bad:
         raise _incomplete(source, layer, names, found, missing, bad)
     if softmax_scale is None:
@@ -174,15 +175,27 @@ def _contradictions(src: Any) -> tuple[str, ...]:
     return tuple(bad)
 
 
+def _rope_scaling(src: Any) -> dict[str, Any]:
+    """The factor and the mscale of the source's rope scaling under its own names; empty without scaling."""
+    rope = _first(src, ("rope_parameters", "rope_scaling"))
+    if rope is None:
+        return {name: _get(src, name) for name in ("rotary_scaling_factor", "mscale_all_dim")}
+    if _first(rope, ("rope_type", "type")) in (None, "default"):
+        return {}
+    return {name: _get(rope, name) for name in ("factor", "mscale_all_dim")}
+
+
+def _bad_rope_scaling(src: Any) -> tuple[str, ...]:
+    return tuple(
+        f"{name} of the rope scaling must be a number, got {value!r}"
+        for name, value in _rope_scaling(src).items()
+        if value is not None and not isinstance(value, Real)
+    )
+
+
 def _mscale(src: Any) -> float:
     """The attention factor of YaRN, as the frameworks compute it from their own configuration; 1.0 without scaling."""
-    rope = _first(src, ("rope_parameters", "rope_scaling"))
-    if rope is not None:
-        if _first(rope, ("rope_type", "type")) in (None, "default"):
-            return 1.0
-        factor, mscale = _get(rope, "factor"), _get(rope, "mscale_all_dim")
-    else:
-        factor, mscale = _get(src, "rotary_scaling_factor"), _get(src, "mscale_all_dim")
+    factor, mscale = _rope_scaling(src).values() or (None, None)
     if not mscale or factor is None or factor <= 1:
         return 1.0
     return float(0.1 * mscale * math.log(factor) + 1.0)
