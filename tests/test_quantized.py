@@ -290,6 +290,7 @@ def spoiled(**attributes: Any) -> torch.Tensor:
     [
         (lambda: INPUTS.kv, r"must hold a payload and a scale named as one of \(qdata, scale\), .*got Tensor"),
         (lambda: spoiled(_data=None), r"got TeLike whose _data is None; quantise it row-wise"),
+        (lambda: spoiled(_scale_inv=None), r"got TeLike whose _scale_inv is None; quantise it with a float32 scale"),
         (lambda: spoiled(_fp8_dtype="DType.kFloat8E5M2"), r"must hold an e4m3 payload .*with torch.uint8"),
         (lambda: spoiled(_data=torch.zeros(3, dtype=torch.float8_e4m3fn)), r"of its own shape \[24, 1, 32\], .*\[3\]"),
         (lambda: spoiled(_scale_inv=torch.ones(2)), r"one float32 scale or one per row, .*torch.float32 \[2\]"),

@@ -63,7 +63,7 @@ def as_scaled(tensor: torch.Tensor) -> ScaledTensor:
 
     Raises:
         QuantizedInputError: `tensor` follows no known convention, has no payload (Transformer Engine may keep only a
-            transposed copy), or a payload or scale that no attention row can be read with.
+            transposed copy) or no scale, or a payload or scale that no attention row can be read with.
     """
     name = type(tensor).__name__
     convention = _convention_of(tensor)
@@ -75,6 +75,10 @@ def as_scaled(tensor: torch.Tensor) -> ScaledTensor:
     if data is None:
         raise QuantizedInputError(
             f"tensor must hold its payload, got {name} whose {convention.data} is None; quantise it row-wise"
+        )
+    if scale is None:
+        raise QuantizedInputError(
+            f"tensor must hold its scale, got {name} whose {convention.scale} is None; quantise it with a float32 scale"
         )
     if data.dtype == torch.uint8 and _names_e4m3(getattr(tensor, "_fp8_dtype", None)):
         data = data.view(FP8_DTYPE)
