@@ -60,6 +60,7 @@ def dequantized(tensor: torch.Tensor, quantized: str) -> torch.Tensor:
 def _dequantize_method(cls: type) -> str | None:
     for name in _DEQUANTIZE_METHODS:
         # torch.Tensor has a dequantize() of its own, which every wrapper inherits and which means nothing to it.
-        if getattr(cls, name, None) is not getattr(torch.Tensor, name, None):
+        method = getattr(cls, name, None)
+        if method is not None and method is not getattr(torch.Tensor, name, None):
             return name
     return None

@@ -148,6 +148,12 @@ def test_other_values_of_quantized_raise_and_name_the_missing_path() -> None:
             mla_ops.sparse_attn(*INPUTS.args[:3], **CALL, quantized=value)
 
 
+@pytest.mark.parametrize("quantized", ["error", "dequantize"])
+def test_what_is_no_tensor_is_refused_either_way(quantized: str) -> None:
+    with pytest.raises(InvalidInputError, match=r"q must be a torch\.Tensor, got list"):
+        mla_ops.sparse_attn([1], INPUTS.kv, INPUTS.indices, **CALL, quantized=quantized)
+
+
 def test_a_wrapper_without_a_way_back_is_refused_either_way() -> None:
     class Opaque(torch.Tensor):
         @classmethod
