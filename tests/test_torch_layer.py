@@ -273,6 +273,20 @@ def test_other_kinds_of_layer_are_refused(change: dict[str, Any], message: str) 
         MLASparseAttention(HIDDEN, replace(META, **change))
 
 
+@pytest.mark.parametrize("shape", [(), (5,), (1,), (2, 5), (3, 6), (1, 2, 6)], ids=str)
+def test_positions_that_are_not_one_for_each_row_are_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(MLALayoutError, match=r"positions must be \[6\] or \[2, 6\], one for each row of hidden, got"):
+        make_layer()(hidden_states(2, 6), causal_indices(2, 6), positions=torch.zeros(shape, dtype=torch.int64))
+
+
+def test_positions_of_packed_rows_have_no_batch() -> None:
+    cu_seqlens = torch.tensor([0, 6])
+    packed = PackedSeq(cu_seqlens_q=cu_seqlens, cu_seqlens_kv=cu_seqlens, max_seqlen_q=6, max_seqlen_kv=6)
+    positions = torch.arange(6)[None]
+    with pytest.raises(MLALayoutError, match=r"positions must be \[6\] \(it is packed\), .* got \[1, 6\]"):
+        make_layer()(hidden_states(6), causal_indices(1, 6)[0], positions=positions, packed=packed)
+
+
 def test_hidden_states_of_the_other_layout_are_refused() -> None:
     layer = make_layer()
     cu_seqlens = torch.tensor([0, 10])

@@ -61,6 +61,18 @@ def rotate(x: torch.Tensor, positions: torch.Tensor, theta: float = 10000.0) -> 
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 
 
+def _check_positions(positions: torch.Tensor, hidden: torch.Tensor) -> None:
+    *batch, rows, _ = hidden.shape
+    is_one_row = positions.dim() == 1
+    is_batch = positions.dim() == 2 and len(batch) == 1 and positions.shape[0] in (1, *batch)
+    if not (is_one_row or is_batch) or positions.shape[-1] != rows:
+        wanted = f"[{rows}] or {[*batch, rows]}" if batch else f"[{rows}] (it is packed)"
+        raise MLALayoutError(
+            f"positions must be {wanted}, one for each row of hidden, got {list(positions.shape)}; pass none to count "
+            "each row from the start of its sequence"
+        )
+
+
 class MLASparseAttention(nn.Module):
     """Multi-head latent attention over the keys that `indices` name, from hidden states to hidden states.
 
@@ -167,6 +179,8 @@ class MLASparseAttention(nn.Module):
             )
             positions = plan.positions
             assert positions is not None  # no context parallelism here
+        else:
+            _check_positions(positions, hidden)
         q = self.q_proj(hidden).unflatten(-1, (meta.heads, meta.k_channels))
         q_nope, q_rope = q.split([meta.qk_nope_head_dim, meta.qk_rope_head_dim], dim=-1)
         latent, k_rope = self.kv_proj(hidden).unsqueeze(-2).split([meta.kv_lora_rank, meta.qk_rope_head_dim], dim=-1)
