@@ -78,7 +78,10 @@ TENSOR_RULES = [
     bad(
         {"kv": lambda a: a["kv"].half()}, r"kv must have the dtype of q \(float32\), got float16; use kv.to\(q.dtype\)"
     ),
-    bad({"kv": lambda a: a["kv"].to(torch.float8_e5m2)}, r"kv .*got float8_e5m2; dequantise it with its scales"),
+    bad(
+        {"kv": lambda a: a["kv"].to(torch.float8_e5m2)},
+        r"kv must have the dtype of q .*got float8_e5m2; dequantise it with its scales",
+    ),
     bad({"indices": lambda a: a["indices"].float()}, r"indices must be int32 or int64, got float32; use indices.to"),
     bad(
         {"indices": lambda a: a["indices"].float().requires_grad_()},
