@@ -229,6 +229,7 @@ def main() -> None:
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda", 0) if on_gpu else torch.device("cpu")
     records: list[dict[str, Any]] = []
+    sizes = {"config": asdict(CONFIG), "sequence": SEQUENCE}
     for batch in BATCHES if on_gpu else (2,):
         expected, base_ms = None, None
         for name in VARIANTS if on_gpu else ("mla_ops", "dense", "rest"):
@@ -240,7 +241,6 @@ def main() -> None:
             print(record, flush=True)
             records.append(record)
             if on_gpu:  # after each, so that a run that is cut off leaves what it measured
-                sizes = {"config": asdict(CONFIG), "sequence": SEQUENCE}
                 path = write(arguments.out, "training-step", device, records, arguments.commit, **sizes)
                 print(f"wrote {path}")
 

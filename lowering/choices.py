@@ -62,8 +62,7 @@ def backward(
 def config_key(problem: SparseAttnProblem, traits: DeviceTraits) -> tuple[int, int, int, int, int, int, str]:
     """Return what the tables of `mla_ops.configs` are asked with."""
     heads = max(1, problem.heads_per_group)  # no heads: nothing is launched
-    widths = (problem.d_total, problem.d_v, problem.dtype.itemsize)
-    return traits.arch, traits.smem_bytes, heads, *widths, current().tuned_rows
+    return traits.arch, traits.smem_bytes, heads, *problem.widths, current().tuned_rows
 
 
 def _count(hints: Hints) -> int:

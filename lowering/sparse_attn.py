@@ -70,8 +70,7 @@ def _lower_forward(
     problem, rows = plan.problem, plan.hints.batch * plan.hints.seq_q
     config = choices.forward(problem, plan.hints, plan.traits, softmax_scale)
     programs = program_count(rows, problem.heads, problem.kv_group, config.block_h)
-    widths = (problem.d_total, problem.d_v, problem.dtype.itemsize)
-    num_splits = triton_forward_plan.split_count(programs, problem.topk, config, plan.traits, *widths)
+    num_splits = triton_forward_plan.split_count(programs, problem.topk, config, plan.traits, *problem.widths)
 
     def launch(*tensors: Any) -> Any:
         q, kv, indices, topk_length, attn_sink = tensors
@@ -149,9 +148,10 @@ def _lower_backward(
 def _leave_specialised_to_the_operator(plan: _Plan, automatic_config: Callable[..., object]) -> None:
     """Raise `_StayExtern` where eager runs a faster kernel that cannot be inlined; a package takes the plain one."""
     problem, rows = plan.problem, plan.hints.batch * plan.hints.seq_q
-    widths = (problem.d_total, problem.d_v, problem.dtype.itemsize)
     tuned_rows = current().tuned_rows
-    config = automatic_config(plan.traits, rows, problem.heads, problem.kv_group, problem.topk, widths, tuned_rows)
+    config = automatic_config(
+        plan.traits, rows, problem.heads, problem.kv_group, problem.topk, problem.widths, tuned_rows
+    )
     if config is not None and not inductor.is_ahead_of_time():
         raise _StayExtern(f"{config} is twice as fast as the plain kernel and written in Gluon, which is not inlined")
 
@@ -163,9 +163,8 @@ def _leave_key_order_to_the_operator(plan: _Plan) -> None:
     problem, traits = plan.problem, plan.traits
     configs = backward_configs(*choices.config_key(problem, traits))
     assert configs is not None  # dispatch has refused what nothing fits
-    widths = (problem.d_total, problem.d_v, problem.dtype.itemsize)
     launch_rows = rows_per_launch(
-        configs[-1], traits, plan.hints.seq_kv, problem.heads, problem.kv_group, problem.topk, widths
+        configs[-1], traits, plan.hints.seq_kv, problem.heads, problem.kv_group, problem.topk, problem.widths
     )
     if launch_rows is not None:
         raise _StayExtern(f"dkv does not fit the cache, so {launch_rows} queries at a time add to it in key order")

@@ -37,6 +37,11 @@ class SparseAttnProblem:
         """Query heads that share one KV row."""
         return self.heads // self.kv_group
 
+    @property
+    def widths(self) -> tuple[int, int, int]:
+        """`d_total`, `d_v` and the bytes of a channel: what launch configurations are chosen by, beside the heads."""
+        return self.d_total, self.d_v, self.dtype.itemsize
+
     @classmethod
     def from_tensors(
         cls, q: torch.Tensor, kv: torch.Tensor, indices: torch.Tensor, d_v: int, *, needs_grad: bool = False

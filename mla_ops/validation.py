@@ -92,13 +92,10 @@ def check_inputs(
             f"q must be bfloat16, float16, float32 or float64, got {_dtype(q)}; quantised inputs have no fused path "
             "yet: dequantise them yourself"
         )
-    if kv.dtype not in _FLOAT_DTYPES:
-        raise InvalidInputError(
-            f"kv must have the dtype of q ({_dtype(q)}), got {_dtype(kv)}; dequantise it with its scales, a cast would "
-            "drop them"
-        )
     if kv.dtype != q.dtype:
-        raise InvalidInputError(f"kv must have the dtype of q ({_dtype(q)}), got {_dtype(kv)}; use kv.to(q.dtype)")
+        is_float = kv.dtype in _FLOAT_DTYPES
+        fix = "use kv.to(q.dtype)" if is_float else "dequantise it with its scales, a cast would drop them"
+        raise InvalidInputError(f"kv must have the dtype of q ({_dtype(q)}), got {_dtype(kv)}; {fix}")
     if indices.dtype not in _INDEX_DTYPES:
         raise InvalidInputError(f"indices must be int32 or int64, got {_dtype(indices)}; use indices.to(torch.int32)")
     if topk_length is not None and topk_length.dtype not in _INDEX_DTYPES:

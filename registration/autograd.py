@@ -110,7 +110,7 @@ def _refuse_double_backward(ctx: Any, *grads: torch.Tensor | None) -> None:
 
 def _max_logits_without_grad(keys: torch._C.DispatchKeySet, *arguments: Any) -> Any:
     # Not differentiable, and said so: without a kernel at this key torch warns, and only when a backward passes.
-    _refuse_forward_mode(*(argument for argument in arguments if isinstance(argument, torch.Tensor)))
+    _refuse_forward_mode(*arguments[:2])  # q and kv
     return _below_autograd(SPARSE_ATTN_MAX_LOGITS, keys, *arguments)
 
 

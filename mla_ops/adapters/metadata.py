@@ -176,12 +176,12 @@ def _contradictions(src: Any) -> tuple[str, ...]:
 
 
 def _rope_scaling(src: Any) -> dict[str, Any]:
-    """The factor and the mscale of the source's rope scaling under its own names; empty without scaling."""
+    """The factor and the mscale of the source's rope scaling, in this order, under its own names; None without."""
     rope = _first(src, ("rope_parameters", "rope_scaling"))
     if rope is None:
         return {name: _get(src, name) for name in ("rotary_scaling_factor", "mscale_all_dim")}
     if _first(rope, ("rope_type", "type")) in (None, "default"):
-        return {}
+        return {"factor": None, "mscale_all_dim": None}
     return {name: _get(rope, name) for name in ("factor", "mscale_all_dim")}
 
 
@@ -195,7 +195,7 @@ def _bad_rope_scaling(src: Any) -> tuple[str, ...]:
 
 def _mscale(src: Any) -> float:
     """The attention factor of YaRN, as the frameworks compute it from their own configuration; 1.0 without scaling."""
-    factor, mscale = _rope_scaling(src).values() or (None, None)
+    factor, mscale = _rope_scaling(src).values()
     if not mscale or factor is None or factor <= 1:
         return 1.0
     return float(0.1 * mscale * math.log(factor) + 1.0)

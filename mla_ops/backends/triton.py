@@ -90,9 +90,8 @@ class TritonBackend:
         return reasons
 
     def _shared_memory_reasons(self, problem: SparseAttnProblem, traits: DeviceTraits) -> list[str]:
-        widths = (problem.d_total, problem.d_v, problem.dtype.itemsize)
         heads = max(1, problem.heads_per_group)  # no heads: nothing is launched
-        key = (traits.arch, traits.smem_bytes, heads, *widths)
+        key = (traits.arch, traits.smem_bytes, heads, *problem.widths)
         sides = [("forward", forward_config)] + ([("backward", backward_configs)] if problem.needs_grad else [])
         return [
             f"no {side} configuration fits: the device has {traits.smem_bytes} B of shared memory per block, which is "
@@ -107,7 +106,7 @@ class TritonBackend:
 
     def describe_launch(self, problem: SparseAttnProblem, traits: DeviceTraits, hints: Hints) -> tuple[str, ...]:
         """See `Backend.describe_launch`."""
-        heads, widths = problem.heads_per_group, (problem.d_total, problem.d_v, problem.dtype.itemsize)
+        heads, widths = problem.heads_per_group, problem.widths
         if heads == 0:
             return ("no heads: nothing is launched",)
         key = (traits.arch, traits.smem_bytes, heads, *widths, current().tuned_rows)
