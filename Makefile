@@ -30,13 +30,13 @@ test: $(READY)  ## the CPU suite
 # Newer Megatron-Core needs Python 3.12; on 3.11, `make test` runs the same file against the last line that takes it.
 MEGATRON_PYTHON ?= python3.12
 test-megatron: .venv-megatron/ready  ## the Megatron adapter against megatron-core >= 0.19
-	.venv-megatron/bin/python -m pytest tests/test_megatron*.py "tests/test_docs.py::test_every_python_block_of_a_page_runs[megatron]"
+	.venv-megatron/bin/python -m pytest tests/adapters/test_megatron*.py "tests/package/test_docs.py::test_every_python_block_of_a_page_runs[megatron]"
 
 gpu-test: $(READY)  ## the whole contract on a CUDA device
 	$(PYTHON) -m pytest -m gpu
 
 # Compiled first: under the sanitizer ptxas would take minutes. Only kernels of this package are checked.
-MEMCHECK = -m gpu -q tests/test_kernels_gpu.py tests/test_hopper_*gpu.py \
+MEMCHECK = -m gpu -q tests/kernels/test_kernels_gpu.py tests/kernels/test_hopper_*gpu.py \
   -k "unusual_widths or nan or strided or split_slots or in_chunks or partial"
 memcheck: $(READY)  ## representative GPU tests under compute-sanitizer
 	$(PYTHON) -m pytest $(MEMCHECK)
@@ -50,7 +50,7 @@ compat:  ## the lowering's code generation on the oldest and the newest torch, e
 	  env=.venv-torch-$$torch; test -x $$env/bin/python || $(BASE_PYTHON) -m venv $$env; \
 	  $$env/bin/python -m pip install --quiet torch==$$torch "setuptools>=77"; \
 	  $$env/bin/python -m pip install --quiet --no-build-isolation --editable ".[test]"; \
-	  $$env/bin/python -m pytest tests/test_lowering.py tests/test_lowering_code.py; \
+	  $$env/bin/python -m pytest tests/lowering/test_lowering.py tests/lowering/test_lowering_code.py; \
 	done
 
 lint: $(READY)  ## ruff, and mypy on the installed package (mypy cannot follow an editable install's finder)

@@ -36,7 +36,7 @@ import torch
 from torch import Tensor
 
 from mla_ops import lowering
-from mla_ops.cli.provenance import write
+from mla_ops.bench.provenance import write
 
 SCALE = 0.1
 CALLS = (1, 2, 4, 8)

@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.utils.benchmark import Timer
 
 import mla_ops
-from mla_ops.cli.provenance import write
+from mla_ops.bench.provenance import write
 
 SHAPE = {"B": 2, "Sq": 512, "Skv": 1024, "H": 8, "G": 1, "d_total": 128, "d_v": 64, "topk": 64}
 MEMORY_SHAPE = {"B": 1, "Sq": 4096, "Skv": 8192, "H": 16, "G": 1, "d_total": 576, "d_v": 512, "topk": 2048}

@@ -33,7 +33,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 import mla_ops
-from mla_ops.cli.provenance import write
+from mla_ops.bench.provenance import write
 from mla_ops.distributed import key_load, sparse_attn_cp
 
 SCALE = 0.08

@@ -24,9 +24,9 @@ import triton.testing
 from torch import Tensor
 from wide_forward import overlapping
 
-from mla_ops.backends import triton as backend
-from mla_ops.cli.provenance import write
-from mla_ops.cli.shapes import SOFTMAX_SCALE, Shape
+from mla_ops.bench.provenance import write
+from mla_ops.bench.shapes import SOFTMAX_SCALE, Shape
+from mla_ops.ops.sparse_attn.triton import backend
 
 ROUNDS = 5
 LONG = {

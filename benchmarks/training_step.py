@@ -32,8 +32,8 @@ import torch
 from torch import Tensor
 
 from mla_ops.adapters import torch_layer
+from mla_ops.bench.provenance import write
 from mla_ops.cli.model import LanguageModel, ModelConfig
-from mla_ops.cli.provenance import write
 
 BATCHES = (1, 4)
 SEQUENCE = 4096

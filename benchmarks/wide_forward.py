@@ -26,12 +26,12 @@ import torch
 import triton.testing
 from torch import Tensor
 
-from mla_ops.backends.triton import launch_forward
-from mla_ops.cli.peers import flash_libraries, flash_peers, gather
-from mla_ops.cli.provenance import write
-from mla_ops.cli.shapes import SHAPES, SOFTMAX_SCALE, Shape
-from mla_ops.configs import forward_config
+from mla_ops.bench.peers import flash_libraries, flash_peers, gather
+from mla_ops.bench.provenance import write
+from mla_ops.bench.shapes import SHAPES, SOFTMAX_SCALE, Shape
 from mla_ops.device import traits_of
+from mla_ops.ops.sparse_attn.configs.lookup import forward_config
+from mla_ops.ops.sparse_attn.triton.backend import launch_forward
 
 ROUNDS = 7
 KEPT = 0.8

@@ -15,15 +15,18 @@ from typing import Any
 
 import torch
 
-from mla_ops.backends import triton, triton_forward_plan, triton_hopper
-from mla_ops.backends.triton_key_order import rows_per_launch
-from mla_ops.configs import backward_configs
-from mla_ops.configs.launch import program_count
 from mla_ops.device import DeviceTraits, traits_of
-from mla_ops.dispatch import select
-from mla_ops.lowering import choices, is_enabled
 from mla_ops.lowering import inductor_compat as inductor
-from mla_ops.problem import Hints, SparseAttnProblem
+from mla_ops.lowering import is_enabled
+from mla_ops.lowering import sparse_attn_choices as choices
+from mla_ops.ops.sparse_attn.backends import select
+from mla_ops.ops.sparse_attn.call import Hints, SparseAttnProblem
+from mla_ops.ops.sparse_attn.configs.launch import program_count
+from mla_ops.ops.sparse_attn.configs.lookup import backward_configs
+from mla_ops.ops.sparse_attn.triton import backend as triton
+from mla_ops.ops.sparse_attn.triton import forward as triton_forward_plan
+from mla_ops.ops.sparse_attn.triton import hopper as triton_hopper
+from mla_ops.ops.sparse_attn.triton.key_order import rows_per_launch
 from mla_ops.registration import SPARSE_ATTN, SPARSE_ATTN_BWD
 from mla_ops.settings import current
 

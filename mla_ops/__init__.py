@@ -16,8 +16,7 @@ __version__ = "0.1.0"
 if not (_Path(__file__).parent / "registration").is_dir():
     __path__.append(str(_Path(__file__).parent.parent))
 
-from mla_ops.api import SparseAttnOutput, sparse_attn, sparse_attn_max_logits
-from mla_ops.dispatch import backend_names, explain
+from mla_ops.api import SparseAttnOutput, explain, sparse_attn, sparse_attn_max_logits, warmup
 from mla_ops.errors import (
     DoubleBackwardError,
     ForwardModeError,
@@ -29,8 +28,8 @@ from mla_ops.errors import (
     UnsupportedProblemError,
     UnsupportedShardingError,
 )
+from mla_ops.ops.sparse_attn.backends import backend_names
 from mla_ops.registration import refuse_wrapper
-from mla_ops.warmup import warmup
 
 __all__ = [
     "DoubleBackwardError",

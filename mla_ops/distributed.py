@@ -20,8 +20,8 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from mla_ops.api import SparseAttnOutput
 from mla_ops.errors import InvalidInputError
+from mla_ops.ops.sparse_attn.rules import check_argument_types, check_inputs
 from mla_ops.registration import SPARSE_ATTN
-from mla_ops.validation import check_argument_types, check_inputs
 from mla_ops.wrappers import is_dtensor
 
 QShard = Literal["rows", "heads"]

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from mla_ops.errors import InvalidInputError
-from mla_ops.registration.schema import LIBRARY, SPARSE_ATTN, SPARSE_ATTN_BWD, SPARSE_ATTN_MAX_LOGITS
+from mla_ops.registration.library import LIBRARY, OPERATORS
 from mla_ops.wrappers import is_wrapper, wrapper_error
 
 _refused: set[type] = set()
@@ -37,7 +37,7 @@ def refuse_wrapper(*classes: type) -> None:
     for cls in classes:
         if cls in _refused:
             continue
-        for op in (SPARSE_ATTN, SPARSE_ATTN_BWD, SPARSE_ATTN_MAX_LOGITS):
+        for op in OPERATORS:
             torch.library.register_torch_dispatch(op, cls, _refuse, lib=LIBRARY)
         _refused.add(cls)
 

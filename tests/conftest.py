@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from mla_ops.backends import triton, triton_deterministic
 from mla_ops.device import traits_of
+from mla_ops.ops.sparse_attn.triton import backend as triton
+from mla_ops.ops.sparse_attn.triton import deterministic as triton_deterministic
 
 # What cuBLAS needs to be deterministic, which the eager backend's matmuls on CUDA rely on; read when CUDA starts.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

@@ -19,14 +19,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mla_ops.bench.peers import Attention, masked_sdpa, ours
+from mla_ops.bench.provenance import header
+from mla_ops.bench.requirements import require
+from mla_ops.bench.shapes import SHAPES
 from mla_ops.cli.model import LanguageModel, ModelConfig
-from mla_ops.cli.peers import Attention, masked_sdpa, ours
-from mla_ops.cli.provenance import header
-from mla_ops.cli.requirements import require
-from mla_ops.cli.shapes import SHAPES
 from mla_ops.device import pick_device, traits_of
-from mla_ops.dispatch import select
-from mla_ops.problem import SparseAttnProblem
+from mla_ops.ops.sparse_attn.backends import select
+from mla_ops.ops.sparse_attn.call import SparseAttnProblem
 from mla_ops.settings import cxx_compiler
 
 SEQUENCE_LENGTHS = (128, 256)

@@ -13,8 +13,8 @@ import torch
 import mla_ops
 from mla_ops import settings
 from mla_ops.device import devices, traits_of
-from mla_ops.dispatch import backend_names, select
-from mla_ops.problem import SparseAttnProblem
+from mla_ops.ops.sparse_attn.backends import backend_names, select
+from mla_ops.ops.sparse_attn.call import SparseAttnProblem
 
 # What is asked of every backend on every device: training at the widths of a small and of a large model.
 PROBES = (

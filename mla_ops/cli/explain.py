@@ -6,18 +6,13 @@ import argparse
 
 import torch
 
+from mla_ops.bench.shapes import check_sizes
 from mla_ops.device import pick_device, traits_of
-from mla_ops.dispatch import select
 from mla_ops.errors import InvalidInputError
-from mla_ops.problem import Hints, SparseAttnProblem
+from mla_ops.ops.sparse_attn.backends import select
+from mla_ops.ops.sparse_attn.call import Hints, SparseAttnProblem
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
-
-
-def check_sizes(arguments: argparse.Namespace) -> None:
-    """Refuse sizes that no call could have."""
-    if arguments.d_v > arguments.d_total:
-        raise InvalidInputError(f"--d-v must be at most --d-total ({arguments.d_total}), got {arguments.d_v}")
 
 
 def run_explain(arguments: argparse.Namespace) -> int:

@@ -7,8 +7,8 @@ import sys
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
-from mla_ops.cli.peers import PEERS
-from mla_ops.cli.shapes import SHAPES, SWEEPS
+from mla_ops.bench.peers import PEERS
+from mla_ops.bench.shapes import SHAPES, SWEEPS
 from mla_ops.errors import MlaOpsError
 
 
@@ -91,13 +91,13 @@ def _doctor(arguments: argparse.Namespace) -> int:
 
 
 def _bench(arguments: argparse.Namespace) -> int:
-    from mla_ops.cli.bench import run_bench
+    from mla_ops.bench.bench import run_bench
 
     return run_bench(arguments)
 
 
 def _tune(arguments: argparse.Namespace) -> int:
-    from mla_ops.cli.tune import run_tune
+    from mla_ops.bench.tune import run_tune
 
     return run_tune(arguments)
 

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from mla_ops.reference import sparse_attn_bwd_reference, sparse_attn_max_logits_reference, sparse_attn_reference
+from mla_ops.ops.sparse_attn.reference import (
+    sparse_attn_bwd_reference,
+    sparse_attn_max_logits_reference,
+    sparse_attn_reference,
+)
 from mla_ops.testing.closeness import assert_within_budget
 from mla_ops.testing.inputs import Inputs
 

@@ -1,0 +1,1 @@
+"""Benchmark and tuning tools: what `mla-ops bench` and `mla-ops tune` run."""

@@ -1,0 +1,285 @@
+"""The eager backend: plain torch operators, analytic backward, bounded memory. The CPU's implementation.
+
+Rows (one query token of one KV group, all its heads) are processed in chunks sized so that the gathered KV of a chunk
+stays in cache: `[B, Sq, topk, d_total]` never exists. A chunk holds whole rows, so the backward recomputes its softmax
+instead of trusting a rounded `lse`, which is also what fp64 gradients need.
+
+NOTE [Invalid slots point at a selected row]
+    A slot that names no key still has to gather something. It gathers a row that the same query attends to anyway
+    (its `anchor`), with weight exactly 0. So unselected KV is never read, and 0 * NaN can only arise where the query's
+    own row is poisoned already; zero-filling the gathered tile would cost another pass over it. A query without any
+    valid slot has no anchor: it gathers row 0 and its results are overwritten. In the backward, invalid slots
+    scatter into one spare row of the accumulator that is then dropped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from mla_ops import settings
+from mla_ops.device import DeviceTraits
+from mla_ops.ops.sparse_attn.call import Hints, SparseAttnProblem
+
+_SUPPORTED_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
+class EagerBackend:
+    """Runs anywhere torch runs; picked by `backend="auto"` on the CPU only."""
+
+    name = "eager"
+
+    def unsupported_reasons(self, problem: SparseAttnProblem, traits: DeviceTraits) -> list[str]:
+        """See `Backend.unsupported_reasons`."""
+        reasons = []
+        if problem.dtype not in _SUPPORTED_DTYPES:
+            reasons.append(f"dtype is {problem.dtype}, needs bf16, fp16, fp32 or fp64; cast q and kv")
+        if problem.kv_format != "dense":
+            reasons.append(f"kv_format is {problem.kv_format!r}, needs 'dense'; dequantise kv first")
+        return reasons
+
+    def auto_excluded_reason(self, problem: SparseAttnProblem, traits: DeviceTraits) -> str | None:
+        """See `Backend.auto_excluded_reason`."""
+        if traits.type == "cpu":
+            return None
+        return f'excluded from backend="auto" on {traits.type}; pass backend="eager" to accept chunked gathers'
+
+    def describe_launch(self, problem: SparseAttnProblem, traits: DeviceTraits, hints: Hints) -> tuple[str, ...]:
+        """See `Backend.describe_launch`."""
+        return (f"rows are gathered in chunks of {settings.current().eager_workspace_mb} MiB; nothing to warm",)
+
+    def forward(
+        self,
+        q: torch.Tensor,
+        kv: torch.Tensor,
+        indices: torch.Tensor,
+        d_v: int,
+        softmax_scale: float,
+        topk_length: torch.Tensor | None,
+        attn_sink: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `Backend.forward`."""
+        out = q.new_empty((*q.shape[:-1], d_v))
+        lse = q.new_empty(q.shape[:-1], dtype=torch.float32)
+        rows = _Rows.of(q, kv, indices, topk_length)
+        if rows.is_empty:
+            return out.zero_(), lse.fill_(-torch.inf)
+        out_rows, lse_rows = rows.by_head(out), rows.by_head(lse)
+        sink = None if attn_sink is None else rows.per_head(attn_sink)
+        for chunk in rows.chunks():
+            weights, row_lse = chunk.softmax(softmax_scale)
+            if sink is not None:
+                weights.mul_(_keep(row_lse, sink[chunk.groups].unsqueeze(2)))
+            chunk_out = torch.bmm(weights, chunk.keys[..., :d_v])
+            out_rows[chunk.span] = chunk_out.masked_fill_(chunk.empty, 0.0)
+            lse_rows[chunk.span] = row_lse
+        return out, lse
+
+    def max_logits(
+        self,
+        q: torch.Tensor,
+        kv: torch.Tensor,
+        indices: torch.Tensor,
+        d_v: int,
+        softmax_scale: float,
+        topk_length: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """See `Backend.max_logits`."""
+        max_logits = q.new_empty(q.shape[:-1], dtype=torch.float32)
+        rows = _Rows.of(q, kv, indices, topk_length)
+        if rows.is_empty:
+            return max_logits.fill_(-torch.inf)
+        max_rows = rows.by_head(max_logits)
+        for chunk in rows.chunks():
+            max_rows[chunk.span] = chunk.logits(softmax_scale).amax(dim=2, keepdim=True)
+        return max_logits
+
+    def backward(
+        self,
+        dout: torch.Tensor | None,
+        dlse: torch.Tensor | None,
+        q: torch.Tensor,
+        kv: torch.Tensor,
+        indices: torch.Tensor,
+        out: torch.Tensor,
+        lse: torch.Tensor,
+        d_v: int,
+        softmax_scale: float,
+        topk_length: torch.Tensor | None,
+        attn_sink: torch.Tensor | None,
+        need_dq: bool,
+        need_dkv: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """See `Backend.backward`; `out` and `lse` are not read (module docstring)."""
+        rows = _Rows.of(q, kv, indices, topk_length)
+        dq = torch.empty_like(q, memory_format=torch.contiguous_format) if need_dq else q.new_empty(0)
+        # One spare row takes what invalid slots scatter (NOTE [Invalid slots point at a selected row]).
+        dkv_rows = kv.new_zeros((len(rows.kv) + 1, kv.shape[-1]) if need_dkv else 0, dtype=rows.compute_dtype)
+        dsink = q.new_zeros(0 if attn_sink is None else attn_sink.shape, dtype=torch.float32)
+        if rows.is_empty or (dout is None and dlse is None):
+            return dq.zero_(), kv.new_zeros(kv.shape if need_dkv else 0), dsink
+
+        dq_rows = rows.by_head(dq) if need_dq else dq
+        dout_rows = None if dout is None else rows.by_head(dout)
+        dlse_rows = None if dlse is None else rows.by_head(dlse)
+        sink = None if attn_sink is None else rows.per_head(attn_sink)
+        dsink_rows = None if attn_sink is None else rows.per_head(dsink)
+        for chunk in rows.chunks():
+            weights, row_lse = chunk.softmax(softmax_scale)
+            values = chunk.keys[..., :d_v]
+            if dout_rows is None:
+                chunk_dout, out_weights, dlogits = None, weights, torch.zeros_like(weights)
+            else:
+                chunk_dout = chunk.of(dout_rows)
+                keep = None if sink is None else _keep(row_lse, sink[chunk.groups].unsqueeze(2))
+                out_weights = weights if keep is None else weights * keep
+                dlogits = torch.bmm(chunk_dout, values.transpose(1, 2))  # gradient of out_weights
+                delta = (out_weights * dlogits).sum(dim=2, keepdim=True)  # rowsum(dout * out)
+                dlogits.sub_(delta).mul_(out_weights)
+                if keep is not None and dsink_rows is not None:
+                    share = ((keep - 1.0) * delta).masked_fill_(chunk.empty, 0.0)
+                    dsink_rows.index_add_(0, chunk.groups, share.squeeze(2).to(torch.float32))
+            if dlse_rows is not None:
+                dlogits.addcmul_(weights, chunk.of(dlse_rows))
+            dlogits.mul_(softmax_scale)
+            if need_dq:
+                dq_rows[chunk.span] = torch.bmm(dlogits, chunk.keys).masked_fill_(chunk.empty, 0.0)
+            if need_dkv:
+                dkeys = torch.bmm(dlogits.transpose(1, 2), chunk.queries, out=chunk.keys)  # the gather is spent
+                if chunk_dout is not None:
+                    dkeys[..., :d_v] += torch.bmm(out_weights.transpose(1, 2), chunk_dout)
+                dkv_rows.index_add_(0, chunk.scatter_to, dkeys.flatten(0, 1))
+        dkv = dkv_rows[:-1].view(kv.shape).to(kv.dtype) if need_dkv else dkv_rows.to(kv.dtype)
+        return dq, dkv, dsink
+
+
+def _keep(lse: torch.Tensor, sink: torch.Tensor) -> torch.Tensor:
+    """Share of the softmax mass that the sink leaves, exp(lse) / (exp(lse) + exp(sink)), finite for infinite sinks."""
+    return torch.sigmoid(lse - sink).masked_fill_(lse == -torch.inf, 0.0)
+
+
+def _workspace_bytes() -> int:
+    return settings.current().eager_workspace_mb * 2**20
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """A run of rows with its keys gathered and every number in the compute dtype."""
+
+    span: slice  # of the flattened rows
+    groups: torch.Tensor  # [rows] KV group of each row
+    queries: torch.Tensor  # [rows, heads, d_total]
+    keys: torch.Tensor  # [rows, topk, d_total], a buffer that the next chunk overwrites
+    invalid: torch.Tensor  # [rows, 1, topk] bool
+    empty: torch.Tensor  # [rows, 1, 1] bool, rows without a valid slot
+    scatter_to: torch.Tensor  # [rows * topk] destination row of each slot's gradient
+
+    def logits(self, scale: float) -> torch.Tensor:
+        """Return scaled logits `[rows, heads, topk]`, -inf at invalid slots."""
+        return torch.bmm(self.queries, self.keys.transpose(1, 2)).mul_(scale).masked_fill_(self.invalid, -torch.inf)
+
+    def softmax(self, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return weights `[rows, heads, topk]` (exactly 0 at invalid slots, no sink) and lse `[rows, heads, 1]`."""
+        logits = self.logits(scale)
+        peak = logits.amax(dim=2, keepdim=True)
+        peak.masked_fill_(peak == -torch.inf, 0.0)  # exp(-inf - 0) = 0, where exp(-inf + inf) would be NaN
+        weights = logits.sub_(peak).exp_()
+        total = weights.sum(dim=2, keepdim=True)
+        lse = total.log().add_(peak)
+        return weights.div_(total.masked_fill_(total == 0.0, 1.0)), lse
+
+    def of(self, grads: torch.Tensor) -> torch.Tensor:
+        """Cut this chunk out of per-row gradients; those of empty rows, which may be NaN, become 0."""
+        return grads[self.span].to(self.keys.dtype).masked_fill(self.empty, 0.0)
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """The call with (batch, query, group) flattened into rows and (batch, key, group) into KV rows."""
+
+    q: torch.Tensor  # [rows, heads_per_group, d_total]
+    kv: torch.Tensor  # [batch * seq_kv * kv_group, d_total]
+    indices: torch.Tensor  # [rows, topk]
+    topk_length: torch.Tensor | None  # [batch * seq_q]
+    seq_q: int
+    seq_kv: int
+    kv_group: int
+
+    @classmethod
+    def of(cls, q: torch.Tensor, kv: torch.Tensor, indices: torch.Tensor, topk_length: torch.Tensor | None) -> _Rows:
+        seq_q, heads, d_total = q.shape[-3:]
+        seq_kv, kv_group, topk = kv.shape[-3], kv.shape[-2], indices.shape[-1]
+        num_rows = indices.shape[:-1].numel()
+        kv_rows = kv.reshape(kv.shape[:-1].numel(), d_total)
+        # Low precision is widened after each gather, or once before all of them if that is less work and little memory.
+        widened_bytes = kv_rows.numel() * torch.float32.itemsize
+        if kv.dtype.itemsize == 2 and len(kv_rows) <= indices.numel() and widened_bytes <= 8 * _workspace_bytes():
+            kv_rows = kv_rows.float()
+        return cls(
+            q=q.reshape(num_rows, heads // kv_group, d_total),
+            kv=kv_rows,
+            indices=indices.reshape(num_rows, topk),
+            topk_length=None if topk_length is None else topk_length.reshape(-1),
+            seq_q=seq_q,
+            seq_kv=seq_kv,
+            kv_group=kv_group,
+        )
+
+    @property
+    def is_empty(self) -> bool:
+        """True when no slot can be valid or no number is asked for."""
+        return self.q.numel() == 0 or self.indices.numel() == 0 or self.kv.numel() == 0
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        return torch.float64 if self.q.dtype == torch.float64 else torch.float32
+
+    def by_head(self, t: torch.Tensor) -> torch.Tensor:
+        """View `[..., heads, width]` or `[..., heads]` as `[rows, heads_per_group, width or 1]`."""
+        return t.reshape(*self.q.shape[:2], -1)
+
+    def per_head(self, t: torch.Tensor) -> torch.Tensor:
+        """View a `[heads]` tensor as `[kv_group, heads_per_group]`."""
+        return t.view(self.kv_group, self.q.shape[1])
+
+    def chunks(self) -> Iterator[_Chunk]:
+        """Yield every row once, in order, in chunks whose gathered keys and logits fit the workspace setting."""
+        num_rows, topk = self.indices.shape
+        heads, d_total = self.q.shape[1:]
+        row_bytes = topk * (d_total + heads) * self.compute_dtype.itemsize
+        size = max(1, min(num_rows, _workspace_bytes() // row_bytes))
+        key_buffer = self.kv.new_empty((size * topk, d_total), dtype=self.compute_dtype)
+        for start in range(0, num_rows, size):
+            yield self._chunk(slice(start, min(start + size, num_rows)), key_buffer)
+
+    def _chunk(self, span: slice, key_buffer: torch.Tensor) -> _Chunk:
+        row = torch.arange(span.start, span.stop, device=self.q.device)
+        token, group = row // self.kv_group, row % self.kv_group
+        first_kv_row = (token // self.seq_q) * (self.seq_kv * self.kv_group) + group
+
+        indices = self.indices[span].long()
+        valid = (indices >= 0) & (indices < self.seq_kv)
+        if self.topk_length is not None:
+            slot = torch.arange(indices.shape[1], device=self.q.device)
+            valid &= slot < self.topk_length[token].unsqueeze(1)
+        kv_row = torch.where(valid, indices * self.kv_group + first_kv_row.unsqueeze(1), -1)
+        anchor = kv_row.amax(dim=1, keepdim=True)
+
+        gather_from = torch.where(valid, kv_row, anchor.clamp_min(0)).flatten()
+        keys = key_buffer[: gather_from.numel()]
+        if self.kv.dtype == keys.dtype:
+            torch.index_select(self.kv, 0, gather_from, out=keys)
+        else:
+            keys.copy_(self.kv.index_select(0, gather_from))
+        return _Chunk(
+            span=span,
+            groups=group,
+            # A copy even where the dtype fits: the same bits in the same layout, whatever the strides of q.
+            queries=self.q[span].to(self.compute_dtype, copy=True, memory_format=torch.contiguous_format),
+            keys=keys.view(*indices.shape, -1),
+            invalid=~valid.unsqueeze(1),
+            empty=(anchor < 0).unsqueeze(2),
+            scatter_to=torch.where(valid, kv_row, len(self.kv)).flatten(),
+        )

@@ -1,0 +1,161 @@
+"""dkv without atomic sums: the backward kernel stores a row for every slot, and a second kernel adds those of each key.
+
+Like the launchers of `triton.py`, this allocates from shapes, never synchronises and reads no data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import product
+from math import gcd
+from typing import Any, NamedTuple
+
+import torch
+
+from mla_ops.launching import outer_strides, unfilled
+
+# Bytes of the rows that may be held at a time; queries are processed in chunks below it.
+WORKSPACE_BYTES = 1 << 30
+
+# Counters that slots are sorted with: as many chunks are sorted together as have a counter for each of their keys.
+# 16 MiB of them stay in cache: with twice as many a backward at 128/64 with 8 heads takes 1.15 instead of 1.07 ms, with
+# half as many the same.
+COUNTERS = 1 << 22
+
+
+def dkv_in_query_order(
+    run_rows: Callable[[torch.Tensor, torch.Tensor, int, int], None],
+    kv: torch.Tensor,
+    indices: torch.Tensor,
+    topk_length: torch.Tensor | None,
+    head_blocks: int,
+    wave_programs: int,
+    wrap: Callable[[Any], Any],
+    *,
+    is_traced: bool,
+) -> torch.Tensor:
+    """Return dkv as a sum whose order depends on the indices alone (and the chunks, which depend on sizes and device).
+
+    `run_rows(partial, places, first_row, num_rows)` runs the backward kernel over some queries and stores the rows of
+    their (slot, head block) pairs in `partial`; `wave_programs` are those of its programs that run at a time. Held are
+
+        n * kv_group * topk * head_blocks * d_total elements of `row_dtype`, for a chunk of n queries (see `cut`): at
+            most WORKSPACE_BYTES, unless one query has more
+        4 bytes for every slot of all queries
+        8 bytes for each of max(COUNTERS, keys of a chunk) counters, and at most as many again
+    """
+    from mla_ops.ops.sparse_attn.kernels.backward_reduce import _sum_placed_rows_kernel
+
+    seq_q, kv_group, topk = indices.shape[-3:]
+    seq_kv, _, d_total = kv.shape[-3:]
+    dtype, batch = row_dtype(kv.dtype), indices.shape[:-2].numel() // seq_q
+    elements_per_row = kv_group * topk * head_blocks * d_total
+    chunk_batch, chunk_queries = cut(
+        batch, seq_q, elements_per_row * dtype.itemsize, wave_programs, kv_group * head_blocks
+    )
+    chunk_keys = chunk_batch * seq_kv * kv_group
+    places = unfilled(indices.shape, torch.int32, kv, is_traced=is_traced)
+    partial = unfilled((chunk_batch * chunk_queries * elements_per_row,), dtype, kv, is_traced=is_traced)
+    dkv = unfilled(kv.shape, kv.dtype if chunk_queries == seq_q else torch.float32, kv, is_traced=is_traced)
+    block_d = min(64, 1 << (d_total - 1).bit_length())
+    for slab in slabs(batch, seq_q, chunk_batch, chunk_queries, chunk_keys):
+        starts, blocks = _place_slots(slab, seq_kv, indices, topk_length, places, chunk_batch, chunk_queries, wrap)
+        chunks = product(slab.batches[::chunk_batch], slab.queries[::chunk_queries])
+        for chunk, (first_batch, first_query) in enumerate(chunks):
+            num_batch = min(chunk_batch, batch - first_batch)
+            num_queries = min(chunk_queries, seq_q - first_query)
+            run_rows(partial, places, first_batch * seq_q + first_query, num_batch * num_queries)
+            num_keys = num_batch * seq_kv * kv_group
+            if num_keys > 0:
+                wrap(_sum_placed_rows_kernel)[(num_keys * -(-d_total // block_d),)](
+                    partial, starts, dkv, chunk, chunk_keys, blocks, first_batch * seq_kv * kv_group,
+                    head_blocks, d_total, 16, block_d, first_query == 0, num_warps=2,
+                )  # fmt: skip
+    return dkv.to(kv.dtype)
+
+
+class Slab(NamedTuple):
+    """Queries whose slots are sorted together: all queries of some batch elements, or some queries of one."""
+
+    batches: range
+    queries: range
+
+
+def slabs(batch: int, seq_q: int, chunk_batch: int, chunk_queries: int, chunk_keys: int) -> list[Slab]:
+    """Cut the queries into slabs of whole chunks, one chunk at least, with at most COUNTERS keys."""
+    chunks = -(-batch // chunk_batch) * -(-seq_q // chunk_queries)
+    most = max(1, COUNTERS // max(1, chunk_keys))
+    step_batch, step_queries = batch, seq_q
+    if chunks > most:
+        is_cut = chunk_queries < seq_q
+        step_batch, step_queries = (1, most * chunk_queries) if is_cut else (most * chunk_batch, seq_q)
+    return [
+        Slab(range(b, min(b + step_batch, batch)), range(i, min(i + step_queries, seq_q)))
+        for b, i in product(range(0, batch, step_batch), range(0, seq_q, step_queries))
+    ]
+
+
+def _place_slots(
+    slab: Slab,
+    seq_kv: int,
+    indices: torch.Tensor,
+    topk_length: torch.Tensor | None,
+    places: torch.Tensor,
+    chunk_batch: int,
+    chunk_queries: int,
+    wrap: Callable[[Any], Any],
+) -> tuple[torch.Tensor, int]:
+    """Write the places of a slab's slots; return where the slots of each counter start, and counters per key."""
+    from mla_ops.ops.sparse_attn.kernels.backward_reduce import _place_slots_kernel, _rank_slots_kernel
+
+    kv_group, topk = indices.shape[-2:]
+    strides = outer_strides(indices.stride())
+    batch, seq_q = len(slab.batches), len(slab.queries)
+    if batch * seq_q < indices.shape[:-2].numel():
+        indices, places = _part(indices, slab), _part(places, slab)
+        topk_length = None if topk_length is None else _part(topk_length, slab)
+    parts = -(-seq_q // chunk_queries)
+    chunks, chunk_keys = -(-batch // chunk_batch) * parts, chunk_batch * seq_kv * kv_group
+    block_queries = max(1, -(-chunks * chunk_keys * chunk_queries // COUNTERS))
+    blocks = -(-chunk_queries // block_queries)
+    counters = indices.new_zeros(1 + chunks * chunk_keys * blocks, dtype=torch.int32)
+    lengths = (seq_q, seq_kv, topk, chunk_batch, chunk_queries, block_queries)
+    constants = (kv_group, min(1024, max(32, 1 << (topk - 1).bit_length())))
+    wrap(_rank_slots_kernel)[(batch * parts * blocks * kv_group,)](
+        indices, *strides, topk_length, counters, places, *lengths, *constants, num_warps=4
+    )
+    starts = counters.cumsum(0, dtype=torch.int32)
+    wrap(_place_slots_kernel)[(batch * seq_q * kv_group,)](
+        indices, *strides, topk_length, starts, places, *lengths, *constants, num_warps=4
+    )
+    return starts, blocks
+
+
+def _part(tensor: torch.Tensor, slab: Slab) -> torch.Tensor:
+    """Return a slab of what has a row for every query; of a contiguous tensor it is contiguous."""
+    queries = slice(slab.queries.start, slab.queries.stop)
+    has_batch = tensor.dim() in (2, 4)  # [B, Sq] and [B, Sq, G, topk], or the same without B
+    return tensor[slab.batches.start : slab.batches.stop, queries] if has_batch else tensor[queries]
+
+
+def cut(batch: int, seq_q: int, row_bytes: int, wave_programs: int, programs_per_row: int) -> tuple[int, int]:
+    """Return (batch elements, queries of each) of a chunk that fits WORKSPACE_BYTES: one of the two is all or one.
+
+    Where a chunk is a part of a batch element, whole waves of programs leave no SM idle at its end.
+    """
+    fitting = max(1, WORKSPACE_BYTES // max(1, row_bytes))
+    if fitting >= seq_q:
+        return min(batch, fitting // seq_q), seq_q
+    wave = wave_programs // gcd(wave_programs, programs_per_row)
+    return 1, max(fitting // wave * wave, min(fitting, wave))
+
+
+def row_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of the rows that are held for inputs of `dtype`: bf16 for bf16, else fp32.
+
+    A row in bf16 is one more rounding, by 2^-9 at most, of a sum over heads whose factors, P and dS, were rounded as
+    much before they were multiplied. Errors of independent terms add in squares: where the terms of dkv don't cancel
+    systematically, those of P and dS, of the rows and of the result are equal, so the whole error grows by
+    sqrt(3 / 2). The sum over queries stays fp32. A row in fp16 could overflow where the sum doesn't.
+    """
+    return torch.bfloat16 if dtype == torch.bfloat16 else torch.float32

@@ -1,0 +1,316 @@
+"""`mla::sparse_attn`, its backward and its maximum of the logits, as torch sees them: schema, fake, kernel, autograd.
+
+What is said of the backward: the forward's formula is one call of the backward operator, and the backward operator has
+none. The formula only calls operators, never a kernel, so it stays traceable and AOT autograd sees both graphs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.autograd import forward_ad
+
+from mla_ops.device import traits_of
+from mla_ops.errors import DoubleBackwardError, ForwardModeError
+from mla_ops.ops.sparse_attn.backend import Backend
+from mla_ops.ops.sparse_attn.backends import check_backend_name, select
+from mla_ops.ops.sparse_attn.call import SparseAttnProblem
+from mla_ops.ops.sparse_attn.rules import check_bwd_inputs, check_inputs
+from mla_ops.registration import tracing
+from mla_ops.registration.library import LIBRARY, define
+from mla_ops.wrappers import is_dtensor
+
+SPARSE_ATTN = define(
+    "sparse_attn(Tensor q, Tensor kv, Tensor indices, SymInt d_v, float softmax_scale, "
+    'Tensor? topk_length=None, Tensor? attn_sink=None, str backend="auto") -> (Tensor out, Tensor lse)'
+)
+SPARSE_ATTN_BWD = define(
+    "sparse_attn_bwd(Tensor? dout, Tensor? dlse, Tensor q, Tensor kv, Tensor indices, Tensor out, Tensor lse, "
+    "SymInt d_v, float softmax_scale, Tensor? topk_length=None, Tensor? attn_sink=None, "
+    'bool need_dq=True, bool need_dkv=True, str backend="auto") -> (Tensor dq, Tensor dkv, Tensor dsink)'
+)
+# d_v does not change the result; with it the call is launched, or refused, as the forward beside it.
+SPARSE_ATTN_MAX_LOGITS = define(
+    "sparse_attn_max_logits(Tensor q, Tensor kv, Tensor indices, SymInt d_v, float softmax_scale, "
+    'Tensor? topk_length=None, str backend="auto") -> Tensor'
+)
+
+# Fakes: result shapes, dtypes and strides from symbolic sizes, plus the contract's checks. Nothing in them branches on
+# a symbolic size, and no kernel limit appears in them: both would specialise a graph.
+
+
+def sparse_attn_fake(
+    q: torch.Tensor,
+    kv: torch.Tensor,
+    indices: torch.Tensor,
+    d_v: int,
+    softmax_scale: float,
+    topk_length: torch.Tensor | None = None,
+    attn_sink: torch.Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Fake of `mla::sparse_attn`."""
+    tracing.prepare()
+    check_backend_name(backend)
+    check_inputs(q, kv, indices, d_v, softmax_scale, topk_length, attn_sink)
+    return q.new_empty((*q.shape[:-1], d_v)), q.new_empty(q.shape[:-1], dtype=torch.float32)
+
+
+def sparse_attn_bwd_fake(
+    dout: torch.Tensor | None,
+    dlse: torch.Tensor | None,
+    q: torch.Tensor,
+    kv: torch.Tensor,
+    indices: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    d_v: int,
+    softmax_scale: float,
+    topk_length: torch.Tensor | None = None,
+    attn_sink: torch.Tensor | None = None,
+    need_dq: bool = True,
+    need_dkv: bool = True,
+    backend: str = "auto",
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Fake of `mla::sparse_attn_bwd`; a gradient that is not needed is an empty `[0]` tensor."""
+    tracing.prepare()
+    check_backend_name(backend)
+    check_inputs(q, kv, indices, d_v, softmax_scale, topk_length, attn_sink)
+    check_bwd_inputs(dout, dlse, q, out, lse, d_v)
+    dq = q.new_empty(q.shape if need_dq else 0)
+    dkv = kv.new_empty(kv.shape if need_dkv else 0)
+    dsink = q.new_empty(0 if attn_sink is None else attn_sink.shape, dtype=torch.float32)
+    return dq, dkv, dsink
+
+
+def sparse_attn_max_logits_fake(
+    q: torch.Tensor,
+    kv: torch.Tensor,
+    indices: torch.Tensor,
+    d_v: int,
+    softmax_scale: float,
+    topk_length: torch.Tensor | None = None,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """Fake of `mla::sparse_attn_max_logits`."""
+    tracing.prepare()
+    check_backend_name(backend)
+    check_inputs(q, kv, indices, d_v, softmax_scale, topk_length, None)
+    return q.new_empty(q.shape[:-1], dtype=torch.float32)
+
+
+# Kernels: check, decide, run. One function serves every device; dispatch knows the rest.
+
+# Who runs a call, by everything that the checks and the decision read of it; a look-up instead of them saves 8 us.
+_decided: dict[tuple[Any, ...], Backend] = {}
+_MOST_DECIDED = 4096
+
+
+def _decide(arguments: tuple[Any, ...], gradients: tuple[Any, ...] | None, backend: str) -> Backend:
+    """Check a call and return who runs it.
+
+    `arguments` are those of the forward up to `attn_sink`; `gradients`, of a backward, `(dout, dlse, out, lse)`.
+    """
+    q, kv, indices, d_v, softmax_scale, topk_length, attn_sink = arguments
+    key = (
+        *(backend, d_v, softmax_scale),
+        *(_facts(q), _facts(kv), _facts(indices), _facts(topk_length), _facts(attn_sink)),
+        gradients and (*map(_facts, gradients),),
+    )
+    runner = _decided.get(key)
+    if runner is None:
+        check_inputs(*arguments)
+        if gradients is not None:
+            dout, dlse, out, lse = gradients
+            check_bwd_inputs(dout, dlse, q, out, lse, d_v)
+        problem = SparseAttnProblem.from_tensors(q, kv, indices, d_v, needs_grad=gradients is not None)
+        runner = select(problem, traits_of(q.device), backend).require_backend()
+        if len(_decided) == _MOST_DECIDED:  # lengths may be new in every call
+            _decided.clear()
+        _decided[key] = runner
+    return runner
+
+
+def _facts(tensor: torch.Tensor | None) -> tuple[object, ...] | None:
+    return None if tensor is None else (tensor.shape, tensor.dtype, tensor.device, tensor.layout)
+
+
+def sparse_attn_impl(
+    q: torch.Tensor,
+    kv: torch.Tensor,
+    indices: torch.Tensor,
+    d_v: int,
+    softmax_scale: float,
+    topk_length: torch.Tensor | None = None,
+    attn_sink: torch.Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Kernel of `mla::sparse_attn` for every device."""
+    arguments = (q, kv, indices, d_v, softmax_scale, topk_length, attn_sink)
+    return _decide(arguments, None, backend).forward(*arguments)
+
+
+def sparse_attn_bwd_impl(
+    dout: torch.Tensor | None,
+    dlse: torch.Tensor | None,
+    q: torch.Tensor,
+    kv: torch.Tensor,
+    indices: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    d_v: int,
+    softmax_scale: float,
+    topk_length: torch.Tensor | None = None,
+    attn_sink: torch.Tensor | None = None,
+    need_dq: bool = True,
+    need_dkv: bool = True,
+    backend: str = "auto",
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Kernel of `mla::sparse_attn_bwd` for every device."""
+    arguments = (q, kv, indices, d_v, softmax_scale, topk_length, attn_sink)
+    return _decide(arguments, (dout, dlse, out, lse), backend).backward(
+        dout,
+        dlse,
+        q,
+        kv,
+        indices,
+        out,
+        lse,
+        d_v,
+        softmax_scale,
+        topk_length,
+        attn_sink,
+        need_dq,
+        need_dkv,
+    )
+
+
+def sparse_attn_max_logits_impl(
+    q: torch.Tensor,
+    kv: torch.Tensor,
+    indices: torch.Tensor,
+    d_v: int,
+    softmax_scale: float,
+    topk_length: torch.Tensor | None = None,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """Kernel of `mla::sparse_attn_max_logits` for every device."""
+    arguments = (q, kv, indices, d_v, softmax_scale, topk_length)
+    return _decide((*arguments, None), None, backend).max_logits(*arguments)
+
+
+class _SparseAttn(torch.autograd.Function):
+    """The forward and its formula.
+
+    Not made by `torch.library.register_autograd`, whose kernel reads the schema in every call: it took 20 of the 57 us
+    that a call with gradients needed on the host. This one calls what comes after autograd in the same way.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, keys: torch._C.DispatchKeySet, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        out, lse = _below_autograd(SPARSE_ATTN, keys, *arguments)
+        q, kv, indices, d_v, softmax_scale, topk_length, attn_sink, backend = arguments
+        ctx.save_for_backward(q, kv, indices, out, lse, topk_length, attn_sink)
+        ctx.d_v = d_v  # a SymInt while tracing
+        ctx.softmax_scale = softmax_scale
+        ctx.backend = backend
+        ctx.set_materialize_grads(False)  # an unused output costs nothing: its gradient arrives as None
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, dout: torch.Tensor | None, dlse: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        _, need_dq, need_dkv, _, _, _, _, need_dsink, _ = ctx.needs_input_grad
+        if dout is None and dlse is None:
+            return (None,) * len(ctx.needs_input_grad)
+        q, kv, indices, out, lse, topk_length, attn_sink = ctx.saved_tensors
+        if dout is None and is_dtensor(q):
+            # DTensor in torch 2.11 reads the mesh off the first argument, and fails on None.
+            dout = torch.zeros_like(out)
+        dq, dkv, dsink = SPARSE_ATTN_BWD(
+            dout,
+            dlse,
+            q,
+            kv,
+            indices,
+            out,
+            lse,
+            ctx.d_v,
+            ctx.softmax_scale,
+            topk_length,
+            attn_sink,
+            need_dq,
+            need_dkv,
+            ctx.backend,
+        )
+        dq, dkv, dsink = (dq if need_dq else None), (dkv if need_dkv else None), (dsink if need_dsink else None)
+        return None, dq, dkv, None, None, None, None, dsink, None
+
+
+def _sparse_attn(
+    keys: torch._C.DispatchKeySet,
+    q: torch.Tensor,
+    kv: torch.Tensor,
+    indices: torch.Tensor,
+    d_v: int,
+    softmax_scale: float,
+    topk_length: torch.Tensor | None = None,
+    attn_sink: torch.Tensor | None = None,
+    backend: str = "auto",
+) -> Any:
+    _refuse_forward_mode(q, kv, attn_sink)
+    arguments = (q, kv, indices, d_v, softmax_scale, topk_length, attn_sink, backend)
+    if torch.is_grad_enabled() and (
+        q.requires_grad or kv.requires_grad or (attn_sink is not None and attn_sink.requires_grad)
+    ):
+        return _SparseAttn.apply(keys, *arguments)  # type: ignore[no-untyped-call]
+    return _below_autograd(SPARSE_ATTN, keys, *arguments)
+
+
+def _below_autograd(op: torch._ops.OpOverload, keys: torch._C.DispatchKeySet, *arguments: Any) -> Any:
+    """Run what comes after autograd in a call of `op` with these dispatch keys."""
+    with torch._C._AutoDispatchBelowAutograd():
+        return op.redispatch(keys & torch._C._after_autograd_keyset, *arguments)
+
+
+def _refuse_forward_mode(*tensors: torch.Tensor | None) -> None:
+    # Without this the tangents end here, and torch takes the derivative for zero.
+    if forward_ad._current_level < 0:
+        return
+    for tensor in tensors:
+        if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:
+            raise ForwardModeError(
+                "mla::sparse_attn is differentiable in reverse mode, an argument with a forward-mode tangent arrived; "
+                "use backward() or torch.autograd.grad, or compute with mla_ops.reference.sparse_attn_reference"
+            )
+
+
+def _refuse_double_backward(ctx: Any, *grads: torch.Tensor | None) -> None:
+    # Without a formula here torch only warns and returns zeros as the second derivative.
+    raise DoubleBackwardError(
+        "mla::sparse_attn is differentiable once, a gradient of its gradient was asked for; drop create_graph=True, "
+        "or compute with mla_ops.reference.sparse_attn_reference"
+    )
+
+
+def _max_logits_without_grad(keys: torch._C.DispatchKeySet, *arguments: Any) -> Any:
+    # Not differentiable, and said so: without a kernel at this key torch warns, and only when a backward passes.
+    _refuse_forward_mode(*arguments[:2])  # q and kv
+    return _below_autograd(SPARSE_ATTN_MAX_LOGITS, keys, *arguments)
+
+
+def register() -> None:
+    """Attach fakes, kernels and formulas to the operators.
+
+    Kernels go under the key that every device and layout falls back to, not CPU and CUDA alone: a sparse or foreign
+    tensor must meet our checks and dispatch's reasons, not the dispatcher's list of keys.
+    """
+    torch.library.register_fake("mla::sparse_attn", sparse_attn_fake, lib=LIBRARY)
+    torch.library.register_fake("mla::sparse_attn_bwd", sparse_attn_bwd_fake, lib=LIBRARY)
+    torch.library.register_fake("mla::sparse_attn_max_logits", sparse_attn_max_logits_fake, lib=LIBRARY)
+    LIBRARY.impl("sparse_attn", sparse_attn_impl, "CompositeExplicitAutograd")
+    LIBRARY.impl("sparse_attn_bwd", sparse_attn_bwd_impl, "CompositeExplicitAutograd")
+    LIBRARY.impl("sparse_attn_max_logits", sparse_attn_max_logits_impl, "CompositeExplicitAutograd")
+    LIBRARY.impl("sparse_attn", _sparse_attn, "Autograd", with_keyset=True)
+    torch.library.register_autograd("mla::sparse_attn_bwd", _refuse_double_backward, lib=LIBRARY)
+    LIBRARY.impl("sparse_attn_max_logits", _max_logits_without_grad, "Autograd", with_keyset=True)

@@ -1,0 +1,129 @@
+"""The operator on torch.distributed: sharded by DTensor, with sharded keys, and inside FSDP2 and tensor parallelism.
+
+Each world of gloo processes is started once and runs all its checks (`distributed_checks.py`); every check is a test
+here. What needs no second process is tested directly.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import pytest
+import torch
+from distributed_checks import CHECKS
+
+from mla_ops.distributed import KeyLoad, merge_partials, owned_rows
+from mla_ops.testing import Case, assert_matches_oracle, make_inputs
+
+ROOT = Path(__file__).parents[2]
+TIMEOUT_SECONDS = 300
+
+
+@cache
+def outcomes(size: int) -> dict[str, str | None]:
+    """Start `size` processes, and return what failed in each check, or None."""
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+    with TemporaryDirectory() as folder:
+        logs = [Path(folder, f"rank{rank}.log") for rank in range(size)]
+        processes = []
+        for rank, log in enumerate(logs):
+            command = [sys.executable, str(ROOT / "tests/support/distributed_checks.py"), str(rank), str(size), folder]
+            with log.open("w") as output:
+                processes.append(subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=env, cwd=ROOT))
+        deadline = time.monotonic() + TIMEOUT_SECONDS
+        try:
+            codes = [process.wait(timeout=max(deadline - time.monotonic(), 0)) for process in processes]
+        finally:
+            for process in processes:
+                process.kill()
+        texts = "\n".join(log.read_text() for log in logs)
+        assert codes == [0] * size, texts
+        return json.loads(Path(folder, "results.json").read_text())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("size", "name"), [(size, name) for size, checks in CHECKS.items() for name in checks])
+def test_ranks(size: int, name: str) -> None:
+    failure = outcomes(size)[name]
+    assert failure is None, failure
+
+
+@pytest.mark.slow
+def test_benchmark_runs_at_toy_sizes() -> None:
+    command = [sys.executable, str(ROOT / "benchmarks/distributed.py"), "NAM28"]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=TIMEOUT_SECONDS)
+    assert result.returncode == 0, result.stderr
+    rows = [line.split()[:2] for line in result.stdout.splitlines() if "efficiency" in line]
+    assert rows == [["NAM28", first] for first in ("one", "one", "TP", "TP", "key-sharded", "key-sharded")]
+
+
+@pytest.mark.parametrize(
+    "order", ["import torch.distributed.tensor, mla_ops", "import mla_ops, torch.distributed.tensor"]
+)
+def test_rules_are_installed_whatever_is_imported_first(order: str) -> None:
+    program = f"""
+{order}
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor, Replicate, init_device_mesh
+from mla_ops.testing import Case, make_inputs
+store = dist.HashStore()
+dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+mesh = init_device_mesh("cpu", (1,))
+inputs = make_inputs(Case(24, 16))
+q, kv, indices = (DTensor.from_local(t, mesh, [Replicate()]) for t in (inputs.q, inputs.kv, inputs.indices))
+print(type(mla_ops.sparse_attn(q, kv, indices, d_v=16, softmax_scale=0.1).out).__name__)
+"""
+    result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert result.stdout.strip() == "DTensor", result.stderr
+
+
+@pytest.mark.parametrize("sink", [None, 0.5, torch.inf, -torch.inf])
+def test_merged_parts_are_the_whole(sink: float | None) -> None:
+    inputs = make_inputs(Case(d_total=24, d_v=16, heads=4, kv_group=2), topk_length=True, attn_sink=sink is not None)
+    if sink is not None:
+        inputs.attn_sink.fill_(sink)
+    leaves = inputs.requires_grad()
+    slots = torch.arange(inputs.indices.shape[-1])
+    parts = [
+        torch.ops.mla.sparse_attn(leaves.q, leaves.kv, leaves.indices.where(slots % 3 == part, -1), *leaves.args[3:6])
+        for part in range(3)
+    ]
+    out, lse = merge_partials(*(torch.stack(column) for column in zip(*parts, strict=True)), leaves.attn_sink)
+    torch.autograd.backward([out, lse], [inputs.dout, inputs.dlse])
+    grads = zip(("dq", "dkv", "dsink"), (t.grad for t in leaves.differentiable), strict=False)
+    assert_matches_oracle({"out": out.detach(), "lse": lse.detach(), **dict(grads)}, inputs)
+
+
+def test_merge_keeps_an_empty_row_free_of_nan() -> None:
+    out = torch.zeros(2, 3, 4, 16, requires_grad=True)
+    lse = torch.full((2, 3, 4), -torch.inf, requires_grad=True)
+    merged = merge_partials(out, lse, torch.zeros(4))
+    assert torch.equal(merged.out, torch.zeros(3, 4, 16))
+    assert torch.equal(merged.lse, torch.full((3, 4), -torch.inf))
+    nan = [torch.full_like(result, torch.nan) for result in merged]
+    grads = torch.autograd.grad(list(merged), [out, lse], nan)
+    assert all(torch.equal(grad, torch.zeros_like(grad)) for grad in grads)
+
+
+@pytest.mark.parametrize("seq_kv", [0, 1, 5, 8, 23])
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+def test_ranks_own_what_chunk_and_stride_would_give(seq_kv: int, ranks: int) -> None:
+    rows = torch.arange(seq_kv)
+    runs = [len(run) for run in rows.chunk(ranks)] if seq_kv else []
+    runs += [0] * (ranks - len(runs))
+    assert [owned_rows(seq_kv, ranks, rank) for rank in range(ranks)] == runs
+    strided = [len(rows[rank::ranks]) for rank in range(ranks)]
+    assert [owned_rows(seq_kv, ranks, rank, "interleaved") for rank in range(ranks)] == strided
+
+
+def test_load_prints_its_imbalance() -> None:
+    assert str(KeyLoad((30, 10))) == "slots by rank [30, 10], imbalance 1.50"
+    assert KeyLoad((0, 0)).imbalance == 1.0

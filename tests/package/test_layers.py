@@ -1,0 +1,369 @@
+"""The house's import rules, read off the source, and what `import mla_ops` may and may not do."""
+
+from __future__ import annotations
+
+import ast
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+# Ground knows no operator. layer -> layers it may import, bottom-up: every entry names earlier ones only.
+GROUND: dict[str, set[str]] = {
+    "errors": set(),
+    "settings": {"errors"},
+    "device": {"errors"},
+    "wrappers": {"errors"},
+    "dispatch": {"errors", "device"},
+    "launching": {"errors", "device"},
+    "kernels": set(),
+}
+# A room holds one operator. part of a room -> parts of the same room it may import, bottom-up. Every part stands on the
+# ground too.
+ROOM: dict[str, set[str]] = {
+    "call": set(),
+    "rules": {"call"},
+    "reference": {"call"},
+    "configs": {"call"},
+    "kernels": set(),
+    "backend": {"call"},
+    "eager": {"call", "backend"},
+    "triton": {"call", "configs", "kernels", "backend"},
+    "backends": {"call", "backend", "eager", "triton"},
+}
+# (operator, operator whose room it may enter): why. An operator made of others stands here.
+COMPOSITES: dict[tuple[str, str], str] = {}
+# What stands on the rooms, bottom-up.
+LAYERS: dict[str, set[str]] = {
+    **GROUND,
+    "ops": set(GROUND),
+    "reference": {"ops"},
+    "registration": {*GROUND, "ops"},
+    "lowering": {*GROUND, "ops", "registration"},
+    "api": {*GROUND, "ops", "registration"},
+    "distributed": {"wrappers", "errors", "ops", "registration", "api"},
+    "adapters": {"errors", "device", "ops", "api"},
+    "testing": {"errors", "ops", "reference", "api"},
+    # `tune` and `bench` launch kernels with configurations of their own, past dispatch.
+    "bench": {"errors", "settings", "device", "ops", "api"},
+    # adapters: the demo's model is built from the plain PyTorch layer. bench: its commands.
+    "cli": {"errors", "settings", "device", "ops", "api", "adapters", "bench"},
+}
+# The seam knows no framework, and of the operator only who would run a layer.
+SEAM = "mla_ops/adapters/seam/"
+SEAM_IMPORTS = (
+    "mla_ops.adapters.seam",
+    "mla_ops.errors",
+    "mla_ops.device",
+    "mla_ops.ops.sparse_attn.backends",
+    "mla_ops.ops.sparse_attn.call",
+)
+# Users of the public names: they may import the package itself.
+PACKAGE_USERS = {"adapters", "bench", "cli", "testing"}
+# Who else may say a name that has one owner: (file, name) with the reason.
+EXCEPTIONS = {
+    ("registration/tracing.py", "mla_ops.lowering"): "a trace installs the lowerings, inside a function",
+    ("mla_ops/ops/sparse_attn/triton/backend.py", "torch.library"): "torch.library.wrap_triton",
+    ("registration/cache_key.py", "mla_ops"): "the version and the package's folder, both set before registration runs",
+}
+# name -> the files or folders that own it; nobody else imports it or reaches it as an attribute.
+OWNERS = {
+    "torch.library": ("registration/", "lowering/"),
+    "torch._inductor": ("lowering/inductor_compat.py",),
+    "torch.distributed": ("mla_ops/distributed.py", "registration/tracing.py", "registration/sparse_attn_sharding.py"),
+    "os.environ": ("mla_ops/settings.py",),
+    "os.getenv": ("mla_ops/settings.py",),
+    "torch.cuda.is_available": ("mla_ops/device.py",),
+    "torch.cuda.current_device": ("mla_ops/device.py",),
+    "torch.cuda.device_count": ("mla_ops/device.py",),
+    "torch.cuda.get_device_properties": ("mla_ops/device.py",),
+    "torch.cuda.get_device_capability": ("mla_ops/device.py",),
+    "torch.cuda.get_device_name": ("mla_ops/device.py",),
+    "megatron": ("mla_ops/adapters/megatron/",),
+    "transformers": ("mla_ops/adapters/transformers.py",),
+    # Their tensors are known by what they hold: see adapters/quantized.py.
+    "torchao": (),
+    "transformer_engine": (),
+}
+# Slow or optional: imported inside functions only, except by the kernels, which are themselves imported lazily.
+LAZY = (
+    "triton",
+    "torch._inductor",
+    "torch._dynamo",
+    "torch.distributed.tensor",
+    "megatron",
+    "transformers",
+    "matplotlib",
+    "tqdm",
+)
+
+
+@dataclass(frozen=True)
+class Use:
+    file: str
+    line: int
+    name: str  # dotted
+    is_import: bool
+    in_function: bool
+
+
+def sources() -> list[Path]:
+    return sorted(p for folder in ("mla_ops", "registration", "lowering") for p in (ROOT / folder).rglob("*.py"))
+
+
+def uses(path: Path) -> Iterator[Use]:
+    file = path.relative_to(ROOT).as_posix()
+
+    def visit(node: ast.AST, in_function: bool) -> Iterator[Use]:
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield Use(file, node.lineno, alias.name, True, in_function)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}:{node.lineno}: relative import; write the full name"
+            for alias in node.names:
+                yield Use(file, node.lineno, f"{node.module}.{alias.name}", True, in_function)
+        elif isinstance(node, ast.Attribute):
+            name = dotted(node)
+            if name is not None:
+                yield Use(file, node.lineno, name, False, in_function)
+                return
+        inside = in_function or isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
+        for child in ast.iter_child_nodes(node):
+            yield from visit(child, inside)
+
+    yield from visit(ast.parse(path.read_text()), False)
+
+
+def dotted(node: ast.expr) -> str | None:
+    if isinstance(node, ast.Attribute):
+        base = dotted(node.value)
+        return None if base is None else f"{base}.{node.attr}"
+    return node.id if isinstance(node, ast.Name) else None
+
+
+def layer_of(module: str) -> str | None:
+    """`mla_ops.ops.sparse_attn.eager` -> `ops`; None for the package itself."""
+    parts = module.split(".")
+    return parts[1] if len(parts) > 1 else None
+
+
+def module_of(file: str) -> str:
+    parts = Path(file).with_suffix("").parts
+    parts = parts if parts[0] == "mla_ops" else ("mla_ops", *parts)
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def room_of(module: str) -> tuple[str, str] | None:
+    """`mla_ops.ops.sparse_attn.configs.sm90` -> ("sparse_attn", "configs"); None outside of the rooms."""
+    parts = module.split(".")
+    return (parts[2], parts[3]) if parts[1:2] == ["ops"] and len(parts) > 3 else None
+
+
+def operator_of(file: str) -> str | None:
+    """Return whose file this is among those of `registration/` and `lowering/` that belong to one operator."""
+    folder, _, name = file.rpartition("/")
+    owners = [room for room in rooms() if name.startswith((f"{room}.", f"{room}_"))]
+    return max(owners, key=len, default=None) if folder in ("registration", "lowering") else None
+
+
+def rooms() -> list[str]:
+    return [folder.name for folder in (ROOT / "mla_ops/ops").glob("*/")]
+
+
+def is_under(name: str, prefix: str) -> bool:
+    return name == prefix or name.startswith(prefix + ".")
+
+
+def excused(use: Use, name: str) -> bool:
+    return (use.file, name) in EXCEPTIONS
+
+
+def broken_room_rules(use: Use) -> Iterator[str]:
+    """What an import of something in a room breaks."""
+    target = room_of(use.name)
+    if target is None:
+        return
+    own = room_of(module_of(use.file)) or (operator_of(use.file), None)
+    (own_operator, own_part), (operator, part) = own, target
+    if own_operator is None:
+        return
+    if own_operator != operator:
+        if (own_operator, operator) not in COMPOSITES:
+            yield f"{own_operator!r} may not enter the room of {operator!r} ({use.name})"
+    elif own_part is not None and part not in (own_part, *ROOM[own_part]):
+        yield f"part {own_part!r} of a room may not import its {part!r} ({use.name})"
+
+
+def broken_rules(path: Path) -> list[str]:
+    broken = []
+    for use in uses(path):
+        where = f"{use.file}:{use.line}"
+        own = layer_of(module_of(use.file))
+        if use.is_import and is_under(use.name, "mla_ops") and own not in (None, "__main__"):
+            target = layer_of(use.name)
+            if target not in LAYERS:  # `from mla_ops import x`: a layer or something of the package itself
+                target = None
+            if target is None and own not in PACKAGE_USERS and not excused(use, "mla_ops"):
+                broken.append(f"{where}: layer {own!r} imports the package itself ({use.name}); import the layer")
+            elif target not in (None, own, *LAYERS[own]) and not excused(use, f"mla_ops.{target}"):
+                broken.append(f"{where}: layer {own!r} may not import {target!r} ({use.name})")
+            if use.file.startswith(SEAM) and not use.name.startswith(SEAM_IMPORTS):
+                broken.append(f"{where}: the seam may not import {use.name}; it knows no framework and no operator")
+            broken += [f"{where}: {rule}" for rule in broken_room_rules(use)]
+        for name, owners in OWNERS.items():
+            if is_under(use.name, name) and not use.file.startswith(owners) and not excused(use, name):
+                broken.append(f"{where}: {name} belongs to {' and '.join(owners) or 'nobody'}")
+        for name in LAZY:
+            at_import = use.is_import and not use.in_function and "/kernels/" not in use.file
+            if at_import and is_under(use.name, name):
+                broken.append(f"{where}: import {name} inside the function that needs it")
+    return broken
+
+
+@pytest.mark.parametrize("path", sources(), ids=lambda p: p.relative_to(ROOT).as_posix())
+def test_import_rules(path: Path) -> None:
+    assert broken_rules(path) == []
+
+
+@pytest.mark.parametrize("table", [LAYERS, ROOM], ids=["layers", "room"])
+def test_layers_only_point_down(table: dict[str, set[str]]) -> None:
+    seen: set[str] = set()
+    for layer, below in table.items():
+        assert below <= seen, f"{layer} names a layer that is not below it"
+        seen.add(layer)
+
+
+def test_the_ground_knows_no_operator() -> None:
+    for layer, below in GROUND.items():
+        assert below <= set(GROUND), f"{layer} is ground and stands on more than ground"
+
+
+@pytest.mark.parametrize(
+    ("file", "code", "message"),
+    [
+        ("mla_ops/device.py", "from mla_ops.dispatch import decide", "layer 'device' may not import 'dispatch'"),
+        ("mla_ops/dispatch.py", "from mla_ops.ops.sparse_attn.call import x", "'dispatch' may not import 'ops'"),
+        (
+            "mla_ops/ops/sparse_attn/call.py",
+            "from mla_ops.registration import x",
+            "'ops' may not import 'registration'",
+        ),
+        (
+            "mla_ops/ops/sparse_attn/rules.py",
+            "from mla_ops.ops.sparse_attn.eager import x",
+            "may not import its 'eager'",
+        ),
+        ("mla_ops/ops/sparse_attn/eager.py", "from mla_ops.ops.sparse_attn.triton import x", "not import its 'triton'"),
+        (
+            "mla_ops/ops/sparse_attn/call.py",
+            "from mla_ops.ops.other.call import x",
+            "may not enter the room of 'other'",
+        ),
+        ("registration/sparse_attn.py", "from mla_ops.ops.other.call import x", "may not enter the room of 'other'"),
+        ("lowering/sparse_attn_choices.py", "from mla_ops.ops.other.call import x", "may not enter the room of"),
+        ("mla_ops/api.py", "import torch\ntorch.library.define('a', 'b')", "torch.library belongs to registration/"),
+        ("mla_ops/dispatch.py", "import os\nos.environ['X']", "os.environ belongs to mla_ops/settings.py"),
+        ("mla_ops/dispatch.py", "import triton", "import triton inside the function"),
+        ("mla_ops/adapters/quantized.py", "def f():\n    import torchao", "torchao belongs to nobody"),
+        ("registration/library.py", "def f():\n    import torch._inductor.ir", "torch._inductor belongs to lowering/"),
+        ("mla_ops/reference.py", "import torch\ntorch.cuda.get_device_name()", "belongs to mla_ops/device.py"),
+        ("mla_ops/dispatch.py", "from mla_ops import sparse_attn", "imports the package itself"),
+        ("mla_ops/dispatch.py", "from mla_ops.adapters.seam import x", "layer 'dispatch' may not import 'adapters'"),
+        ("mla_ops/adapters/seam/layout.py", "from mla_ops.api import x", "the seam may not import mla_ops.api"),
+        ("mla_ops/adapters/seam/__init__.py", "from mla_ops.adapters.torch_layer import x", "the seam may not import"),
+        ("mla_ops/adapters/seam/layout.py", "from mla_ops.ops.sparse_attn.eager import x", "the seam may not import"),
+        ("mla_ops/api.py", "from mla_ops.testing import Case", "layer 'api' may not import 'testing'"),
+    ],
+)
+def test_the_rules_can_fail(
+    file: str, code: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.modules[__name__], "ROOT", tmp_path)
+    for room in ("sparse_attn", "other"):
+        (tmp_path / "mla_ops/ops" / room).mkdir(parents=True)
+    path = tmp_path / file
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(code)
+    assert any(message in broken for broken in broken_rules(path))
+
+
+def run_python(program: str, cwd: Path = ROOT) -> str:
+    result = subprocess.run([sys.executable, "-c", program], cwd=cwd, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    return result.stdout.strip()
+
+
+def test_import_is_light() -> None:
+    program = """
+import sys, mla_ops
+heavy = ("torch._inductor", "torch._dynamo", "torch.distributed.tensor", "mla_ops.lowering", "mla_ops.testing",
+         "mla_ops.kernels", "mla_ops.cli", "mla_ops.bench", "mla_ops.adapters", "transformers", "megatron", "torchao",
+         "matplotlib", "registration", "lowering")
+print([m for m in sys.modules if any(m == h or m.startswith(h + ".") for h in heavy)])
+"""
+    assert run_python(program) == "[]"
+
+
+def test_import_and_use_without_triton() -> None:
+    program = """
+import sys
+sys.modules["triton"] = None
+import mla_ops
+from mla_ops.testing import Case, make_inputs
+inputs = make_inputs(Case(d_total=24, d_v=16)).requires_grad()
+mla_ops.sparse_attn(*inputs.args[:3], **inputs.kwargs).out.sum().backward()
+print(bool(inputs.kv.grad.abs().sum() > 0))
+"""
+    assert run_python(program) == "True"
+
+
+@pytest.mark.parametrize("folder", ["registration", "lowering"])
+def test_outside_folders_have_one_import_name(folder: str) -> None:
+    program = f"""
+import mla_ops
+try:
+    import {folder}
+except ImportError as error:
+    print(error)
+"""
+    assert run_python(program).startswith(f"import mla_ops.{folder}, not {folder}: ")
+
+
+def test_cache_tag_is_appended_once() -> None:
+    program = """
+import torch.compiler.config as config
+config.cache_key_tag = "mine"
+import mla_ops
+from mla_ops.registration.cache_key import fingerprint, tag_compile_caches
+tag_compile_caches()
+assert config.cache_key_tag == f"mine;{fingerprint()}", config.cache_key_tag
+print(fingerprint())
+"""
+    assert run_python(program).startswith("mla_ops=")
+
+
+def test_fingerprint_sees_every_source(tmp_path: Path) -> None:
+    for folder in ("mla_ops", "registration", "lowering"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    program = "from mla_ops.registration.cache_key import fingerprint; print(fingerprint())"
+    prints = {run_python(program, tmp_path)}
+    for source in ("mla_ops/ops/sparse_attn/eager.py", "registration/sparse_attn.py", "lowering/__init__.py"):
+        (tmp_path / source).write_text((tmp_path / source).read_text() + "\n# changed\n")
+        prints.add(run_python(program, tmp_path))
+    assert len(prints) == 4
+
+
+def test_a_walk_over_the_packages_modules_ends() -> None:
+    # In a checkout the package's own folder lies on its path; TORCH_LOGS="mla_ops" walks it while torch is imported.
+    program = """
+import pkgutil, mla_ops
+names = [module.name for module in pkgutil.walk_packages(mla_ops.__path__, "mla_ops.", onerror=lambda name: None)]
+print(max(name.count("mla_ops") for name in names), "mla_ops.lowering.sparse_attn_choices" in names)
+"""
+    assert run_python(program) == "2 True"

@@ -1,0 +1,130 @@
+"""Every way to get the package onto a path serves the same subpackages."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import mla_ops
+
+ROOT = Path(__file__).parents[2]
+FOLDERS = {"mla_ops": "mla_ops", "mla_ops.registration": "registration", "mla_ops.lowering": "lowering"}
+# -P-like isolation is not used: the checkout's own `mla_ops` winning over an install is the case under test.
+PROBE = "import mla_ops.registration, mla_ops.lowering; print(mla_ops.registration.__file__)"
+
+
+def declared_packages() -> set[str]:
+    return set(tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"])
+
+
+def packages_on_disk() -> set[str]:
+    found = set()
+    for name, folder in FOLDERS.items():
+        for init in (ROOT / folder).rglob("__init__.py"):
+            parts = init.parent.relative_to(ROOT / folder).parts
+            found.add(".".join((name, *parts)))
+    return found
+
+
+def test_package_list_names_every_folder() -> None:
+    assert declared_packages() == packages_on_disk()
+
+
+def pip(*args: str) -> None:
+    command = [sys.executable, "-m", "pip", *args, "--no-deps", "--no-build-isolation", "--quiet"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.fixture(scope="module")
+def source_copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tracked sources in a folder of their own: building must not write into the checkout under test."""
+    import shutil
+
+    target = tmp_path_factory.mktemp("source")
+    for name in ("mla_ops", "registration", "lowering"):
+        shutil.copytree(ROOT / name, target / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, target / name)
+    return target
+
+
+@pytest.fixture(scope="module")
+def wheel(source_copy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("wheel")
+    pip("wheel", str(source_copy), "--wheel-dir", str(folder))
+    (path,) = folder.glob("*.whl")
+    return path
+
+
+def test_wheel_holds_every_source_file_and_nothing_else(wheel: Path) -> None:
+    expected = {"mla_ops/py.typed"}
+    for name, folder in FOLDERS.items():
+        inside = name.replace(".", "/")
+        for source in (ROOT / folder).rglob("*.py"):
+            expected.add(f"{inside}/{source.relative_to(ROOT / folder).as_posix()}")
+    with zipfile.ZipFile(wheel) as archive:
+        names = {n for n in archive.namelist() if ".dist-info/" not in n}
+        (metadata,) = [n for n in archive.namelist() if n.endswith("METADATA")]
+        text = archive.read(metadata).decode()
+        entry_points = archive.read(metadata.replace("METADATA", "entry_points.txt")).decode()
+    assert names == expected
+    assert f"Version: {mla_ops.__version__}" in text
+    assert "mla-ops = mla_ops.cli.main:main" in entry_points
+
+
+def probe(cwd: Path, path: str | None = None) -> Path:
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | ({"PYTHONPATH": path} if path else {})
+    # -S leaves out the environment's own (editable) install of this package; torch comes back by hand.
+    site = f"import sys; sys.path += {[p for p in sys.path if p.endswith('site-packages')]!r}; "
+    command = [sys.executable, "-S", "-c", site + PROBE]
+    result = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    return Path(result.stdout.strip().splitlines()[-1])
+
+
+def test_wheel_serves_the_subpackages(wheel: Path, tmp_path: Path) -> None:
+    pip("install", str(wheel), "--target", str(tmp_path / "site"))
+    (tmp_path / "elsewhere").mkdir()
+    found = probe(tmp_path / "elsewhere", str(tmp_path / "site"))
+    assert found == tmp_path / "site/mla_ops/registration/__init__.py"
+
+
+def test_plain_checkout_serves_the_subpackages(source_copy: Path) -> None:
+    assert probe(source_copy).resolve() == (source_copy / "registration/__init__.py").resolve()
+
+
+@pytest.mark.parametrize("mode", ["lenient", "strict"])
+@pytest.mark.parametrize("from_root", [False, True], ids=["elsewhere", "from-root"])
+def test_editable_install_serves_the_subpackages(mode: str, from_root: bool, source_copy: Path, tmp_path: Path) -> None:
+    pip(
+        "install",
+        "--ignore-installed",  # else pip uninstalls the environment's own mla_ops first
+        "--editable",
+        str(source_copy),
+        "--config-settings",
+        f"editable_mode={mode}",
+        "--prefix",
+        str(tmp_path),
+    )
+    (site,) = tmp_path.rglob("site-packages")
+    (tmp_path / "elsewhere").mkdir()
+    # In front, because the environment's install has a finder module of the same name.
+    program = f"import site; sys.path.insert(0, {str(site)!r}); site.addsitedir({str(site)!r}); {PROBE}"
+    torch_site = [p for p in sys.path if p.endswith("site-packages")]
+    result = subprocess.run(
+        [sys.executable, "-S", "-c", f"import sys; sys.path += {torch_site!r}; {program}"],
+        cwd=source_copy if from_root else tmp_path / "elsewhere",
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert result.returncode == 0, result.stderr
+    # A strict install serves a tree of links: only the link's target is the source file.
+    assert Path(result.stdout.strip()).resolve() == (source_copy / "registration/__init__.py").resolve()

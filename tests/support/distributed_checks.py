@@ -1,0 +1,60 @@
+"""What the ranks of a process group check together, one process per rank; test_distributed.py starts them.
+
+distributed_checks.py RANK WORLD_SIZE FOLDER     joins through FOLDER/store, writes FOLDER/results.json
+
+Every check is a function of the rank's `World`. Ranks agree on each check's outcome before the next one starts, so a
+failure on one rank is everybody's; a check that leaves ranks waiting for one another fails by the group's timeout.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import traceback
+from pathlib import Path
+
+import distributed_keys  # noqa: F401  (registers its checks, as do the next two)
+import distributed_sharding  # noqa: F401
+import distributed_training  # noqa: F401
+import torch
+import torch.distributed as dist
+from distributed_world import CHECKS, TIMEOUT, World
+
+__all__ = ["CHECKS"]
+
+
+def run_checks(world: World) -> dict[str, str | None]:
+    outcomes: dict[str, str | None] = {}
+    for name, function in CHECKS[world.size].items():
+        error = None
+        try:
+            function(world)
+        except Exception:
+            error = traceback.format_exc()
+            print(f"{name} failed:\n{error}", flush=True)  # told again if the other ranks can still be reached
+        errors: list[str | None] = [None] * world.size
+        dist.all_gather_object(errors, error)
+        failed = [f"rank {rank}:\n{text}" for rank, text in enumerate(errors) if text is not None]
+        outcomes[name] = "\n".join(failed) or None
+    return outcomes
+
+
+def main() -> None:
+    rank, size, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
+    torch.set_num_threads(1)
+    store = dist.FileStore(str(folder / "store"), size)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=TIMEOUT)
+    outcomes = run_checks(World(rank, size))
+    if rank == 0:
+        (folder / "results.json").write_text(json.dumps(outcomes))
+    dist.barrier()
+    dist.destroy_process_group()
+    sys.stdout.flush()
+    # Past Python's finalization: DTensor's caches keep gloo's threads alive that long, and one of them that then frees
+    # a tensor waits for a lock it cannot have, and aborts the process ("terminate called without an active exception").
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()
