@@ -17,7 +17,6 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import torch
 import triton.testing
@@ -25,8 +24,9 @@ from torch import Tensor
 from wide_forward import overlapping
 
 from mla_ops.bench.provenance import write
-from mla_ops.bench.shapes import SOFTMAX_SCALE, Shape
-from mla_ops.ops.sparse_attn.triton import backend
+from mla_ops.bench.shapes import Shape
+from mla_ops.ops.sparse_attn.call import Gradients
+from mla_ops.ops.sparse_attn.triton.direct import run_backward, run_forward
 
 ROUNDS = 5
 LONG = {
@@ -38,15 +38,6 @@ LONG = {
     "16 heads": Shape(1, 4096, 2**16, 16, 576, 512, 2048),
     "320/256": Shape(1, 4096, 2**16, 64, 320, 256, 2048),
 }
-
-
-def backward(shape: Shape, *tensors: Tensor, in_slot_order: bool) -> tuple[Tensor, ...]:
-    dout, q, kv, indices, out, lse = tensors
-    arguments = (dout, None, q, kv, indices, out, lse, shape.d_v, SOFTMAX_SCALE, None, None, True, True)
-    if not in_slot_order:
-        return backend.launch_backward(*arguments)
-    with patch.object(backend, "rows_per_launch", lambda *_: None):
-        return backend.launch_backward(*arguments)
 
 
 def check(orders: dict[str, Callable[[], tuple[Tensor, ...]]]) -> dict[str, float]:
@@ -62,15 +53,11 @@ def check(orders: dict[str, Callable[[], tuple[Tensor, ...]]]) -> dict[str, floa
 
 def measure(name: str, shape: Shape, is_overlapping: bool) -> list[dict[str, Any]]:
     torch.manual_seed(0)
-    q, kv, indices, dout = shape.draw()
+    call, dout = shape.draw_call()
     if is_overlapping:
-        indices = overlapping(indices, shape.Skv)
-    out, lse = backend.launch_forward(q, kv, indices, shape.d_v, SOFTMAX_SCALE, None, None)
-    tensors = (dout, q, kv, indices, out, lse)
-    orders = {
-        "key order": partial(backward, shape, *tensors, in_slot_order=False),
-        "slot order": partial(backward, shape, *tensors, in_slot_order=True),
-    }
+        call = call._replace(indices=overlapping(call.indices, shape.Skv))
+    backward = partial(run_backward, call, run_forward(call), Gradients(dout, None))
+    orders = {"key order": backward, "slot order": partial(backward, in_key_order=False)}
     errors = check(orders)
     times: dict[str, list[float]] = {order: [] for order in orders}
     for _ in range(ROUNDS):

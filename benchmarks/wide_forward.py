@@ -30,8 +30,9 @@ from mla_ops.bench.peers import flash_libraries, flash_peers, gather
 from mla_ops.bench.provenance import write
 from mla_ops.bench.shapes import SHAPES, SOFTMAX_SCALE, Shape
 from mla_ops.device import traits_of
-from mla_ops.ops.sparse_attn.configs.lookup import forward_config
-from mla_ops.ops.sparse_attn.triton.backend import launch_forward
+from mla_ops.ops.sparse_attn.call import SparseAttnCall
+from mla_ops.ops.sparse_attn.configs.lookup import forward_config, key_of
+from mla_ops.ops.sparse_attn.triton.direct import run_forward
 
 ROUNDS = 7
 KEPT = 0.8
@@ -66,12 +67,12 @@ def overlapping(indices: Tensor, seq_kv: int) -> Tensor:
 
 def implementations(shape: Shape, libraries: list[str]) -> dict[str, Forward]:
     traits = traits_of(torch.device("cuda"))
-    plain = forward_config(traits.arch, traits.smem_bytes, shape.H, shape.d_total, shape.d_v, 2)
+    plain = forward_config(key_of(shape.problem(), traits))
 
     def ours(config: Any) -> Forward:
-        return lambda q, kv, indices, d_v: launch_forward(
-            q, kv, indices, d_v, SOFTMAX_SCALE, None, None, config=config
-        )[0]
+        return lambda q, kv, indices, d_v: (
+            run_forward(SparseAttnCall(q, kv, indices, d_v, SOFTMAX_SCALE), config=config).out
+        )
 
     return {"mla_ops": ours(None), "mla_ops, plain Triton": ours(plain), **flash_peers(shape, libraries)}
 

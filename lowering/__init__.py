@@ -12,9 +12,13 @@ if __name__ != "mla_ops.lowering":
     raise ImportError(f"import mla_ops.lowering, not {__name__}: a second copy would have a switch of its own")
 
 from types import TracebackType
+from weakref import WeakKeyDictionary
 
+import torch
+
+from mla_ops.ops.sparse_attn.configs.tuned import read_once
 from mla_ops.registration.cache_key import tag_compile_caches
-from mla_ops.settings import current
+from mla_ops.settings import Settings, current
 
 __all__ = ["disable", "enable", "is_enabled"]
 
@@ -60,8 +64,11 @@ def is_enabled() -> bool:
 
 
 def prepare() -> None:
-    """Make the compilation that is going on see the lowering, and its caches see which one; called while tracing."""
-    tag_compile_caches(is_lowered=_enabled, tuned_rows=current().tuned_rows)
+    """Make the compilation that is going on see the lowerings, and its caches see which; called while tracing."""
+    _tag_compile_caches()
+    context = torch._guards.TracingContext.try_get()
+    if context is not None:
+        _settings_of_traces.setdefault(context, current())
     if not _enabled:
         return
     from mla_ops.lowering import inductor_compat
@@ -72,7 +79,22 @@ def prepare() -> None:
         sparse_attn.install()
 
 
+# A backward is compiled when it first runs, in the tracing context of its forward, perhaps in a thread of autograd's.
+_settings_of_traces: WeakKeyDictionary[torch._guards.TracingContext, Settings] = WeakKeyDictionary()
+
+
+def settings_of_trace() -> Settings:
+    """Return the settings that were current where the graph that is compiled now was traced."""
+    context = torch._guards.TracingContext.try_get()
+    return current() if context is None else _settings_of_traces.get(context, current())
+
+
 def _set(enabled: bool) -> None:
     global _enabled
     _enabled = enabled
-    tag_compile_caches(is_lowered=enabled, tuned_rows=current().tuned_rows)
+    _tag_compile_caches()
+
+
+def _tag_compile_caches() -> None:
+    tuned_rows = current().tuned_rows
+    tag_compile_caches(is_lowered=_enabled, inlined=read_once(tuned_rows).digest if tuned_rows else "")

@@ -8,27 +8,26 @@ the operator, which runs everything the operator runs, and the log says why: `TO
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import torch
 
+from mla_ops import settings
 from mla_ops.device import DeviceTraits, traits_of
 from mla_ops.lowering import inductor_compat as inductor
-from mla_ops.lowering import is_enabled
+from mla_ops.lowering import is_enabled, settings_of_trace
 from mla_ops.lowering import sparse_attn_choices as choices
 from mla_ops.ops.sparse_attn.backends import select
-from mla_ops.ops.sparse_attn.call import Hints, SparseAttnProblem
-from mla_ops.ops.sparse_attn.configs.launch import program_count
-from mla_ops.ops.sparse_attn.configs.lookup import backward_configs
-from mla_ops.ops.sparse_attn.triton import backend as triton
-from mla_ops.ops.sparse_attn.triton import forward as triton_forward_plan
-from mla_ops.ops.sparse_attn.triton import hopper as triton_hopper
+from mla_ops.ops.sparse_attn.call import Gradients, Hints, Results, Side, SparseAttnCall, SparseAttnProblem, Wanted
+from mla_ops.ops.sparse_attn.triton.backend import TritonBackend
+from mla_ops.ops.sparse_attn.triton.backward import launch_backward, plan_backward
+from mla_ops.ops.sparse_attn.triton.forward import launch_forward, plan_forward, readable
+from mla_ops.ops.sparse_attn.triton.kernel_sets import Choice, choose
 from mla_ops.ops.sparse_attn.triton.key_order import rows_per_launch
+from mla_ops.ops.sparse_attn.triton.portable import INT32_OFFSETS
 from mla_ops.registration import SPARSE_ATTN, SPARSE_ATTN_BWD
-from mla_ops.settings import current
 
 _log = logging.getLogger(__name__)
 
@@ -50,7 +49,9 @@ class _Plan:
 
     problem: SparseAttnProblem
     hints: Hints
+    device: torch.device
     traits: DeviceTraits
+    choice: Choice
     use_int64_offsets: bool | None  # None: the launcher finds out, by a guard if the lengths are symbolic
 
 
@@ -65,34 +66,23 @@ def _lower_forward(
     backend: str = "auto",
 ) -> Any:
     try:
-        plan = _plan(q, kv, indices, d_v, backend, needs_grad=False)
-        _leave_specialised_to_the_operator(plan, triton_hopper.automatic_config)
+        plan = _plan("forward", q, kv, indices, d_v, backend)
     except _StayExtern as reason:
         args = (q, kv, indices, d_v, softmax_scale, topk_length, attn_sink, backend)
         return _extern(SPARSE_ATTN, args, reason)
-    problem, rows = plan.problem, plan.hints.batch * plan.hints.seq_q
-    config = choices.forward(problem, plan.hints, plan.traits, softmax_scale)
-    programs = program_count(rows, problem.heads, problem.kv_group, config.block_h)
-    num_splits = triton_forward_plan.split_count(programs, problem.topk, config, plan.traits, *problem.widths)
+    choice = choices.forward(plan.choice, plan.problem, plan.hints, plan.device, softmax_scale)
+    num_splits = choices.split_count_of(choice, plan.problem, plan.hints, plan.traits)
 
     def launch(*tensors: Any) -> Any:
         q, kv, indices, topk_length, attn_sink = tensors
-        return triton.launch_forward(
-            q,
-            kv,
-            indices,
-            problem.d_v,
-            softmax_scale,
-            topk_length,
-            attn_sink,
-            num_splits=num_splits,
-            use_int64_offsets=plan.use_int64_offsets,
-            config=config,
-            traits=plan.traits,
-            wrap=torch.library.wrap_triton,
+        call = SparseAttnCall(q, kv, indices, plan.problem.d_v, softmax_scale, topk_length, attn_sink)
+        call = readable(call)
+        launched = plan_forward(
+            call, plan.traits, choice=choice, num_splits=num_splits, use_int64_offsets=plan.use_int64_offsets
         )
+        return tuple(launch_forward(call, launched, wrap=torch.library.wrap_triton))  # a graph has no named tuples
 
-    _log.info("%s is inlined: %s, %s, num_splits=%d", SPARSE_ATTN, problem, config, num_splits)
+    _log.info("%s is inlined: %s, %s, num_splits=%d", SPARSE_ATTN, plan.problem, choice.config, num_splits)
     return inductor.inline(launch, (q, kv, indices, topk_length, attn_sink))
 
 
@@ -112,65 +102,46 @@ def _lower_backward(
     need_dkv: bool = True,
     backend: str = "auto",
 ) -> Any:
-    try:
-        plan = _plan(q, kv, indices, d_v, backend, needs_grad=True)
-        _leave_specialised_to_the_operator(plan, triton_hopper.automatic_backward_config)
-        if need_dkv:
-            _leave_key_order_to_the_operator(plan)
-    except _StayExtern as reason:
-        args = (dout, dlse, q, kv, indices, out, lse, d_v, softmax_scale)
-        return _extern(SPARSE_ATTN_BWD, (*args, topk_length, attn_sink, need_dq, need_dkv, backend), reason)
-    configs = choices.backward(plan.problem, plan.hints, plan.traits, softmax_scale, need_dq, need_dkv)
+    wanted = Wanted(need_dq, need_dkv)
+    # The thread that compiles a backward may be one of autograd's, which knows nothing of an override.
+    with settings.use(settings_of_trace()):
+        try:
+            plan = _plan("backward", q, kv, indices, d_v, backend, is_dkv_wanted=need_dkv)
+        except _StayExtern as reason:
+            args = (dout, dlse, q, kv, indices, out, lse, d_v, softmax_scale)
+            return _extern(SPARSE_ATTN_BWD, (*args, topk_length, attn_sink, need_dq, need_dkv, backend), reason)
+        choice = choices.backward(plan.choice, plan.problem, plan.hints, plan.device, softmax_scale, wanted)
 
     def launch(*tensors: Any) -> Any:
         dout, dlse, q, kv, indices, out, lse, topk_length, attn_sink = tensors
-        return triton.launch_backward(
-            dout,
-            dlse,
-            q,
-            kv,
-            indices,
-            out,
-            lse,
-            plan.problem.d_v,
-            softmax_scale,
-            topk_length,
-            attn_sink,
-            need_dq,
-            need_dkv,
-            use_int64_offsets=plan.use_int64_offsets,
-            configs=configs,
-            traits=plan.traits,
-            wrap=torch.library.wrap_triton,
+        call = readable(SparseAttnCall(q, kv, indices, plan.problem.d_v, softmax_scale, topk_length, attn_sink))
+        launched = plan_backward(
+            call, plan.traits, wanted, choice=choice, use_int64_offsets=plan.use_int64_offsets, is_traced=True
         )
+        results, gradients = Results(out, lse), Gradients(dout, dlse)
+        return launch_backward(call, results, gradients, wanted, launched, wrap=torch.library.wrap_triton)
 
-    _log.info("%s is inlined: %s, %s", SPARSE_ATTN_BWD, plan.problem, configs)
+    _log.info("%s is inlined: %s, %s", SPARSE_ATTN_BWD, plan.problem, choice.config)
     return inductor.inline(launch, (dout, dlse, q, kv, indices, out, lse, topk_length, attn_sink))
 
 
-def _leave_specialised_to_the_operator(plan: _Plan, automatic_config: Callable[..., object]) -> None:
-    """Raise `_StayExtern` where eager runs a faster kernel that cannot be inlined; a package takes the plain one."""
-    problem, rows = plan.problem, plan.hints.batch * plan.hints.seq_q
-    tuned_rows = current().tuned_rows
-    config = automatic_config(
-        plan.traits, rows, problem.heads, problem.kv_group, problem.topk, problem.widths, tuned_rows
-    )
-    if config is not None and not inductor.is_ahead_of_time():
-        raise _StayExtern(f"{config} is twice as fast as the plain kernel and written in Gluon, which is not inlined")
+def _choice(side: Side, problem: SparseAttnProblem, hints: Hints, traits: DeviceTraits, is_dkv_wanted: bool) -> Choice:
+    """Return the kernels to inline; raise `_StayExtern` where eager runs faster in a way that cannot be inlined.
 
-
-def _leave_key_order_to_the_operator(plan: _Plan) -> None:
-    """Raise `_StayExtern` where eager adds to dkv in the order of the keys; a package does it in that of the slots."""
-    if torch.are_deterministic_algorithms_enabled() or inductor.is_ahead_of_time():
-        return
-    problem, traits = plan.problem, plan.traits
-    configs = backward_configs(*choices.config_key(problem, traits))
-    assert configs is not None  # dispatch has refused what nothing fits
-    launch_rows = rows_per_launch(
-        configs[-1], traits, plan.hints.seq_kv, problem.heads, problem.kv_group, problem.topk, problem.widths
-    )
-    if launch_rows is not None:
-        raise _StayExtern(f"dkv does not fit the cache, so {launch_rows} queries at a time add to it in key order")
+    An AOTInductor package calls no operator of Python's: there the kernels that can be inlined are taken all the same.
+    """
+    is_deterministic = is_dkv_wanted and torch.are_deterministic_algorithms_enabled()
+    is_package = inductor.is_ahead_of_time()
+    choice = choose(side, problem, hints, traits, is_deterministic=is_deterministic, inlinable_only=is_package)
+    if not choice.kernels.is_inlinable:
+        raise _StayExtern(
+            f"{choice.config} is twice as fast as the plain kernel and written in Gluon, which is not inlined"
+        )
+    if side == "backward" and is_dkv_wanted and not is_deterministic and not is_package:
+        launch_rows = rows_per_launch(choice.config[-1], problem, hints, traits)
+        if launch_rows is not None:
+            raise _StayExtern(f"dkv does not fit the cache, so {launch_rows} queries at a time add to it in key order")
+    return choice
 
 
 def _extern(op: torch._ops.OpOverload, args: tuple[Any, ...], reason: _StayExtern) -> Any:
@@ -178,7 +149,7 @@ def _extern(op: torch._ops.OpOverload, args: tuple[Any, ...], reason: _StayExter
     return inductor.extern_call(op, args)
 
 
-def _plan(q: Any, kv: Any, indices: Any, d_v: Any, backend: str, *, needs_grad: bool) -> _Plan:
+def _plan(side: Side, q: Any, kv: Any, indices: Any, d_v: Any, backend: str, *, is_dkv_wanted: bool = False) -> _Plan:
     """Decide on a call, and guard its widths and head counts if it will be inlined; else raise `_StayExtern`."""
     if not is_enabled():
         raise _StayExtern("mla_ops.lowering is disabled")
@@ -204,19 +175,21 @@ def _plan(q: Any, kv: Any, indices: Any, d_v: Any, backend: str, *, needs_grad: 
         heads=inductor.hint(q_size[-2]),
         kv_group=inductor.hint(kv_size[-2]),
         dtype=q.get_dtype(),
-        needs_grad=needs_grad,
+        needs_grad=side == "backward",
     )
-    traits = traits_of(q.get_device())
+    device: torch.device = q.get_device()
+    traits = traits_of(device)
     decision = select(problem, traits, backend)
-    if decision.backend is None or decision.backend.name != triton.TritonBackend.name:
+    if decision.backend is None or decision.backend.name != TritonBackend.name:
         raise _StayExtern(f"only the triton backend is inlined\n{decision}")
-    if needs_grad and torch.are_deterministic_algorithms_enabled():
+    choice = _choice(side, problem, hints, traits, is_dkv_wanted)
+    if side == "backward" and torch.are_deterministic_algorithms_enabled():
         for name, size in {**lengths, "topk": topk}.items():
             if inductor.is_symbolic(size):
                 raise _StayExtern(f"{name} is symbolic and decides how often a deterministic backward launches")
     for size in compiled_for.values():
         inductor.guard(size)
-    return _Plan(problem, hints, traits, _needs_int64_offsets(kv, problem))
+    return _Plan(problem, hints, device, traits, choice, _needs_int64_offsets(kv, problem))
 
 
 def _needs_int64_offsets(kv: Any, problem: SparseAttnProblem) -> bool | None:
@@ -230,4 +203,4 @@ def _needs_int64_offsets(kv: Any, problem: SparseAttnProblem) -> bool | None:
     row_strides = [problem.kv_group * problem.d_total, *(kv.maybe_get_stride() or [])[-3:-2]]
     limit = max(inductor.upper_bound(seq_kv * stride) for stride in row_strides)
     is_bounded = inductor.is_ahead_of_time() or limit < float("inf")
-    return True if is_bounded and limit >= triton_forward_plan.INT32_OFFSETS else None
+    return True if is_bounded and limit >= INT32_OFFSETS else None

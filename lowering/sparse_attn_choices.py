@@ -12,12 +12,16 @@ from typing import Any, TypeVar
 
 import torch
 
-from mla_ops.device import DeviceTraits
+from mla_ops.device import DeviceTraits, traits_of
+from mla_ops.launching import on_device
 from mla_ops.lowering import inductor_compat as inductor
-from mla_ops.ops.sparse_attn.call import Hints, SparseAttnProblem
-from mla_ops.ops.sparse_attn.configs.launch import BwdConfig, FwdConfig
-from mla_ops.ops.sparse_attn.configs.lookup import backward_candidates, forward_candidates
-from mla_ops.ops.sparse_attn.triton import backend as triton
+from mla_ops.ops.sparse_attn.call import Gradients, Hints, SparseAttnCall, SparseAttnProblem, Wanted
+from mla_ops.ops.sparse_attn.configs.launch import BwdConfig, FwdConfig, program_count
+from mla_ops.ops.sparse_attn.configs.lookup import backward_candidates, forward_candidates, key_of
+from mla_ops.ops.sparse_attn.triton.backward import launch_backward, plan_backward
+from mla_ops.ops.sparse_attn.triton.forward import launch_forward, plan_forward
+from mla_ops.ops.sparse_attn.triton.kernel_sets import Choice
+from mla_ops.ops.sparse_attn.triton.portable import split_count
 from mla_ops.settings import current
 
 # A launch compiles in seconds, so the list is short.
@@ -27,68 +31,83 @@ _log = logging.getLogger(__name__)
 _Choice = TypeVar("_Choice", FwdConfig, tuple[BwdConfig, ...])
 
 
-def forward(problem: SparseAttnProblem, hints: Hints, traits: DeviceTraits, softmax_scale: float) -> FwdConfig:
-    """Return the configuration to inline a forward with."""
-    candidates = forward_candidates(*config_key(problem, traits), count=_count(hints))
+def forward(
+    chosen: Choice, problem: SparseAttnProblem, hints: Hints, device: torch.device, softmax_scale: float
+) -> Choice:
+    """Return what to inline a forward with: what was chosen, or the same kernels in a faster configuration."""
+    traits = traits_of(device)
+    candidates = forward_candidates(key_of(problem, traits), current().tuned_rows, count=_count(hints))
 
     def prepare() -> Callable[[FwdConfig], Any]:
-        arguments = (*_random_inputs(problem, hints, traits), problem.d_v, softmax_scale, None, None)
-        return lambda config: triton.launch_forward(*arguments, config=config)
+        call = random_call(problem, hints, device, softmax_scale)
+        return lambda config: launch_forward(call, plan_forward(call, traits, choice=chosen._replace(config=config)))
 
-    return _fastest(candidates, prepare)
+    return chosen._replace(config=_fastest(candidates, device, prepare))
 
 
 def backward(
+    chosen: Choice,
     problem: SparseAttnProblem,
     hints: Hints,
-    traits: DeviceTraits,
+    device: torch.device,
     softmax_scale: float,
-    need_dq: bool,
-    need_dkv: bool,
-) -> tuple[BwdConfig, ...]:
-    """Return the configurations, one per pass, to inline a backward with."""
-    is_deterministic = need_dkv and torch.are_deterministic_algorithms_enabled()
-    candidates = backward_candidates(*config_key(problem, traits), is_deterministic, count=_count(hints))
+    wanted: Wanted,
+) -> Choice:
+    """Return what to inline a backward with, as `forward` does; its configuration holds one for each pass."""
+    traits = traits_of(device)
+    is_deterministic = wanted.dkv and torch.are_deterministic_algorithms_enabled()
+    candidates = backward_candidates(
+        key_of(problem, traits), current().tuned_rows, is_deterministic, count=_count(hints)
+    )
 
     def prepare() -> Callable[[tuple[BwdConfig, ...]], Any]:
-        inputs = _random_inputs(problem, hints, traits)
-        out, lse = triton.launch_forward(*inputs, problem.d_v, softmax_scale, None, None)
-        arguments = (torch.randn_like(out), None, *inputs, out, lse, problem.d_v, softmax_scale, None, None)
-        return lambda configs: triton.launch_backward(*arguments, need_dq, need_dkv, configs=configs)
+        call = random_call(problem, hints, device, softmax_scale)
+        results = launch_forward(call, plan_forward(call, traits))
+        gradients = Gradients(torch.randn_like(results.out), None)
 
-    return _fastest(candidates, prepare)
+        def launch(configs: tuple[BwdConfig, ...]) -> Any:
+            # As it will be inlined: not in key order, which a trace does not do.
+            choice = chosen._replace(config=configs)
+            plan = plan_backward(call, traits, wanted, choice=choice, is_traced=True)
+            return launch_backward(call, results, gradients, wanted, plan)
+
+        return launch
+
+    return chosen._replace(config=_fastest(candidates, device, prepare))
 
 
-def config_key(problem: SparseAttnProblem, traits: DeviceTraits) -> tuple[int, int, int, int, int, int, str]:
-    """Return what the tables of `configs.lookup` are asked with."""
-    heads = max(1, problem.heads_per_group)  # no heads: nothing is launched
-    return traits.arch, traits.smem_bytes, heads, *problem.widths, current().tuned_rows
+def split_count_of(choice: Choice, problem: SparseAttnProblem, hints: Hints, traits: DeviceTraits) -> int:
+    """Return over how many programs the slots of a row are shared out in the call that is compiled for."""
+    programs = program_count(hints.rows, problem.heads, problem.kv_group, choice.config.block_h)
+    return split_count(programs, problem.topk, choice.config, traits, key_of(problem, traits))
+
+
+def random_call(problem: SparseAttnProblem, hints: Hints, device: torch.device, softmax_scale: float) -> SparseAttnCall:
+    """Return a call of these sizes; every index is valid, for a gather of one row would flatter."""
+    rows, kv_rows = (hints.batch, hints.seq_q), (hints.batch, hints.seq_kv)
+    return SparseAttnCall(
+        torch.randn(*rows, problem.heads, problem.d_total, device=device).to(problem.dtype),
+        torch.randn(*kv_rows, problem.kv_group, problem.d_total, device=device).to(problem.dtype),
+        torch.randint(max(1, hints.seq_kv), (*rows, problem.kv_group, problem.topk), device=device).int(),
+        problem.d_v,
+        softmax_scale,
+    )
 
 
 def _count(hints: Hints) -> int:
     """Return how many configurations to consider; without a query there is nothing to time."""
-    return SHORT_LIST if inductor.is_max_autotune() and hints.batch * hints.seq_q > 0 else 1
+    return SHORT_LIST if inductor.is_max_autotune() and hints.rows > 0 else 1
 
 
-def _fastest(candidates: Sequence[_Choice], prepare: Callable[[], Callable[[_Choice], Any]]) -> _Choice:
+def _fastest(
+    candidates: Sequence[_Choice], device: torch.device, prepare: Callable[[], Callable[[_Choice], Any]]
+) -> _Choice:
     if len(candidates) == 1:
         return candidates[0]
     from triton.testing import do_bench
 
-    with inductor.real_tensors():
+    with inductor.real_tensors(), on_device(device):
         launch = prepare()
         times = {choice: do_bench(lambda: launch(choice), return_mode="median") for choice in candidates}  # noqa: B023
     _log.info("timed, in ms: %s", times)
     return min(times, key=times.__getitem__)
-
-
-def _random_inputs(
-    problem: SparseAttnProblem, hints: Hints, traits: DeviceTraits
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return q, kv and indices of a problem; every index is valid, for a gather of one row would flatter."""
-    rows = (hints.batch, hints.seq_q)
-    return (
-        torch.randn(*rows, problem.heads, problem.d_total, device=traits.type).to(problem.dtype),
-        torch.randn(hints.batch, hints.seq_kv, problem.kv_group, problem.d_total, device=traits.type).to(problem.dtype),
-        torch.randint(max(1, hints.seq_kv), (*rows, problem.kv_group, problem.topk), device=traits.type).int(),
-    )

@@ -7,10 +7,11 @@ from typing import NamedTuple
 import torch
 from torch.utils import _pytree
 
-from mla_ops.device import traits_of
 from mla_ops.errors import InvalidInputError
-from mla_ops.ops.sparse_attn.backends import Decision, check_backend_name, select
-from mla_ops.ops.sparse_attn.call import Hints, SparseAttnProblem
+from mla_ops.launching import filled_alike
+from mla_ops.ops.sparse_attn import backends
+from mla_ops.ops.sparse_attn.backends import Decision, check_backend_name
+from mla_ops.ops.sparse_attn.call import SparseAttnCall
 from mla_ops.ops.sparse_attn.rules import check_argument_types, check_inputs
 from mla_ops.registration import SPARSE_ATTN, SPARSE_ATTN_BWD, SPARSE_ATTN_MAX_LOGITS
 from mla_ops.wrappers import dequantized, is_dtensor
@@ -85,7 +86,7 @@ def sparse_attn(
     if is_dtensor(q) and not torch.compiler.is_compiling():
         # DTensor's dispatcher would run these rules in the fake and wrap what they raise in a RuntimeError.
         check_backend_name(backend)
-        check_inputs(q, kv, indices, d_v, softmax_scale, topk_length, attn_sink)
+        check_inputs(SparseAttnCall(q, kv, indices, d_v, softmax_scale, topk_length, attn_sink))
     return SparseAttnOutput(*SPARSE_ATTN(q, kv, indices, d_v, softmax_scale, topk_length, attn_sink, backend))
 
 
@@ -147,10 +148,10 @@ def explain(
         UnknownBackendError: `backend` is not a known name.
     """
     check_argument_types(q, kv, indices, d_v, softmax_scale, topk_length, attn_sink, backend)
-    check_inputs(q, kv, indices, d_v, softmax_scale, topk_length, attn_sink)
+    call = SparseAttnCall(q, kv, indices, d_v, softmax_scale, topk_length, attn_sink)
+    check_inputs(call)
     needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (q, kv, attn_sink))
-    problem = SparseAttnProblem.from_tensors(q, kv, indices, d_v, needs_grad=needs_grad)
-    return select(problem, traits_of(q.device), backend, Hints.from_tensors(q, kv))
+    return backends.explain(call, backend, needs_grad=needs_grad)
 
 
 def warmup(
@@ -188,7 +189,7 @@ def warmup(
     if q.is_cuda and torch.cuda.is_current_stream_capturing():
         raise InvalidInputError("warmup must run before a CUDA-graph capture, the current stream is capturing; move it")
     with torch.no_grad():
-        no_key = torch.full_like(indices, -1)  # of the strides of `indices`; nothing is gathered
+        no_key = filled_alike(indices, -1)  # nothing is gathered
         arguments = (d_v, softmax_scale, topk_length, attn_sink)
         out, lse = SPARSE_ATTN(q, kv, no_key, *arguments)
         if not needs_grad:

@@ -20,10 +20,13 @@ class DeviceTraits:
     num_sms: int = 0
     l2_bytes: int = 0
     name: str = ""
+    vendor: str = "nvidia"  # who made a CUDA device: torch calls those of AMD "cuda" too
 
     def __str__(self) -> str:
         if self.type != "cuda":
             return self.type
+        if self.vendor != "nvidia":
+            return f"{self.vendor} ({self.name}, {self.num_sms} compute units)"
         return f"sm{self.arch} ({self.name}, {self.num_sms} SMs, {self.smem_bytes} B shared memory per block)"
 
 
@@ -37,6 +40,9 @@ def traits_of(device: torch.device) -> DeviceTraits:
 @cache
 def _cuda_traits(index: int) -> DeviceTraits:
     properties = torch.cuda.get_device_properties(index)
+    if torch.version.hip is not None:
+        # Its "compute capability" is a number of AMD's own, and several fields of NVIDIA's properties do not exist.
+        return DeviceTraits(type="cuda", num_sms=properties.multi_processor_count, name=properties.name, vendor="amd")
     return DeviceTraits(
         type="cuda",
         arch=properties.major * 10 + properties.minor,
@@ -45,6 +51,11 @@ def _cuda_traits(index: int) -> DeviceTraits:
         l2_bytes=properties.L2_cache_size,
         name=properties.name,
     )
+
+
+def is_current(device: torch.device) -> bool:
+    """Whether kernels for tensors on `device` may be launched as things are: it is the current CUDA device, or none."""
+    return device.type != "cuda" or device.index is None or device.index == torch.cuda.current_device()
 
 
 def is_readable(tensor: torch.Tensor) -> bool:

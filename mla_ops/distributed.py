@@ -20,6 +20,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from mla_ops.api import SparseAttnOutput
 from mla_ops.errors import InvalidInputError
+from mla_ops.ops.sparse_attn.call import SparseAttnCall
 from mla_ops.ops.sparse_attn.rules import check_argument_types, check_inputs
 from mla_ops.registration import SPARSE_ATTN
 from mla_ops.wrappers import is_dtensor
@@ -98,8 +99,9 @@ def sparse_attn_cp(
             one_group, no_slots = kv_shard.detach()[..., :1, :], indices[..., :1, :0]
             SPARSE_ATTN(q.detach(), one_group, no_slots, d_v, softmax_scale, topk_length, attn_sink, backend)
         else:
+            call = SparseAttnCall(q, kv_shard, indices, d_v, softmax_scale, topk_length, attn_sink)
             head_shards = ranks.count if q_shard == "heads" else 1
-            check_inputs(q, kv_shard, indices, d_v, softmax_scale, topk_length, attn_sink, head_shards)
+            check_inputs(call, head_shards=head_shards)
         if seq_kv is not None:
             _check_owned_rows(kv_shard.shape[-3], owned_rows(seq_kv, ranks.count, ranks.index, key_layout), seq_kv)
 

@@ -1,10 +1,61 @@
-"""What the Triton launchers ask of tensors, and of what stands for them in a trace: strides, alignment, memory."""
+"""What the launchers of every operator share: facts of a tensor, the device guard, strides, memory, what is warm."""
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from math import gcd
+from typing import Any
 
 import torch
+
+from mla_ops.device import is_current, is_readable
+
+# Everything of a tensor but its values and its address: shape, strides, dtype, device with its index, layout.
+Facts = tuple[object, ...]
+
+_NO_GUARD = nullcontext()
+
+
+def facts(tensor: torch.Tensor) -> Facts:
+    """Return what plans are looked up by; a tensor that is not strided has no strides to ask for."""
+    layout = tensor.layout
+    strides = tensor.stride() if layout is torch.strided else None
+    return tensor.shape, strides, tensor.dtype, tensor.device, layout
+
+
+def on_device(device: torch.device) -> AbstractContextManager[Any]:
+    """Return a context in which kernels are launched on `device`, the device of the tensors of a call.
+
+    Triton launches on the current device, which need not be that of the tensors: `device_map="auto"` and pipeline
+    stages in one process spread a model over devices and switch to none of them.
+    """
+    return _NO_GUARD if is_current(device) else torch.cuda.device(device)
+
+
+class LaunchRecord:
+    """Whether this process has launched a kernel; shared by all plans that launch it for the same problem."""
+
+    __slots__ = ("is_warm",)
+
+    def __init__(self) -> None:
+        self.is_warm = False
+
+    def __str__(self) -> str:
+        return "warm" if self.is_warm else "not warm: mla_ops.warmup(...) compiles it ahead of the first call"
+
+
+# By what makes a compiled kernel: problem, configuration, and the device with its index, which has its own binary.
+_records: dict[tuple[object, ...], LaunchRecord] = {}
+
+
+def launch_record(device: torch.device, *kernel: object) -> LaunchRecord:
+    """Return the record of a kernel, described by hashable values, on a device."""
+    return _records.setdefault((device, *kernel), LaunchRecord())
+
+
+def warm_kernels() -> list[tuple[object, ...]]:
+    """Return `(device, *kernel)` of every kernel that this process has launched."""
+    return [key for key, record in _records.items() if record.is_warm]
 
 
 def with_unit_inner_stride(tensor: torch.Tensor) -> torch.Tensor:
@@ -21,6 +72,33 @@ def aligned_like_contiguous(dout: torch.Tensor) -> torch.Tensor:
     if has_aligned_rows and dout.storage_offset() * dout.element_size() % 16 == 0:
         return dout
     return dout.clone(memory_format=torch.contiguous_format)
+
+
+def with_aligned_rows(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a real `tensor` of two-byte elements, copied unless every row begins at a multiple of 16 bytes.
+
+    16 bytes are the size of an asynchronous copy. The address decides, not the storage offset: a tensor that came by
+    DLPack has offset 0 wherever it begins. A copy and not another kernel, so that strided inputs give the bits of
+    contiguous ones.
+    """
+    has_aligned_rows = gcd(8, *outer_strides(tensor.stride())) == 8 and tensor.data_ptr() % 16 == 0
+    return tensor if has_aligned_rows else tensor.clone(memory_format=torch.contiguous_format)
+
+
+def filled_alike(tensor: torch.Tensor, value: int) -> torch.Tensor:
+    """Return a tensor of one value that kernels are specialised for as for `tensor`: its strides, its alignment.
+
+    `torch.full_like` gives an expanded view strides of its own, and so another kernel than the view gets.
+    """
+    extent = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    offset = tensor.data_ptr() % 16 // tensor.element_size() if is_readable(tensor) else 0
+    storage = torch.full((offset + max(0, extent),), value, dtype=tensor.dtype, device=tensor.device)
+    return storage.as_strided(tensor.shape, tensor.stride(), offset)
+
+
+def contiguous(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    """Return `tensor`, if there is one, copied unless it is contiguous."""
+    return None if tensor is None else tensor.contiguous()
 
 
 def outer_strides(stride: tuple[int, ...]) -> tuple[int, int, int]:

@@ -14,7 +14,7 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import Any
@@ -70,6 +70,27 @@ def override(**fields: Any) -> Iterator[Settings]:
         yield _current.get()
     finally:
         _current.reset(token)
+
+
+class _InForce:
+    __slots__ = ("_settings", "_token")
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+
+    def __enter__(self) -> None:
+        self._token = _current.set(self._settings)
+
+    def __exit__(self, *error: object) -> None:
+        _current.reset(self._token)
+
+
+_NOTHING_TO_DO = nullcontext()
+
+
+def use(settings: Settings) -> AbstractContextManager[None]:
+    """Put settings in force that were current elsewhere, in the thread of a forward, say, inside a `with` block."""
+    return _NOTHING_TO_DO if settings is _current.get() else _InForce(settings)
 
 
 def cxx_compiler() -> str | None:

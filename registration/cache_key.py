@@ -13,7 +13,6 @@ from pathlib import Path
 import torch.compiler.config
 
 import mla_ops
-from mla_ops.errors import InvalidSettingError
 
 
 @cache
@@ -26,18 +25,18 @@ def fingerprint() -> str:
     return f"mla_ops={mla_ops.__version__}-{digest.hexdigest()[:16]}"
 
 
-def tag_compile_caches(*, is_lowered: bool = True, tuned_rows: str = "") -> None:
+def tag_compile_caches(*, is_lowered: bool = True, inlined: str = "") -> None:
     """Put the fingerprint, and how kernels are inlined, into torch's cache-key tag; what others put there stays.
 
-    `tuned_rows` is the path of a file of launch configurations: its contents become part of the tag.
+    `inlined` is the digest of what else decides how kernels are inlined, a file of launch configurations.
 
     Since torch 2.13 a setting belongs to the thread that made it, while a thread of autograd's compiles the backward.
     So the tag is set as the default of all threads too. A thread that sets a tag of its own hides that default; this
     is called again in each trace and adds ours to it.
     """
     tag = fingerprint() + ("" if is_lowered else "-extern")
-    if tuned_rows:
-        tag += f"-{hashlib.sha256(_contents(tuned_rows)).hexdigest()[:16]}"
+    if inlined:
+        tag += f"-{inlined[:16]}"
     config = torch.compiler.config
     # Private, like the absence of any public way to set a default; where the name is gone, the thread's tag remains.
     entry = getattr(config, "_config", {}).get("cache_key_tag")
@@ -46,15 +45,6 @@ def tag_compile_caches(*, is_lowered: bool = True, tuned_rows: str = "") -> None
             setattr(entry, source, _tagged(getattr(entry, source), tag))
     if config.cache_key_tag != _tagged(config.cache_key_tag, tag):
         config.cache_key_tag = _tagged(config.cache_key_tag, tag)
-
-
-def _contents(tuned_rows: str) -> bytes:
-    try:
-        return Path(tuned_rows).read_bytes()
-    except OSError as error:
-        raise InvalidSettingError(
-            f"tuned_rows (MLA_OPS_TUNED_ROWS) must name a file that mla-ops tune wrote, got {tuned_rows!r} ({error})"
-        ) from None
 
 
 def _tagged(tags: str, tag: str) -> str:

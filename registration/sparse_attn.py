@@ -6,16 +6,16 @@ none. The formula only calls operators, never a kernel, so it stays traceable an
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import torch
 from torch.autograd import forward_ad
 
-from mla_ops.device import traits_of
+from mla_ops import settings
 from mla_ops.errors import DoubleBackwardError, ForwardModeError
-from mla_ops.ops.sparse_attn.backend import Backend
-from mla_ops.ops.sparse_attn.backends import check_backend_name, select
-from mla_ops.ops.sparse_attn.call import SparseAttnProblem
+from mla_ops.ops.sparse_attn.backends import check_backend_name, plan_of
+from mla_ops.ops.sparse_attn.call import Gradients, Results, SparseAttnCall, Wanted
 from mla_ops.ops.sparse_attn.rules import check_bwd_inputs, check_inputs
 from mla_ops.registration import tracing
 from mla_ops.registration.library import LIBRARY, define
@@ -53,7 +53,7 @@ def sparse_attn_fake(
     """Fake of `mla::sparse_attn`."""
     tracing.prepare()
     check_backend_name(backend)
-    check_inputs(q, kv, indices, d_v, softmax_scale, topk_length, attn_sink)
+    check_inputs(SparseAttnCall(q, kv, indices, d_v, softmax_scale, topk_length, attn_sink))
     return q.new_empty((*q.shape[:-1], d_v)), q.new_empty(q.shape[:-1], dtype=torch.float32)
 
 
@@ -76,8 +76,9 @@ def sparse_attn_bwd_fake(
     """Fake of `mla::sparse_attn_bwd`; a gradient that is not needed is an empty `[0]` tensor."""
     tracing.prepare()
     check_backend_name(backend)
-    check_inputs(q, kv, indices, d_v, softmax_scale, topk_length, attn_sink)
-    check_bwd_inputs(dout, dlse, q, out, lse, d_v)
+    call = SparseAttnCall(q, kv, indices, d_v, softmax_scale, topk_length, attn_sink)
+    check_inputs(call)
+    check_bwd_inputs(call, Results(out, lse), Gradients(dout, dlse))
     dq = q.new_empty(q.shape if need_dq else 0)
     dkv = kv.new_empty(kv.shape if need_dkv else 0)
     dsink = q.new_empty(0 if attn_sink is None else attn_sink.shape, dtype=torch.float32)
@@ -96,44 +97,20 @@ def sparse_attn_max_logits_fake(
     """Fake of `mla::sparse_attn_max_logits`."""
     tracing.prepare()
     check_backend_name(backend)
-    check_inputs(q, kv, indices, d_v, softmax_scale, topk_length, None)
+    check_inputs(SparseAttnCall(q, kv, indices, d_v, softmax_scale, topk_length))
     return q.new_empty(q.shape[:-1], dtype=torch.float32)
 
 
-# Kernels: check, decide, run. One function serves every device; dispatch knows the rest.
-
-# Who runs a call, by everything that the checks and the decision read of it; a look-up instead of them saves 8 us.
-_decided: dict[tuple[Any, ...], Backend] = {}
-_MOST_DECIDED = 4096
+# Kernels: plan, run. One function serves every device; the plan knows the rest.
 
 
-def _decide(arguments: tuple[Any, ...], gradients: tuple[Any, ...] | None, backend: str) -> Backend:
-    """Check a call and return who runs it.
+class _BelowAutograd(threading.local):
+    """Whether a kernel runs for autograd, so that a backward will follow; nothing of the call itself says so."""
 
-    `arguments` are those of the forward up to `attn_sink`; `gradients`, of a backward, `(dout, dlse, out, lse)`.
-    """
-    q, kv, indices, d_v, softmax_scale, topk_length, attn_sink = arguments
-    key = (
-        *(backend, d_v, softmax_scale),
-        *(_facts(q), _facts(kv), _facts(indices), _facts(topk_length), _facts(attn_sink)),
-        gradients and (*map(_facts, gradients),),
-    )
-    runner = _decided.get(key)
-    if runner is None:
-        check_inputs(*arguments)
-        if gradients is not None:
-            dout, dlse, out, lse = gradients
-            check_bwd_inputs(dout, dlse, q, out, lse, d_v)
-        problem = SparseAttnProblem.from_tensors(q, kv, indices, d_v, needs_grad=gradients is not None)
-        runner = select(problem, traits_of(q.device), backend).require_backend()
-        if len(_decided) == _MOST_DECIDED:  # lengths may be new in every call
-            _decided.clear()
-        _decided[key] = runner
-    return runner
+    needs_grad = False
 
 
-def _facts(tensor: torch.Tensor | None) -> tuple[object, ...] | None:
-    return None if tensor is None else (tensor.shape, tensor.dtype, tensor.device, tensor.layout)
+_below_autograd_of_this_thread = _BelowAutograd()
 
 
 def sparse_attn_impl(
@@ -147,8 +124,9 @@ def sparse_attn_impl(
     backend: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Kernel of `mla::sparse_attn` for every device."""
-    arguments = (q, kv, indices, d_v, softmax_scale, topk_length, attn_sink)
-    return _decide(arguments, None, backend).forward(*arguments)
+    call = SparseAttnCall(q, kv, indices, d_v, softmax_scale, topk_length, attn_sink)
+    plan = plan_of("forward", call, backend, needs_grad=_below_autograd_of_this_thread.needs_grad)
+    return plan.backend.forward(call, plan.launch)
 
 
 def sparse_attn_bwd_impl(
@@ -168,22 +146,10 @@ def sparse_attn_bwd_impl(
     backend: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Kernel of `mla::sparse_attn_bwd` for every device."""
-    arguments = (q, kv, indices, d_v, softmax_scale, topk_length, attn_sink)
-    return _decide(arguments, (dout, dlse, out, lse), backend).backward(
-        dout,
-        dlse,
-        q,
-        kv,
-        indices,
-        out,
-        lse,
-        d_v,
-        softmax_scale,
-        topk_length,
-        attn_sink,
-        need_dq,
-        need_dkv,
-    )
+    call = SparseAttnCall(q, kv, indices, d_v, softmax_scale, topk_length, attn_sink)
+    results, gradients, wanted = Results(out, lse), Gradients(dout, dlse), Wanted(need_dq, need_dkv)
+    plan = plan_of("backward", call, backend, results=results, gradients=gradients, wanted=wanted)
+    return plan.backend.backward(call, results, gradients, wanted, plan.launch)
 
 
 def sparse_attn_max_logits_impl(
@@ -196,8 +162,9 @@ def sparse_attn_max_logits_impl(
     backend: str = "auto",
 ) -> torch.Tensor:
     """Kernel of `mla::sparse_attn_max_logits` for every device."""
-    arguments = (q, kv, indices, d_v, softmax_scale, topk_length)
-    return _decide((*arguments, None), None, backend).max_logits(*arguments)
+    call = SparseAttnCall(q, kv, indices, d_v, softmax_scale, topk_length)
+    plan = plan_of("max_logits", call, backend)
+    return plan.backend.max_logits(call, plan.launch)
 
 
 class _SparseAttn(torch.autograd.Function):
@@ -209,12 +176,17 @@ class _SparseAttn(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, keys: torch._C.DispatchKeySet, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        out, lse = _below_autograd(SPARSE_ATTN, keys, *arguments)
+        _below_autograd_of_this_thread.needs_grad = True
+        try:
+            out, lse = _below_autograd(SPARSE_ATTN, keys, *arguments)
+        finally:
+            _below_autograd_of_this_thread.needs_grad = False
         q, kv, indices, d_v, softmax_scale, topk_length, attn_sink, backend = arguments
         ctx.save_for_backward(q, kv, indices, out, lse, topk_length, attn_sink)
         ctx.d_v = d_v  # a SymInt while tracing
         ctx.softmax_scale = softmax_scale
         ctx.backend = backend
+        ctx.settings = settings.current()
         ctx.set_materialize_grads(False)  # an unused output costs nothing: its gradient arrives as None
         return out, lse
 
@@ -227,22 +199,12 @@ class _SparseAttn(torch.autograd.Function):
         if dout is None and is_dtensor(q):
             # DTensor in torch 2.11 reads the mesh off the first argument, and fails on None.
             dout = torch.zeros_like(out)
-        dq, dkv, dsink = SPARSE_ATTN_BWD(
-            dout,
-            dlse,
-            q,
-            kv,
-            indices,
-            out,
-            lse,
-            ctx.d_v,
-            ctx.softmax_scale,
-            topk_length,
-            attn_sink,
-            need_dq,
-            need_dkv,
-            ctx.backend,
-        )
+        # On CUDA a thread of autograd's runs this, which knows nothing of an override in the thread of the forward.
+        with settings.use(ctx.settings):
+            dq, dkv, dsink = SPARSE_ATTN_BWD(
+                *(dout, dlse, q, kv, indices, out, lse, ctx.d_v, ctx.softmax_scale, topk_length, attn_sink),
+                *(need_dq, need_dkv, ctx.backend),
+            )
         dq, dkv, dsink = (dq if need_dq else None), (dkv if need_dkv else None), (dsink if need_dsink else None)
         return None, dq, dkv, None, None, None, None, dsink, None
 

@@ -11,9 +11,11 @@ from typing import Any
 import pytest
 import torch
 
+from mla_ops import launching
 from mla_ops.device import traits_of
-from mla_ops.ops.sparse_attn.triton import backend as triton
-from mla_ops.ops.sparse_attn.triton import deterministic as triton_deterministic
+from mla_ops.ops.sparse_attn import backends
+from mla_ops.ops.sparse_attn.triton import backward, forward, portable
+from mla_ops.ops.sparse_attn.triton import deterministic as in_query_order
 
 # What cuBLAS needs to be deterministic, which the eager backend's matmuls on CUDA rely on; read when CUDA starts.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -51,6 +53,18 @@ def target(request: pytest.FixtureRequest) -> Target:
 
 
 @pytest.fixture
+def no_plans(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plan every call anew: plans of earlier tests know nothing of what this one patches, nor later ones of this."""
+    monkeypatch.setattr(backends, "_plans", {})
+
+
+@pytest.fixture
+def nothing_warm(monkeypatch: pytest.MonkeyPatch, no_plans: None) -> None:
+    """Forget what this process has launched."""
+    monkeypatch.setattr(launching, "_records", {})
+
+
+@pytest.fixture
 def deterministic() -> Iterator[None]:
     """Ask torch for reproducible results: atomics may reorder fp32 sums otherwise."""
     torch.use_deterministic_algorithms(True)
@@ -80,7 +94,7 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
         return allocate_and_fill
 
     uninitialised = [(torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")]
-    uninitialised += [(triton, "unfilled"), (triton_deterministic, "unfilled")]
+    uninitialised += [(module, "unfilled") for module in (forward, backward, portable, in_query_order)]
     for owner, name in uninitialised:
         monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
 

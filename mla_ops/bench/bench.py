@@ -167,10 +167,11 @@ def _peak_memory(shape: Shape) -> dict[str, float]:
 
 def _host_microseconds() -> dict[str, float]:
     """Return the median host time of one small call: the operator, and a bare launch of the kernel it ends in."""
-    from mla_ops.ops.sparse_attn.triton.backend import launch_forward
+    from mla_ops.ops.sparse_attn.triton.direct import run_forward
 
     # One block of slots: with four, so few queries would be split over programs, and a second kernel merges.
-    q, kv, indices, _ = Shape(1, 2, 256, 28, 128, 64, 32).draw()
+    call, _ = Shape(1, 2, 256, 28, 128, 64, 32).draw_call()
+    q, kv, indices, *_ = call
     leaves = [q.clone().requires_grad_(), kv.clone().requires_grad_()]
     launches: list[Callable[[], Any]] = []
 
@@ -186,7 +187,7 @@ def _host_microseconds() -> dict[str, float]:
 
             return launch
 
-    launch_forward(q, kv, indices, 64, SOFTMAX_SCALE, None, None, num_splits=1, wrap=_Recorder)
+    run_forward(call, num_splits=1, wrap=_Recorder)
     with torch.no_grad():
         operator = _host_median(lambda: ours(q, kv, indices, 64))
     bare = _host_median(launches[0])

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mla_ops.errors import InvalidInputError
+from mla_ops.ops.sparse_attn.call import SparseAttnCall, SparseAttnProblem
 
 SOFTMAX_SCALE = 0.08
 DIRECTIONS = ("fwd", "bwd", "fwd_bwd")
@@ -72,6 +73,15 @@ class Shape:
         q = normal(self.B, self.Sq, self.H, self.d_total)
         kv = normal(self.B, self.Skv, 1, self.d_total)
         return q, kv, indices, normal(self.B, self.Sq, self.H, self.d_v)
+
+    def draw_call(self) -> tuple[SparseAttnCall, Tensor]:
+        """Return what `draw` returns as a call, and dout."""
+        q, kv, indices, dout = self.draw()
+        return SparseAttnCall(q, kv, indices, self.d_v, SOFTMAX_SCALE), dout
+
+    def problem(self, *, needs_grad: bool = False) -> SparseAttnProblem:
+        """Return the problem that calls of this shape are, in bf16."""
+        return SparseAttnProblem(self.d_total, self.d_v, self.topk, self.H, 1, torch.bfloat16, needs_grad)
 
 
 SHAPES = {

@@ -19,16 +19,18 @@ import torch
 
 from mla_ops.bench.provenance import header
 from mla_ops.bench.requirements import require
-from mla_ops.bench.shapes import SOFTMAX_SCALE, Shape, check_sizes
+from mla_ops.bench.shapes import Shape, check_sizes
 from mla_ops.device import DeviceTraits, pick_device, traits_of
 from mla_ops.errors import UnsupportedProblemError
+from mla_ops.ops.sparse_attn.call import Gradients, Hints, Results, Side
 from mla_ops.ops.sparse_attn.configs.launch import BwdConfig, FwdConfig, bwd_smem_bytes, fwd_smem_bytes
-from mla_ops.ops.sparse_attn.configs.lookup import backward_configs, forward_config
+from mla_ops.ops.sparse_attn.configs.lookup import backward_configs, forward_config, key_of
 from mla_ops.ops.sparse_attn.configs.tuned import TunedRow, read_rows, write_rows
-from mla_ops.ops.sparse_attn.triton.backend import launch_backward, launch_forward
-from mla_ops.ops.sparse_attn.triton.hopper import automatic_backward_config, automatic_config
+from mla_ops.ops.sparse_attn.triton.direct import run_backward, run_forward
+from mla_ops.ops.sparse_attn.triton.kernel_sets import PORTABLE, choose
 
 ELEMENT_SIZE = 2  # bf16; fp16 takes the same rows
+SIDES: tuple[Side, ...] = ("forward", "backward")
 # A candidate is right when it gives the results of the table's configuration to this relative norm: bf16 has 0.4 %.
 TOLERANCE = 1e-2
 
@@ -49,10 +51,10 @@ def run_tune(arguments: argparse.Namespace) -> int:
         B=arguments.batch, Sq=arguments.seq_q, Skv=arguments.seq_kv, H=arguments.heads,
         d_total=arguments.d_total, d_v=arguments.d_v, topk=arguments.topk,
     )  # fmt: skip
-    widths = (shape.d_total, shape.d_v, ELEMENT_SIZE)
+    problem, hints = shape.problem(needs_grad=True), Hints(shape.B, shape.Sq, shape.Skv)
     specialised, specialised_bwd = (
-        automatic(traits, shape.B * shape.Sq, shape.H, 1, shape.topk, widths, tuned_rows="")
-        for automatic in (automatic_config, automatic_backward_config)
+        None if choice.kernels is PORTABLE else choice.config
+        for choice in (choose(side, problem, hints, traits) for side in SIDES)
     )
     if specialised and specialised_bwd:
         print(f"nothing to tune: the warp-specialised kernels run with {specialised} and {specialised_bwd}")
@@ -64,22 +66,22 @@ def run_tune(arguments: argparse.Namespace) -> int:
     backwards = [config for config in backwards if config in compiled]
 
     torch.manual_seed(0)
-    q, kv, indices, dout = shape.draw()
-    out_, lse = launch_forward(q, kv, indices, shape.d_v, SOFTMAX_SCALE, None, None)
+    call, dout = shape.draw_call()
+    results = run_forward(call)
 
     def forward(config: FwdConfig) -> tuple[torch.Tensor, ...]:
-        return launch_forward(q, kv, indices, shape.d_v, SOFTMAX_SCALE, None, None, config=config, num_splits=1)
+        return run_forward(call, config=config, num_splits=1)
 
     def backward(config: BwdConfig) -> tuple[torch.Tensor, ...]:
-        arguments = (dout, None, q, kv, indices, out_, lse, shape.d_v, SOFTMAX_SCALE, None, None, True, True)
-        return launch_backward(*arguments, configs=(config,))[:2]
+        return run_backward(call, results, Gradients(dout, None), configs=(config,))[:2]
 
     if specialised:
         print(f"forward: nothing to tune, the warp-specialised kernel runs with {specialised}")
     fwd = None if specialised else _fastest("forward", forwards, forward)
     bwd = None if specialised_bwd else (_fastest("backward", backwards, backward),)
     row = TunedRow(traits.arch, shape.d_total, shape.d_v, shape.H, ELEMENT_SIZE, fwd, bwd)
-    kept = [other for other in (read_rows(out) if out.exists() else ()) if other.key != row.key]
+    key = key_of(problem, traits)
+    kept = [other for other in (read_rows(out) if out.exists() else ()) if not other.is_for(key)]
     write_rows(out, header(device), [*kept, row])
     print(f"wrote {out} ({len(kept) + 1} rows); use it with MLA_OPS_TUNED_ROWS={out}")
     return 0
@@ -87,7 +89,8 @@ def run_tune(arguments: argparse.Namespace) -> int:
 
 def forward_candidates(shape: Shape, traits: DeviceTraits) -> Iterator[FwdConfig]:
     """Yield the table's configuration, then its neighbourhood as far as shared memory goes."""
-    present = forward_config(traits.arch, traits.smem_bytes, shape.H, shape.d_total, shape.d_v, ELEMENT_SIZE)
+    key = key_of(shape.problem(), traits)
+    present = forward_config(key)
     if present is None:
         raise UnsupportedProblemError(f"no forward configuration of d_total={shape.d_total} fits {traits}")
     yield present
@@ -97,13 +100,14 @@ def forward_candidates(shape: Shape, traits: DeviceTraits) -> Iterator[FwdConfig
         config = replace(
             present, block_k=block_k, num_warps=num_warps, num_stages=num_stages, max_registers=max_registers
         )
-        if config != present and fwd_smem_bytes(config, traits.arch, shape.d_total, shape.d_v, 2) <= traits.smem_bytes:
+        if config != present and fwd_smem_bytes(config, key) <= traits.smem_bytes:
             yield config
 
 
 def backward_candidates(shape: Shape, traits: DeviceTraits) -> Iterator[BwdConfig]:
     """Yield the table's configuration (of a dq pass and a dkv pass, the last), then its neighbourhood."""
-    configs = backward_configs(traits.arch, traits.smem_bytes, shape.H, shape.d_total, shape.d_v, ELEMENT_SIZE)
+    key = key_of(shape.problem(), traits)
+    configs = backward_configs(key)
     if configs is None:
         raise UnsupportedProblemError(f"no backward configuration of d_total={shape.d_total} fits {traits}")
     present = configs[-1]
@@ -112,7 +116,7 @@ def backward_candidates(shape: Shape, traits: DeviceTraits) -> Iterator[BwdConfi
         if not 8 <= block_k // num_warps <= 32:
             continue
         config = replace(present, block_k=block_k, num_warps=num_warps, num_stages=num_stages, is_ahead=is_ahead)
-        if config != present and bwd_smem_bytes(config, traits.arch, shape.d_total, shape.d_v, 2) <= traits.smem_bytes:
+        if config != present and bwd_smem_bytes(config, key) <= traits.smem_bytes:
             yield config
 
 
@@ -148,14 +152,12 @@ def _compile(task: tuple[Shape, FwdConfig | BwdConfig]) -> str | None:
 
 
 def _launch_once(shape: Shape, config: FwdConfig | BwdConfig) -> None:
-    q, kv, indices, dout = shape.draw()
-    forward = (q, kv, indices, shape.d_v, SOFTMAX_SCALE, None, None)
+    call, dout = shape.draw_call()
     if isinstance(config, FwdConfig):
-        launch_forward(*forward, config=config, num_splits=1)
+        run_forward(call, config=config, num_splits=1)
     else:
-        lse = torch.zeros(q.shape[:-1], device="cuda")
-        backward = (dout, None, q, kv, indices, dout, lse, shape.d_v, SOFTMAX_SCALE, None, None, True, True)
-        launch_backward(*backward, configs=(config,))
+        lse = torch.zeros(call.q.shape[:-1], device="cuda")
+        run_backward(call, Results(dout, lse), Gradients(dout, None), configs=(config,))
     torch.cuda.synchronize()
 
 

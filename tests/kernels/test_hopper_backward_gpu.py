@@ -12,9 +12,12 @@ from hopper_kernels import check_backward as check
 from strided_tensors import padded, sliced, transposed
 
 import mla_ops
+from mla_ops.launching import warm_kernels
+from mla_ops.ops.sparse_attn.call import Gradients, SparseAttnCall
 from mla_ops.ops.sparse_attn.configs.launch import HopperBwdConfig
-from mla_ops.ops.sparse_attn.triton import backend as backend
+from mla_ops.ops.sparse_attn.triton import backward as triton_backward
 from mla_ops.ops.sparse_attn.triton import deterministic as triton_deterministic
+from mla_ops.ops.sparse_attn.triton.direct import run_backward, run_forward
 from mla_ops.testing import Case, Inputs, assert_matches_oracle
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poisoned_memory", "on_hopper")]
@@ -125,11 +128,9 @@ def test_rows_beyond_2_to_the_31_elements() -> None:
     results = []
     for rows, positions in ((kv, last), (kv[last], torch.arange(150, device="cuda"))):
         indices = positions.expand(2, 1, 150)
-        out, lse = backend.launch_forward(q, rows, indices, 512, 0.05, None, None)
-        dq, dkv, _ = backend.launch_backward(
-            dout, None, q, rows, indices, out, lse, 512, 0.05, None, None, True, True,
-            configs=(HopperBwdConfig(half_value=256, half_tail=32),),
-        )  # fmt: skip
+        call = SparseAttnCall(q, rows, indices, 512, 0.05)
+        configs = (HopperBwdConfig(half_value=256, half_tail=32),)
+        dq, dkv, _ = run_backward(call, run_forward(call), Gradients(dout, None), configs=configs)
         results.append({"dq": dq, "dkv": dkv[positions]})
     assert_same(*results)
 
@@ -173,15 +174,10 @@ def operator_gradients(inputs: Inputs) -> Results:
 
 
 def launched_backwards() -> set[type]:
-    return {type(launched[-1]) for launched in backend._launched if "Bwd" in type(launched[-1]).__name__}
+    return {type(kernel[-1]) for kernel in warm_kernels() if "Bwd" in type(kernel[-1]).__name__}
 
 
-@pytest.fixture
-def _nothing_launched(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backend, "_launched", set())
-
-
-@pytest.mark.usefixtures("_nothing_launched")
+@pytest.mark.usefixtures("nothing_warm")
 def test_the_operator_takes_it() -> None:
     assert_matches_oracle(operator_gradients(inputs := wide_inputs(AUTOMATIC, attn_sink=True)), inputs)
     assert launched_backwards() == {HopperBwdConfig}
@@ -189,11 +185,11 @@ def test_the_operator_takes_it() -> None:
 
 @pytest.mark.parametrize("use", [{}, {"topk_length": True, "attn_sink": True}], ids=str)
 def test_key_order(use: dict[str, bool], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backend, "rows_per_launch", lambda *_: 33)
+    monkeypatch.setattr(triton_backward, "rows_per_launch", lambda *_: 33)
     check(wide_inputs(replace(WIDE, batch=2, seq_q=40), **use))
 
 
-@pytest.mark.usefixtures("deterministic", "_nothing_launched")
+@pytest.mark.usefixtures("deterministic", "nothing_warm")
 @pytest.mark.parametrize("workspace_bytes", [1 << 20, 1 << 30], ids=["parts", "whole"])
 def test_a_deterministic_backward_takes_it_and_repeats_its_bits(
     workspace_bytes: int, monkeypatch: pytest.MonkeyPatch
@@ -216,7 +212,7 @@ def test_deterministic_rows_of_heads_groups_and_widths(sizes: dict[str, Any], dt
     check(wide_inputs(replace(WIDE, **sizes), dtype, topk_length=True))
 
 
-@pytest.mark.usefixtures("fresh_dynamo", "_nothing_launched")
+@pytest.mark.usefixtures("fresh_dynamo", "nothing_warm")
 @pytest.mark.parametrize("mode", [None, "reduce-overhead"])
 def test_a_compiled_backward_gives_eagers_bits(mode: str | None) -> None:
     compiled = torch.compile(lambda *args: torch.ops.mla.sparse_attn(*args), fullgraph=True, mode=mode)

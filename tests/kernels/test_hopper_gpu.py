@@ -14,9 +14,11 @@ from hopper_kernels import forward as run
 from strided_tensors import padded, sliced, transposed
 
 import mla_ops
+from mla_ops.launching import warm_kernels
+from mla_ops.ops.sparse_attn.call import SparseAttnCall
 from mla_ops.ops.sparse_attn.configs.launch import HopperConfig
 from mla_ops.ops.sparse_attn.configs.lookup import hopper_config
-from mla_ops.ops.sparse_attn.triton import backend as backend
+from mla_ops.ops.sparse_attn.triton.direct import run_forward, run_max_logits
 from mla_ops.testing import Inputs, assert_matches_oracle
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poisoned_memory", "on_hopper")]
@@ -131,9 +133,9 @@ def test_rows_beyond_2_to_the_31_elements() -> None:
     kv[last] = torch.randn(150, 1, 576, device="cuda").bfloat16()
     q = torch.randn(2, 64, 576, device="cuda").bfloat16()
     config = HopperConfig(256, 256, 64, 160, 56, 1)
-    wide = backend.launch_forward(q, kv, last.expand(2, 1, 150), 512, 0.05, None, None, config=config)
+    wide = run_forward(SparseAttnCall(q, kv, last.expand(2, 1, 150), 512, 0.05), config=config)
     near = torch.arange(150, device="cuda").expand(2, 1, 150)
-    narrow = backend.launch_forward(q, kv[last], near, 512, 0.05, None, None, config=config)
+    narrow = run_forward(SparseAttnCall(q, kv[last], near, 512, 0.05), config=config)
     assert all(torch.equal(a, b) for a, b in zip(wide, narrow, strict=True))
 
 
@@ -162,11 +164,11 @@ def operator_step(inputs: Inputs, operator: Callable[..., Any] = torch.ops.mla.s
     return [out, lse, *torch.autograd.grad([out, lse], leaves.differentiable, [inputs.dout, inputs.dlse])]
 
 
-def test_the_operator_takes_it_and_trains_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backend, "_launched", set())
+@pytest.mark.usefixtures("nothing_warm")
+def test_the_operator_takes_it_and_trains_with_it() -> None:
     inputs = wide_inputs(AUTOMATIC, topk_length=True, attn_sink=True)
     results = dict(zip(("out", "lse", "dq", "dkv", "dsink"), operator_step(inputs), strict=True))
-    assert HopperConfig in {type(launched[-1]) for launched in backend._launched}
+    assert HopperConfig in {type(kernel[-1]) for kernel in warm_kernels()}
     assert_matches_oracle(results, inputs)
 
 
@@ -198,12 +200,12 @@ def test_a_warm_problem_compiles_nothing_more(monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize(
     "call",
     [
-        lambda inputs, config: backend.launch_forward(*inputs.args, config=config, max_logits_only=True),
-        lambda inputs, config: backend.launch_forward(*inputs.args, config=config, num_splits=2),
+        lambda inputs, config: run_max_logits(SparseAttnCall(*inputs.args), config=config),
+        lambda inputs, config: run_forward(SparseAttnCall(*inputs.args), config=config, num_splits=2),
     ],
     ids=["max_logits", "splits"],
 )
 def test_what_it_does_not_do_is_refused(call: Callable[[Inputs, HopperConfig], object]) -> None:
     inputs = wide_inputs()
     with pytest.raises(mla_ops.UnsupportedProblemError, match="pass a FwdConfig"):
-        call(inputs, hopper_config(*config_key(inputs)))
+        call(inputs, hopper_config(config_key(inputs)))

@@ -17,12 +17,11 @@ import torch
 from strided_tensors import padded, sliced, transposed
 
 from mla_ops.device import DeviceTraits
+from mla_ops.ops.sparse_attn.call import Gradients, Results, SparseAttnCall, Wanted
 from mla_ops.ops.sparse_attn.configs.launch import BwdConfig, FwdConfig
 from mla_ops.ops.sparse_attn.reference import sparse_attn_reference
-from mla_ops.ops.sparse_attn.triton import backend as backend
-from mla_ops.ops.sparse_attn.triton import deterministic as triton_deterministic
-from mla_ops.ops.sparse_attn.triton import forward as triton_forward_plan
-from mla_ops.ops.sparse_attn.triton import key_order as triton_key_order
+from mla_ops.ops.sparse_attn.triton import backward, deterministic, key_order, portable
+from mla_ops.ops.sparse_attn.triton.direct import run_backward, run_forward, run_max_logits
 from mla_ops.testing import CONTRACT_CASES, Case, Inputs, assert_matches_oracle, make_inputs
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -35,46 +34,41 @@ pytestmark = [pytest.mark.usefixtures("poisoned_memory")] + ([] if INTERPRETED e
 on_gpu_only = pytest.mark.skipif(INTERPRETED, reason="too large for the interpreter")
 
 SMALL = Case(d_total=128, d_v=64, topk=20, heads=6, kv_group=2, seq_q=4, seq_kv=24)
-Results = dict[str, torch.Tensor]
+Named = dict[str, torch.Tensor]
 Launch = tuple[str, dict[str, Any]]  # a kernel's name and its arguments
 
 
-def run(inputs: Inputs, *, use_dout: bool = True, use_dlse: bool = True, fwd: Any = None, bwd: Any = None) -> Results:
+def run(inputs: Inputs, *, use_dout: bool = True, use_dlse: bool = True, fwd: Any = None, bwd: Any = None) -> Named:
     """Forward and backward; `fwd` and `bwd` are keyword arguments of the launchers."""
-    out, lse = backend.launch_forward(*inputs.args, traits=TRAITS, **(fwd or {}))
-    grads = run_backward(inputs, out, lse, use_dout=use_dout, use_dlse=use_dlse, bwd=bwd)
-    return {"out": out, "lse": lse, **grads}
+    results = forward_of(inputs, **(fwd or {}))
+    grads = backward_of(inputs, results, use_dout=use_dout, use_dlse=use_dlse, bwd=bwd)
+    return {**results._asdict(), **grads}
+
+
+def forward_of(inputs: Inputs, **fwd: Any) -> Results:
+    return run_forward(SparseAttnCall(*inputs.args), traits=TRAITS, **fwd)
 
 
 def max_logits_of(inputs: Inputs, **fwd: Any) -> torch.Tensor:
-    return backend.launch_forward(*inputs.args, traits=TRAITS, max_logits_only=True, **fwd)[1]
+    return run_max_logits(SparseAttnCall(*inputs.args), traits=TRAITS, **fwd)
 
 
-def run_backward(
-    inputs: Inputs,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    *,
-    use_dout: bool = True,
-    use_dlse: bool = True,
-    bwd: Any = None,
-) -> Results:
-    q, kv, indices, *rest = inputs.args
-    grad_out, grad_lse = inputs.dout if use_dout else None, inputs.dlse if use_dlse else None
-    grads = backend.launch_backward(
-        grad_out, grad_lse, q, kv, indices, out, lse, *rest, True, True, traits=TRAITS, **(bwd or {})
-    )
+def backward_of(
+    inputs: Inputs, results: Results, *, use_dout: bool = True, use_dlse: bool = True, bwd: Any = None
+) -> Named:
+    gradients = Gradients(inputs.dout if use_dout else None, inputs.dlse if use_dlse else None)
+    grads = run_backward(SparseAttnCall(*inputs.args), results, gradients, traits=TRAITS, **(bwd or {}))
     count = 2 if inputs.attn_sink is None else 3
     return dict(zip(["dq", "dkv", "dsink"][:count], grads[:count], strict=True))
 
 
-def check(inputs: Inputs, *, fwd: Any = None, bwd: Any = None, **uses: bool) -> Results:
+def check(inputs: Inputs, *, fwd: Any = None, bwd: Any = None, **uses: bool) -> Named:
     actual = {**run(inputs, fwd=fwd, bwd=bwd, **uses), "max_logits": max_logits_of(inputs, **(fwd or {}))}
     assert_matches_oracle(actual, inputs, **uses)
     return actual
 
 
-def assert_same(actual: Results, expected: Results, *, atomics: bool = True) -> None:
+def assert_same(actual: Named, expected: Named, *, atomics: bool = True) -> None:
     """Assert bitwise equality; dkv may differ by the order of its atomic additions."""
     for name, value in actual.items():
         if name == "dkv" and atomics:
@@ -167,12 +161,10 @@ def test_one_gradient_missing(dout: bool, dlse: bool) -> None:
 def test_needs_flags_skip_one_gradient_and_leave_the_other_unchanged() -> None:
     inputs = make_inputs(SMALL, torch.float32, DEVICE, attn_sink=True)
     results = run(inputs)
-    q, kv, indices, *rest = inputs.args
+    call, of_forward = SparseAttnCall(*inputs.args), Results(results["out"], results["lse"])
     for need_dq, need_dkv in ((True, False), (False, True), (False, False)):
-        dq, dkv, dsink = backend.launch_backward(
-            inputs.dout, inputs.dlse, q, kv, indices, results["out"], results["lse"], *rest, need_dq, need_dkv,
-            traits=TRAITS,
-        )  # fmt: skip
+        gradients, wanted = Gradients(inputs.dout, inputs.dlse), Wanted(need_dq, need_dkv)
+        dq, dkv, dsink = run_backward(call, of_forward, gradients, wanted, traits=TRAITS)
         assert_same({"dsink": dsink}, results)
         assert dq.shape == (results["dq"].shape if need_dq else (0,))
         assert dkv.shape == (results["dkv"].shape if need_dkv else (0,))
@@ -186,13 +178,11 @@ def test_needs_flags_skip_one_gradient_and_leave_the_other_unchanged() -> None:
 @pytest.mark.parametrize("need", ["q", "kv"])
 def test_a_gradient_that_is_not_needed_is_not_computed(need: str, deterministic: bool) -> None:
     inputs = make_inputs(SMALL, torch.float32, DEVICE)
-    q, kv, indices, *rest = inputs.args
-    out, lse = backend.launch_forward(*inputs.args, traits=TRAITS)
-    launches: list[Launch] = []
+    results, launches = forward_of(inputs), list[Launch]()
     with deterministic_algorithms() if deterministic else nullcontext():
-        backend.launch_backward(
-            inputs.dout, inputs.dlse, q, kv, indices, out, lse, *rest, need == "q", need == "kv",
-            traits=TRAITS, wrap=recorder(launches),
+        run_backward(
+            SparseAttnCall(*inputs.args), results, Gradients(inputs.dout, inputs.dlse),
+            Wanted(dq=need == "q", dkv=need == "kv"), traits=TRAITS, wrap=recorder(launches),
         )  # fmt: skip
     (arguments,) = (arguments for name, arguments in launches if name == "_sparse_attn_bwd_kernel")
     assert (arguments["dq_ptr"] is None, arguments["dkv_ptr"] is None) == (need == "kv", need == "q")
@@ -222,7 +212,7 @@ def test_nan_in_unselected_and_empty_rows_stays_there() -> None:
 def test_nan_in_a_selected_row_reaches_the_output() -> None:
     inputs = make_inputs(SMALL, torch.float32, DEVICE, invalid=False)
     inputs.kv[0, inputs.indices[0, 0, 0, 0].item(), 0] = torch.nan
-    out, lse = backend.launch_forward(*inputs.args, traits=TRAITS)
+    out, lse = forward_of(inputs)
     assert out[0, 0, 0].isnan().all()
     assert lse[0, 0, 0].isnan()
     for num_splits in (1, 2):
@@ -236,7 +226,7 @@ def test_a_very_negative_logit_outweighs_padding() -> None:
     inputs = make_inputs(SMALL, torch.float32, DEVICE, invalid=False)
     inputs.indices[..., 1:] = -1
     inputs = replace(inputs, q=torch.full_like(inputs.q, -1.0), kv=inputs.kv.abs() + 1.0, softmax_scale=100.0)
-    out, lse = backend.launch_forward(*inputs.args, traits=TRAITS)
+    out, lse = forward_of(inputs)
     assert (lse < -1e4).all()
     two = torch.arange(2, device=DEVICE)
     rows = inputs.kv[two[:, None, None], inputs.indices[..., 0].long(), two]
@@ -293,21 +283,21 @@ def test_split_slots_merge_to_the_same_result(num_splits: int, d_v: int) -> None
 @pytest.mark.parametrize("launch_rows", [1, 5, 100])
 def test_dkv_in_key_order(launch_rows: int, batch: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Hostile indices and lengths, launches that cross batch elements, and sorts that hold two launches each."""
-    monkeypatch.setattr(backend, "rows_per_launch", lambda *_: launch_rows)
-    monkeypatch.setattr(triton_key_order, "SORTED_SLOTS", 2 * launch_rows * SMALL.kv_group * SMALL.topk)
+    monkeypatch.setattr(backward, "rows_per_launch", lambda *_: launch_rows)
+    monkeypatch.setattr(key_order, "SORTED_SLOTS", 2 * launch_rows * SMALL.kv_group * SMALL.topk)
     case = replace(SMALL, batch=batch, seq_q=7)
     inputs = make_inputs(case, torch.float32, DEVICE, topk_length=True, attn_sink=True, index_dtype=torch.int64)
     launched = []
-    add_in_key_order = triton_key_order.add_in_key_order
+    add_in_key_order = key_order.add_in_key_order
 
-    def add_and_note(run_rows: Callable[..., None], *args: Any) -> None:
-        def run_and_note(ordered: torch.Tensor, first_row: int, num_rows: int) -> None:
+    def add_and_note(call: SparseAttnCall, run_rows: Callable[..., None], *args: Any) -> None:
+        def run_and_note(ordered: SparseAttnCall, first_row: int, num_rows: int) -> None:
             launched.append(range(first_row, first_row + num_rows))
             run_rows(ordered, first_row, num_rows)
 
-        add_in_key_order(run_and_note, *args)
+        add_in_key_order(call, run_and_note, *args)
 
-    monkeypatch.setattr(backend, "add_in_key_order", add_and_note)
+    monkeypatch.setattr(backward, "add_in_key_order", add_and_note)
     check(inputs)
     rows = inputs.q.shape[:-2].numel()
     assert [row for some in launched for row in some] == list(range(rows))
@@ -321,9 +311,9 @@ def test_key_order_is_descending_with_invalid_slots_last(is_strided: bool) -> No
         indices = padded(indices)
     seen: list[list[int]] = []
     lengths = torch.tensor([3, 4], device=DEVICE)
-    triton_key_order.add_in_key_order(
-        lambda ordered, row, _: seen.append(ordered[row, 0].tolist()), indices, lengths, 1
-    )
+    tensor = torch.empty(0, device=DEVICE)
+    call = SparseAttnCall(tensor, tensor, indices, 1, 1.0, lengths)
+    key_order.add_in_key_order(call, lambda ordered, row, _: seen.append(ordered.indices[row, 0].tolist()), 1)
     assert seen == [[9, 3, -1, -1], [7, 1, 0, -5]]
 
 
@@ -348,7 +338,7 @@ def test_backward_configurations_sum_head_blocks(configs: tuple[BwdConfig, ...],
 
 @pytest.mark.parametrize("workspace_bytes", [1, 1 << 15, 1 << 17, 1 << 30])
 def test_deterministic_dkv_in_chunks(workspace_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton_deterministic, "WORKSPACE_BYTES", workspace_bytes)
+    monkeypatch.setattr(deterministic, "WORKSPACE_BYTES", workspace_bytes)
     inputs = make_inputs(SMALL, torch.float32, DEVICE, topk_length=True, attn_sink=True, index_dtype=torch.int64)
     with deterministic_algorithms():
         results = check(inputs)
@@ -363,8 +353,8 @@ def test_deterministic_dkv_in_chunks(workspace_bytes: int, monkeypatch: pytest.M
 def test_chunks_are_whole_batch_elements_or_waves_of_one(
     batch: int, seq_q: int, fitting: int, expected: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(triton_deterministic, "WORKSPACE_BYTES", 1000 * fitting)
-    assert triton_deterministic.cut(batch, seq_q, 1000, wave_programs=264, programs_per_row=4) == expected
+    monkeypatch.setattr(deterministic, "WORKSPACE_BYTES", 1000 * fitting)
+    assert deterministic.cut(batch, seq_q, 1000, wave_programs=264, programs_per_row=4) == expected
 
 
 @pytest.mark.parametrize(
@@ -379,10 +369,10 @@ def test_chunks_are_whole_batch_elements_or_waves_of_one(
 def test_slabs_have_whole_chunks_and_a_bounded_number_of_keys(
     counters: int, expected: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(triton_deterministic, "COUNTERS", counters)
-    found = triton_deterministic.slabs(batch=4, seq_q=500, chunk_batch=1, chunk_queries=100, chunk_keys=50)
+    monkeypatch.setattr(deterministic, "COUNTERS", counters)
+    found = deterministic.slabs(batch=4, seq_q=500, chunk_batch=1, chunk_queries=100, chunk_keys=50)
     assert [((b.start, b.stop), (i.start, i.stop)) for b, i in found] == expected
-    whole = triton_deterministic.slabs(batch=5, seq_q=500, chunk_batch=2, chunk_queries=500, chunk_keys=50)
+    whole = deterministic.slabs(batch=5, seq_q=500, chunk_batch=2, chunk_queries=500, chunk_keys=50)
     assert [(b.start, b.stop) for b, _ in whole] == (
         [(0, 5)] if counters >= 150 else [(0, 4), (4, 5)] if counters == 120 else [(0, 2), (2, 4), (4, 5)]
     )
@@ -396,8 +386,8 @@ def test_deterministic_dkv_sorted_slab_by_slab(batch: int | None, monkeypatch: p
     with deterministic_algorithms():
         whole = check(inputs)
         for workspace_rows, counters in ((2, 1), (2, 100), (7, 50), (1, 1)):
-            monkeypatch.setattr(triton_deterministic, "WORKSPACE_BYTES", workspace_rows * row_bytes)
-            monkeypatch.setattr(triton_deterministic, "COUNTERS", counters)
+            monkeypatch.setattr(deterministic, "WORKSPACE_BYTES", workspace_rows * row_bytes)
+            monkeypatch.setattr(deterministic, "COUNTERS", counters)
             results = check(inputs)
             assert_same({name: results[name] for name in ("out", "lse", "dq", "dsink")}, whole, atomics=False)
 
@@ -407,8 +397,8 @@ def test_deterministic_dkv_sorted_slab_by_slab(batch: int | None, monkeypatch: p
 def test_deterministic_dkv_of_repeated_keys_in_blocks_of_any_size(
     workspace_bytes: int, counters: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(triton_deterministic, "WORKSPACE_BYTES", workspace_bytes)
-    monkeypatch.setattr(triton_deterministic, "COUNTERS", counters)
+    monkeypatch.setattr(deterministic, "WORKSPACE_BYTES", workspace_bytes)
+    monkeypatch.setattr(deterministic, "COUNTERS", counters)
     inputs = make_inputs(replace(SMALL, topk=40), torch.float32, DEVICE, topk_length=True)
     inputs.indices[..., ::3] = 5  # many slots of each query name one key
     with deterministic_algorithms():
@@ -418,7 +408,7 @@ def test_deterministic_dkv_of_repeated_keys_in_blocks_of_any_size(
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_places_are_a_sort_by_key_then_query(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton_deterministic, "COUNTERS", 200)
+    monkeypatch.setattr(deterministic, "COUNTERS", 200)
     inputs = make_inputs(SMALL, dtype, DEVICE, topk_length=True)
     launches: list[Launch] = []
     with deterministic_algorithms():
@@ -437,14 +427,11 @@ def test_places_are_a_sort_by_key_then_query(dtype: torch.dtype, monkeypatch: py
 
 
 @pytest.fixture
-def wide_offsets_from_now_on(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], None]]:
+def wide_offsets_from_now_on(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     def use_them() -> None:
-        triton_forward_plan.plan_forward.cache_clear()  # plans of calls alike have been made
-        for module in (backend, triton_forward_plan):
-            monkeypatch.setattr(module, "INT32_OFFSETS", 1)
+        monkeypatch.setattr(portable, "INT32_OFFSETS", 1)
 
-    yield use_them
-    triton_forward_plan.plan_forward.cache_clear()
+    return use_them
 
 
 def test_wide_offsets_give_the_same_result(wide_offsets_from_now_on: Callable[[], None]) -> None:
@@ -462,10 +449,9 @@ def test_512_unit_contributions_sum_to_exactly_512() -> None:
     kv = torch.zeros(4, 1, 32, dtype=dtype, device=DEVICE)
     indices = torch.zeros(rows, 1, 1, dtype=torch.int32, device=DEVICE)
     dout = torch.ones(rows, 16, 16, dtype=dtype, device=DEVICE)
-    out, lse = backend.launch_forward(q, kv, indices, 16, 1.0, None, None, traits=TRAITS)
-    _, dkv, _ = backend.launch_backward(
-        dout, None, q, kv, indices, out, lse, 16, 1.0, None, None, False, True, traits=TRAITS
-    )
+    call = SparseAttnCall(q, kv, indices, 16, 1.0)
+    results = run_forward(call, traits=TRAITS)
+    _, dkv, _ = run_backward(call, results, Gradients(dout, None), Wanted(dq=False), traits=TRAITS)
     assert (dkv[0, 0, :16] == rows * 16).all()
     assert (dkv[1:] == 0).all()
 
@@ -499,10 +485,10 @@ def test_kv_rows_beyond_2_to_31_elements() -> None:
     grads = []
     for rows, indices in ((kv, last), (kv[last], torch.arange(8, device=DEVICE))):
         ids = indices.expand(2, 1, 8).contiguous()
-        out, lse = backend.launch_forward(q, rows, ids, 512, 0.05, None, None)
-        dq, dkv, _ = backend.launch_backward(dout, None, q, rows, ids, out, lse, 512, 0.05, None, None, True, True)
-        _, max_logits = backend.launch_forward(q, rows, ids, 512, 0.05, None, None, max_logits_only=True)
-        grads.append((out, lse, max_logits, dq, dkv[indices]))
+        call = SparseAttnCall(q, rows, ids, 512, 0.05)
+        results = run_forward(call)
+        dq, dkv, _ = run_backward(call, results, Gradients(dout, None))
+        grads.append((*results, run_max_logits(call), dq, dkv[indices]))
     for wide, narrow in zip(*grads, strict=True):
         torch.testing.assert_close(wide, narrow, rtol=2e-2, atol=1e-3)
 
@@ -510,11 +496,11 @@ def test_kv_rows_beyond_2_to_31_elements() -> None:
 @on_gpu_only
 def test_tf32_only_where_torch_asks_for_it() -> None:
     inputs = make_inputs(Case(d_total=128, d_v=64, topk=64, heads=16), torch.float32, DEVICE)
-    exact = backend.launch_forward(*inputs.args)[0]
+    exact = forward_of(inputs).out
     before = torch.backends.cuda.matmul.fp32_precision
     torch.backends.cuda.matmul.fp32_precision = "tf32"
     try:
-        rounded = backend.launch_forward(*inputs.args)[0]
+        rounded = forward_of(inputs).out
     finally:
         torch.backends.cuda.matmul.fp32_precision = before
     oracle = sparse_attn_reference(*inputs.to(torch.float64).args)[0]

@@ -15,6 +15,7 @@ from mla_ops.ops.sparse_attn.configs.head_dims import FAMILIES
 from mla_ops.ops.sparse_attn.configs.launch import (
     HOPPER_BLOCK_H,
     BwdConfig,
+    ConfigKey,
     FwdConfig,
     Row,
     bwd_smem_bytes,
@@ -195,7 +196,7 @@ def compile_backward(
 def compile_hopper(heads: int, d_total: int, d_v: int, element: str = "bf16", **constants: Any) -> Compiled:
     from mla_ops.ops.sparse_attn.kernels.hopper_forward import _sparse_attn_fwd_hopper_kernel
 
-    config = hopper_config(90, SMEM_BYTES[90], d_total, d_v, 2)
+    config = hopper_config(ConfigKey(90, SMEM_BYTES[90], 64, d_total, d_v, 2))
     constants = {
         "HEADS": heads, "KV_GROUP": 1, "D_TOTAL": d_total, "D_V": d_v,
         "LEFT": config.left, "RIGHT": config.right, "TAIL": config.tail, "PAIRS": config.pairs,
@@ -210,7 +211,7 @@ def compile_hopper_backward(
 ) -> Compiled:
     from mla_ops.ops.sparse_attn.kernels.hopper_backward import _sparse_attn_bwd_hopper_kernel
 
-    config = hopper_backward_config(90, SMEM_BYTES[90], d_total, d_v, 2)
+    config = hopper_backward_config(ConfigKey(90, SMEM_BYTES[90], 64, d_total, d_v, 2))
     constants = {
         "HEADS": heads, "KV_GROUP": 1, "D_TOTAL": d_total, "D_V": d_v,
         "WIDTH": config.half_value, "HALF_TAIL": config.half_tail, **({} if is_placed else {"places_ptr": None}),
@@ -233,19 +234,18 @@ ROWS = [
 def test_row_fits_and_does_not_spill(arch: int, row: Row) -> None:
     d_total, d_v = FAMILIES[row.family]
     element = "bf16" if row.element_size == 2 else "fp32"
-    problem = (arch, SMEM_BYTES[arch], row.heads, d_total, d_v, row.element_size)
-    sizes = (arch, d_total, d_v, row.element_size)
-    fwd, bwd = forward_config(*problem), backward_configs(*problem)
+    key = ConfigKey(arch, SMEM_BYTES[arch], row.heads, d_total, d_v, row.element_size)
+    fwd, bwd = forward_config(key), backward_configs(key)
     launches = []
     if fwd is not None:
         compiled = compile_forward(fwd, arch, row.heads, d_total, d_v, element)
-        launches.append(("fwd", compiled, fwd_smem_bytes(fwd, *sizes)))
+        launches.append(("fwd", compiled, fwd_smem_bytes(fwd, key)))
     for config in bwd or ():
         compiled = compile_backward(config, arch, row.heads, d_total, d_v, element)
-        launches.append(("bwd", compiled, bwd_smem_bytes(config, *sizes)))
-    for config in (backward_configs(*problem, is_deterministic=True) or ()) if row.placed else ():
+        launches.append(("bwd", compiled, bwd_smem_bytes(config, key)))
+    for config in (backward_configs(key, is_deterministic=True) or ()) if row.placed else ():
         compiled = compile_backward(config, arch, row.heads, d_total, d_v, element, is_placed=True)
-        launches.append(("placed", compiled, bwd_smem_bytes(config, *sizes)))
+        launches.append(("placed", compiled, bwd_smem_bytes(config, key)))
     for side, compiled, bound in launches:
         assert compiled.shared_bytes <= bound <= SMEM_BYTES[arch], side
         assert compiled.stack_bytes <= ALLOWED_STACK.get((arch, row.family, row.heads, side), 0), side
@@ -263,11 +263,11 @@ def test_shared_memory_of_other_backward_tiles_is_bounded(
 ) -> None:
     config = BwdConfig(block_h, block_k, 64, 4, num_stages, is_key_major)
     compiled = compile_backward(config, arch, block_h, 320, 256)
-    assert compiled.shared_bytes <= bwd_smem_bytes(config, arch, 320, 256, 2)
+    assert compiled.shared_bytes <= bwd_smem_bytes(config, ConfigKey(arch, SMEM_BYTES[arch], block_h, 320, 256, 2))
 
 
 def test_products_of_64_rows_are_wgmma_on_hopper() -> None:
-    fwd = forward_config(90, SMEM_BYTES[90], 64, 128, 64, 2)
+    fwd = forward_config(ConfigKey(90, SMEM_BYTES[90], 64, 128, 64, 2))
     assert compile_forward(fwd, 90, 64, 128, 64).count(r"wgmma\.mma_async") > 0
     key_major = BwdConfig(block_h=32, block_k=64, max_chunk=64, num_warps=4, num_stages=2)
     compiled = compile_backward(key_major, 90, 32, 128, 64)
@@ -297,7 +297,7 @@ def test_rows_are_copied_in_the_widest_pieces_their_stride_allows(
 
 
 def test_dkv_is_added_16_bytes_at_a_time_on_hopper() -> None:
-    (config,) = backward_configs(90, SMEM_BYTES[90], 32, 128, 64, 2)
+    (config,) = backward_configs(ConfigKey(90, SMEM_BYTES[90], 32, 128, 64, 2))
     compiled = compile_backward(config, 90, 32, 128, 64)
     assert compiled.count(r"(?:atom|red)\.global[a-z.]*add\.v4\.f32") > 0
     assert compiled.count(r"(?:atom|red)\.global[a-z.]*add\.f32") == 0
@@ -324,11 +324,12 @@ def test_backward_variants_compile(constants: dict[str, Any]) -> None:
 def test_max_logits_stop_at_the_logits_and_do_not_spill(
     arch: int, d_total: int, d_v: int, heads: int, is_split: bool
 ) -> None:
-    config = forward_config(arch, SMEM_BYTES[arch], heads, d_total, d_v, 2)
+    key = ConfigKey(arch, SMEM_BYTES[arch], heads, d_total, d_v, 2)
+    config = forward_config(key)
     options = {"IS_SPLIT": is_split, "out_ptr": None, "attn_sink_ptr": None}
     compiled = compile_forward(config, arch, heads, d_total, d_v, **options)
     assert compiled.stack_bytes == 0
-    assert compiled.shared_bytes <= fwd_smem_bytes(config, arch, d_total, d_v, 2)
+    assert compiled.shared_bytes <= fwd_smem_bytes(config, key)
     assert compiled.count(r"ex2\.approx") == 0  # no weights, so no product with the values
 
 
@@ -371,7 +372,7 @@ def test_the_launcher_counts_the_heads_that_a_hopper_kernel_takes() -> None:
 @pytest.mark.parametrize(("d_total", "d_v"), hopper_widths())
 def test_hopper_forward_fits_and_its_products_are_wgmma(d_total: int, d_v: int) -> None:
     compiled = compile_hopper(128, d_total, d_v)
-    config = hopper_config(90, SMEM_BYTES[90], d_total, d_v, 2)
+    config = hopper_config(ConfigKey(90, SMEM_BYTES[90], 64, d_total, d_v, 2))
     assert compiled.shared_bytes <= hopper_smem_bytes(config)
     # 16 warps start at 128 registers; what more than that a role needs, `setmaxnreg` gives it.
     assert compiled.registers == 128
@@ -416,7 +417,9 @@ def test_hopper_copies_are_published_after_the_fence_of_every_thread() -> None:
 @pytest.mark.parametrize(("d_total", "d_v"), hopper_widths())
 def test_hopper_backward_fits_and_spills_no_accumulator(d_total: int, d_v: int) -> None:
     compiled = compile_hopper_backward(128, d_total, d_v)
-    assert compiled.shared_bytes <= hopper_bwd_smem_bytes(hopper_backward_config(90, SMEM_BYTES[90], d_total, d_v, 2))
+    assert compiled.shared_bytes <= hopper_bwd_smem_bytes(
+        hopper_backward_config(ConfigKey(90, SMEM_BYTES[90], 64, d_total, d_v, 2))
+    )
     assert compiled.registers == 168  # of 12 warps that start; what a role needs more, `setmaxnreg` gives it
     assert compiled.stack_bytes <= 64  # pointers and counts, no accumulators
     assert compiled.count(r"wgmma\.mma_async") > 0

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from mla_ops import lowering
+from mla_ops.ops.sparse_attn.configs.launch import ConfigKey
 from mla_ops.ops.sparse_attn.configs.lookup import (
     backward_candidates,
     backward_configs,
@@ -283,7 +284,7 @@ assert torch.ops.mla.sparse_attn_bwd.default in inductor.lowerings
 
 
 def run_python(program: str, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
-    paths = os.pathsep.join([str(cwd), str(ROOT / "tests")])
+    paths = os.pathsep.join([str(cwd), str(ROOT / "tests/support")])
     result = subprocess.run(
         [sys.executable, "-c", program],
         cwd=cwd,
@@ -389,7 +390,7 @@ print(counters["inductor"]["fxgraph_cache_hit"], counters["aot_autograd"]["autog
 
     assert hits() == "0 0"
     assert hits() == "1 1"
-    kernel = tree / "mla_ops/kernels/forward.py"
+    kernel = tree / "mla_ops/ops/sparse_attn/kernels/forward.py"
     kernel.write_text(kernel.read_text() + "\n# changed\n")
     assert hits() == "0 0"
 
@@ -397,24 +398,32 @@ print(counters["inductor"]["fxgraph_cache_hit"], counters["aot_autograd"]["autog
 # Choices
 
 
-PROBLEMS = [(90, 232448, 28, 128, 64, 2), (90, 232448, 128, 576, 512, 2), (80, 166912, 12, 144, 80, 4)]
+PROBLEMS = [
+    ConfigKey(90, 232448, 28, 128, 64, 2),
+    ConfigKey(90, 232448, 128, 576, 512, 2),
+    ConfigKey(80, 166912, 12, 144, 80, 4),
+]
 
 
 @pytest.mark.parametrize("problem", PROBLEMS, ids=str)
-def test_candidates_are_few_different_and_begin_with_the_tables_choice(problem: tuple[int, ...]) -> None:
+def test_candidates_are_few_different_and_begin_with_the_tables_choice(problem: ConfigKey) -> None:
     for candidates, choice in ((forward_candidates, forward_config), (backward_candidates, backward_configs)):
-        found = candidates(*problem, count=3)
-        assert found[0] == choice(*problem)
+        found = candidates(problem, count=3)
+        assert found[0] == choice(problem)
         assert 1 < len(found) <= 3
         assert len(set(found)) == len(found)
 
 
-def test_max_autotune_inlines_the_fastest_candidate(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_max_autotune_inlines_the_fastest_candidate(
+    monkeypatch: pytest.MonkeyPatch, said: Callable[[str], bool]
+) -> None:
     from mla_ops.lowering import sparse_attn_choices as choices
 
     # What is timed needs a GPU; which of the timed is inlined does not.
-    monkeypatch.setattr(choices, "_random_inputs", lambda *problem: (torch.empty(0),) * 3)
-    monkeypatch.setattr(choices.triton, "launch_forward", spy := Launches(choices.triton.launch_forward))
+    timed: list[Any] = []
+    monkeypatch.setattr(choices, "random_call", lambda *problem: None)
+    monkeypatch.setattr(choices, "plan_forward", lambda call, traits, *, choice: choice.config)
+    monkeypatch.setattr(choices, "launch_forward", lambda call, config: timed.append(config))
     times = iter([3.0, 2.0, 1.0, 4.0])
 
     def do_bench(run: Callable, return_mode: str) -> float:
@@ -426,24 +435,10 @@ def test_max_autotune_inlines_the_fastest_candidate(monkeypatch: pytest.MonkeyPa
     compiled = torch.compile(core, fullgraph=True, backend=backend)
     with torch._inductor.config.patch(max_autotune=True):
         compiled(*make_inputs(Case(d_total=128, d_v=64, heads=32), torch.bfloat16).args[:4])
-    assert len(spy.timed) == choices.SHORT_LIST
+    assert len(timed) == choices.SHORT_LIST
     (launch,) = backend.launches
-    assert (launch["BLOCK_H"], launch["BLOCK_K"]) == (spy.timed[2].block_h, spy.timed[2].block_k)
-    assert spy.inlined == [spy.timed[2]]
-
-
-class Launches:
-    """Stands before the launcher: notes the configurations that are timed, and lets those pass that are traced."""
-
-    def __init__(self, launcher: Callable) -> None:
-        self.launcher, self.timed, self.inlined = launcher, [], []
-
-    def __call__(self, *args: Any, config: Any, **options: Any) -> Any:
-        if "wrap" not in options:
-            self.timed.append(config)
-            return None
-        self.inlined.append(config)
-        return self.launcher(*args, config=config, **options)
+    assert (launch["BLOCK_H"], launch["BLOCK_K"]) == (timed[2].block_h, timed[2].block_k)
+    assert said(f"{timed[2]}, num_splits=")
 
 
 def test_the_default_mode_times_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -451,17 +446,18 @@ def test_the_default_mode_times_nothing(monkeypatch: pytest.MonkeyPatch) -> None
     compiled, backend = compile_lowered()
     compiled(*make_inputs(Case(d_total=128, d_v=64, heads=32), torch.bfloat16).args[:4])
     (launch,) = backend.launches
-    config = forward_config(90, H100_TRAITS.smem_bytes, 32, 128, 64, 2)
+    config = forward_config(ConfigKey(90, H100_TRAITS.smem_bytes, 32, 128, 64, 2))
     assert (launch["BLOCK_H"], launch["BLOCK_K"]) == (config.block_h, config.block_k)
 
 
 def test_timed_inputs_have_the_sizes_at_hand_and_only_valid_indices() -> None:
-    from mla_ops.device import DeviceTraits
-    from mla_ops.lowering.sparse_attn_choices import _random_inputs
+    from mla_ops.lowering.sparse_attn_choices import random_call
     from mla_ops.ops.sparse_attn.call import Hints, SparseAttnProblem
 
     problem = SparseAttnProblem(d_total=24, d_v=16, topk=7, heads=6, kv_group=3, dtype=torch.bfloat16)
-    q, kv, indices = _random_inputs(problem, Hints(batch=2, seq_q=5, seq_kv=31), DeviceTraits("cpu"))
+    call = random_call(problem, Hints(batch=2, seq_q=5, seq_kv=31), torch.device("cpu"), 0.5)
+    q, kv, indices, *constants = call
+    assert constants == [16, 0.5, None, None]
     assert (q.shape, kv.shape, indices.shape) == ((2, 5, 6, 24), (2, 31, 3, 24), (2, 5, 3, 7))
     assert q.dtype == kv.dtype == torch.bfloat16
     assert 0 <= indices.min() < indices.max() < 31

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import mla_ops
 from mla_ops.device import traits_of
 from mla_ops.ops.sparse_attn.backends import select
-from mla_ops.ops.sparse_attn.call import SparseAttnProblem
+from mla_ops.ops.sparse_attn.call import Gradients, Side, SparseAttnCall, SparseAttnProblem, Wanted
 from mla_ops.testing import (
     CONTRACT_CASES,
     Case,
@@ -430,13 +430,14 @@ def test_no_operator_reads_data_or_shapes_from_it(target: Target) -> None:
             return func(*args, **(kwargs or {}))
 
     inputs = make_inputs(SMALL, device=target.device, topk_length=True, attn_sink=True)
-    problem = SparseAttnProblem.from_tensors(inputs.q, inputs.kv, inputs.indices, inputs.d_v)
-    backend = select(problem, traits_of(inputs.q.device), target.backend).require_backend()
+    call = SparseAttnCall(*inputs.args)
+    problem, traits = SparseAttnProblem.of(call), traits_of(inputs.q.device)
+    backend = select(problem, traits, target.backend).require_backend()
+    plans = {side: backend.plan(side, call, problem, traits, Wanted()) for side in get_args(Side)}
     with Watch():
-        out, lse = backend.forward(*inputs.args)
-        backend.max_logits(*inputs.args[:-1])
-        q, kv, indices, *rest = inputs.args
-        backend.backward(inputs.dout, inputs.dlse, q, kv, indices, out, lse, *rest, True, True)
+        results = backend.forward(call, plans["forward"])
+        backend.max_logits(call, plans["max_logits"])
+        backend.backward(call, results, Gradients(inputs.dout, inputs.dlse), Wanted(), plans["backward"])
 
 
 # 15. Double backward

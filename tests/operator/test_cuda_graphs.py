@@ -82,12 +82,12 @@ def capture(run: Callable[[], list[torch.Tensor]]) -> tuple[torch.cuda.CUDAGraph
 
 
 @pytest.fixture(params=["slot_order", "key_order", "deterministic"])
-def dkv_order(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+def dkv_order(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, no_plans: None) -> None:
     """Every way to sum dkv; by itself key order is for lengths too long to test with."""
     if request.param == "deterministic":
         request.getfixturevalue("deterministic")
     launch_rows = 50 if request.param == "key_order" else None
-    monkeypatch.setattr("mla_ops.ops.sparse_attn.triton.backend.rows_per_launch", lambda *_: launch_rows)
+    monkeypatch.setattr("mla_ops.ops.sparse_attn.triton.backward.rows_per_launch", lambda *_: launch_rows)
 
 
 @pytest.mark.usefixtures("dkv_order")

@@ -17,9 +17,17 @@ import mla_ops
 from mla_ops import settings
 from mla_ops.device import DeviceTraits
 from mla_ops.errors import InvalidSettingError
+from mla_ops.ops.sparse_attn import backends
 from mla_ops.ops.sparse_attn.backends import BACKENDS, select
-from mla_ops.ops.sparse_attn.call import Hints, SparseAttnProblem
-from mla_ops.ops.sparse_attn.configs.launch import BwdConfig, FwdConfig, HopperBwdConfig, HopperConfig, program_count
+from mla_ops.ops.sparse_attn.call import Gradients, Hints, Results, SparseAttnCall, SparseAttnProblem, call_like
+from mla_ops.ops.sparse_attn.configs.launch import (
+    BwdConfig,
+    ConfigKey,
+    FwdConfig,
+    HopperBwdConfig,
+    HopperConfig,
+    program_count,
+)
 from mla_ops.ops.sparse_attn.configs.lookup import (
     backward_configs,
     forward_config,
@@ -27,9 +35,10 @@ from mla_ops.ops.sparse_attn.configs.lookup import (
     hopper_config,
 )
 from mla_ops.ops.sparse_attn.configs.tuned import TunedRow, write_rows
-from mla_ops.ops.sparse_attn.triton import backend as triton_backend
-from mla_ops.ops.sparse_attn.triton.forward import plan_forward, split_count
+from mla_ops.ops.sparse_attn.triton.direct import run_backward, run_forward, run_max_logits
+from mla_ops.ops.sparse_attn.triton.forward import plan_forward
 from mla_ops.ops.sparse_attn.triton.key_order import rows_per_launch
+from mla_ops.ops.sparse_attn.triton.portable import split_count
 from mla_ops.testing import Case, make_inputs
 
 CPU = DeviceTraits(type="cpu")
@@ -100,11 +109,12 @@ def test_unknown_backend_lists_the_known_ones() -> None:
 @pytest.mark.parametrize("batch", [None, 2])
 def test_problem_and_hints_read_off_tensors(batch: int | None) -> None:
     inputs = make_inputs(Case(batch=batch, seq_q=5, heads=6, kv_group=3, seq_kv=11, d_total=24, d_v=16, topk=7))
-    problem = SparseAttnProblem.from_tensors(inputs.q, inputs.kv, inputs.indices, 16, needs_grad=True)
+    call = SparseAttnCall(*inputs.args)
+    problem = SparseAttnProblem.of(call, needs_grad=True)
     assert (problem.d_total, problem.d_v, problem.d_tail, problem.topk) == (24, 16, 8, 7)
     assert (problem.heads, problem.kv_group, problem.heads_per_group) == (6, 3, 2)
     assert problem.needs_grad
-    assert Hints.from_tensors(inputs.q, inputs.kv) == Hints(batch=batch or 1, seq_q=5, seq_kv=11)
+    assert Hints.of(call) == Hints(batch=batch or 1, seq_q=5, seq_kv=11)
 
 
 def test_explain_runs_nothing_and_prints_the_decision() -> None:
@@ -145,8 +155,9 @@ def test_hints_choose_the_split_and_nothing_else() -> None:
     assert training.backend is decode.backend is select(problem, H100).backend
     assert "split over 1 programs" in training.launch[0]
     assert "split over 8 programs" in decode.launch[0]
-    assert training.launch[1].startswith("backward: BwdConfig")
-    assert all("not warm" in line for line in training.launch)
+    launches = [line for line in training.launch if " not by " not in line]
+    assert [line.split(":")[0] for line in launches] == ["forward", "backward"]
+    assert all("not warm" in line for line in launches)
     assert select(problem, H100).launch == ()
 
 
@@ -161,13 +172,14 @@ def tuned_file(path: Path, **fields: object) -> str:
 
 
 def test_a_tuned_row_goes_first_where_it_is_for_this_problem(tmp_path: Path) -> None:
-    key, table = (90, 232448, 28, 128, 64, 2), forward_config(90, 232448, 28, 128, 64, 2)
+    key = ConfigKey(90, 232448, 28, 128, 64, 2)
+    table = forward_config(key)
     fwd = FwdConfig(block_h=16, block_k=64, max_chunk=32, num_warps=2, num_stages=3, max_registers=96)
     path = tuned_file(tmp_path / "rows.json", fwd=fwd)
-    assert forward_config(*key, path) == fwd != table
-    assert backward_configs(*key, path) == backward_configs(*key)  # was not tuned
+    assert forward_config(key, path) == fwd != table
+    assert backward_configs(key, path) == backward_configs(key)  # was not tuned
     for other in ((80, 166912, 28, 128, 64, 2), (90, 232448, 32, 128, 64, 2), (90, 232448, 28, 128, 64, 4)):
-        assert forward_config(*other, path) == forward_config(*other)
+        assert forward_config(ConfigKey(*other), path) == forward_config(ConfigKey(*other))
     with settings.override(tuned_rows=path):
         launch = select(NAM56R, H100, hints=Hints(batch=4, seq_q=4096, seq_kv=4096)).launch
     assert str(fwd) in launch[0]
@@ -176,7 +188,7 @@ def test_a_tuned_row_goes_first_where_it_is_for_this_problem(tmp_path: Path) -> 
 def test_a_tuned_backward_is_shrunk_where_it_does_not_fit(tmp_path: Path) -> None:
     huge = BwdConfig(block_h=32, block_k=128, max_chunk=64, num_warps=4, num_stages=8)
     path = tuned_file(tmp_path / "rows.json", bwd=(huge,))
-    assert backward_configs(90, 232448, 28, 128, 64, 2, path) == (replace(huge, num_stages=1),)
+    assert backward_configs(ConfigKey(90, 232448, 28, 128, 64, 2), path) == (replace(huge, num_stages=1),)
 
 
 @pytest.mark.parametrize("text", [None, "rows", '{"rows": [{"arch": 90}]}', "[]"])
@@ -187,7 +199,7 @@ def test_a_bad_file_of_tuned_rows_is_named(text: str | None, tmp_path: Path) -> 
     with pytest.raises(
         InvalidSettingError, match=r"tuned_rows must name a file that mla-ops tune wrote, got .*rows\.json"
     ):
-        forward_config(90, 232448, 28, 128, 64, 2, str(path))
+        forward_config(ConfigKey(90, 232448, 28, 128, 64, 2), str(path))
 
 
 # Settings
@@ -252,12 +264,10 @@ def test_environment_variable(text: str, outcome: str) -> None:
 
 
 def test_a_call_is_checked_and_decided_once_for_all_that_look_alike(monkeypatch: pytest.MonkeyPatch) -> None:
-    from mla_ops.registration import sparse_attn as impl
-
     inputs = make_inputs(Case(d_total=26, d_v=18, topk=21))
     checked = []
-    check = impl.check_inputs
-    monkeypatch.setattr(impl, "check_inputs", lambda *arguments: (checked.append(arguments), check(*arguments)))
+    check = backends.check_inputs
+    monkeypatch.setattr(backends, "check_inputs", lambda *arguments: (checked.append(arguments), check(*arguments)))
     for _ in range(3):
         mla_ops.sparse_attn(inputs.q, inputs.kv, inputs.indices, **inputs.kwargs)
     assert len(checked) == 1
@@ -274,14 +284,12 @@ def test_a_call_is_checked_and_decided_once_for_all_that_look_alike(monkeypatch:
 
 
 def test_kept_decisions_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    from mla_ops.registration import sparse_attn as impl
-
-    monkeypatch.setattr(impl, "_decided", {})
-    monkeypatch.setattr(impl, "_MOST_DECIDED", 4)
+    monkeypatch.setattr(backends, "_plans", {})
+    monkeypatch.setattr(backends, "MAX_PLANS", 4)
     for seq_q in range(1, 12):
         inputs = make_inputs(Case(d_total=8, d_v=8, topk=2, seq_q=seq_q))
         mla_ops.sparse_attn(inputs.q, inputs.kv, inputs.indices, **inputs.kwargs)
-        assert 1 <= len(impl._decided) <= 4
+        assert 1 <= len(backends._plans) <= 4
 
 
 @pytest.mark.parametrize(
@@ -298,7 +306,7 @@ def test_kept_decisions_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_hopper_forward_covers_a_row_with_as_few_channels_as_it_can(
     d_total: int, d_v: int, chunks: tuple[int, int, int]
 ) -> None:
-    config = hopper_config(H100.arch, H100.smem_bytes, d_total, d_v, 2)
+    config = hopper_config(ConfigKey(H100.arch, H100.smem_bytes, 64, d_total, d_v, 2))
     assert config is not None
     assert (config.left, config.right, config.tail) == chunks
 
@@ -308,7 +316,8 @@ def test_the_hopper_forward_covers_a_row_with_as_few_channels_as_it_can(
     [(576, 512, (256, 32)), (512, 512, (256, 0)), (480, 448, (256, 0)), (320, 256, (128, 32)), (384, 256, (128, 64))],
 )
 def test_the_hopper_backward_covers_a_row_in_two_equal_halves(d_total: int, d_v: int, halves: tuple[int, int]) -> None:
-    assert hopper_backward_config(H100.arch, H100.smem_bytes, d_total, d_v, 2) == HopperBwdConfig(*halves)
+    key = ConfigKey(H100.arch, H100.smem_bytes, 64, d_total, d_v, 2)
+    assert hopper_backward_config(key) == HopperBwdConfig(*halves)
 
 
 @pytest.mark.parametrize(
@@ -318,8 +327,9 @@ def test_the_hopper_backward_covers_a_row_in_two_equal_halves(d_total: int, d_v:
 def test_the_hopper_kernels_are_for_wide_rows_of_two_byte_channels_on_sm90(
     arch: int, d_total: int, d_v: int, element_size: int
 ) -> None:
-    assert hopper_config(arch, H100.smem_bytes, d_total, d_v, element_size) is None
-    assert hopper_backward_config(arch, H100.smem_bytes, d_total, d_v, element_size) is None
+    key = ConfigKey(arch, H100.smem_bytes, 64, d_total, d_v, element_size)
+    assert hopper_config(key) is None
+    assert hopper_backward_config(key) is None
 
 
 @pytest.mark.parametrize(
@@ -348,11 +358,11 @@ def test_when_the_hopper_kernels_are_taken(change: dict[str, Any], is_taken: boo
     sizes |= {"dtype": torch.bfloat16} | change
     hints = Hints(batch=1, seq_q=sizes.pop("seq_q"), seq_kv=8192)
     traits = replace(H100, arch=sizes.pop("arch"))
-    launches = triton_backend.TritonBackend().describe_launch(
-        SparseAttnProblem(needs_grad=True, **sizes), traits, hints
-    )
-    assert ("HopperConfig" in str(launches)) == is_taken
-    assert ("HopperBwdConfig" in str(launches)) == is_taken
+    decision = select(SparseAttnProblem(needs_grad=True, **sizes), traits, hints=hints)
+    assert ("HopperConfig" in str(decision)) == is_taken
+    assert ("HopperBwdConfig" in str(decision)) == is_taken
+    sides_with_a_reason = {line.split()[0] for line in decision.launch if "not by hopper kernels: " in line}
+    assert sides_with_a_reason == (set() if is_taken else {"forward", "backward"})
 
 
 def test_the_hopper_forward_pays_from_fewer_slots_on_than_the_backward() -> None:
@@ -361,8 +371,9 @@ def test_the_hopper_forward_pays_from_fewer_slots_on_than_the_backward() -> None
         d_total=576, d_v=512, topk=100, heads=64, kv_group=1, dtype=torch.bfloat16, needs_grad=True
     )
     hints = Hints(batch=1, seq_q=4096, seq_kv=8192)
-    launches = triton_backend.TritonBackend().describe_launch(problem, H100, hints)
-    assert ["Hopper" in launch for launch in launches] == [True, False]
+    launches = select(problem, H100, hints=hints).launch
+    assert ["Config" in launch and "Hopper" in launch for launch in launches] == [True, False, False]
+    assert launches[2] == "backward not by hopper kernels: topk is 100, they pay from 192 on"
 
 
 @pytest.mark.parametrize(
@@ -381,10 +392,11 @@ def test_the_hopper_forward_pays_from_fewer_slots_on_than_the_backward() -> None
     ],
 )
 def test_slots_are_split_until_the_device_is_full(heads: int, rows: int, topk: int, expected: int) -> None:
-    config = forward_config(H100.arch, H100.smem_bytes, heads, 128, 64, 2)
+    key = ConfigKey(H100.arch, H100.smem_bytes, heads, 128, 64, 2)
+    config = forward_config(key)
     assert config is not None
     programs = program_count(rows, heads, 1, config.block_h)
-    assert split_count(programs, topk, config, H100, 128, 64, 2) == expected
+    assert split_count(programs, topk, config, H100, key) == expected
 
 
 @pytest.mark.parametrize(
@@ -403,10 +415,9 @@ def test_when_a_backward_goes_through_the_keys_in_order(change: dict[str, int], 
     sizes = {"d_total": 576, "d_v": 512, "heads": 64, "kv_group": 1, "topk": 2048, "seq_kv": 65536} | change
     seq_kv = sizes.pop("seq_kv")
     problem = SparseAttnProblem(**sizes, dtype=torch.bfloat16, needs_grad=True)
-    widths = (problem.d_total, problem.d_v, 2)
-    arguments = (seq_kv, problem.heads, problem.kv_group, problem.topk, widths)
-    assert rows_per_launch(HopperBwdConfig(256, 32), H100, *arguments) == expected
-    launches = triton_backend.TritonBackend().describe_launch(problem, H100, Hints(1, 4096, seq_kv))
+    hints = Hints(1, 4096, seq_kv)
+    assert rows_per_launch(HopperBwdConfig(256, 32), problem, hints, H100) == expected
+    launches = select(problem, H100, hints=hints).launch
     assert ("in key order" in str(launches)) == (expected is not None)
 
 
@@ -417,74 +428,76 @@ def test_a_deterministic_backward_takes_it_too() -> None:
         d_total=576, d_v=512, topk=2048, heads=64, kv_group=1, dtype=torch.bfloat16, needs_grad=True
     )
     hints = Hints(batch=1, seq_q=4096, seq_kv=8192)
-    assert "HopperBwdConfig" in str(triton_backend.TritonBackend().describe_launch(problem, H100, hints))
+    assert "HopperBwdConfig" in str(select(problem, H100, hints=hints))
 
 
-@pytest.mark.parametrize(("side", "other"), [("fwd", "HopperBwdConfig"), ("bwd", "HopperConfig")])
-def test_a_tuned_side_goes_before_its_hopper_kernel(side: str, other: str, tmp_path: Path) -> None:
+def test_a_tuned_row_never_chooses_between_kernel_sets(tmp_path: Path) -> None:
     pytest.importorskip("triton", reason="triton is not installed")
-    tuned = {
-        "fwd": FwdConfig(block_h=32, block_k=64, max_chunk=64, num_warps=4, num_stages=2),
-        "bwd": (BwdConfig(block_h=32, block_k=32, max_chunk=64, num_warps=4, num_stages=3),),
-    }
-    path = tuned_file(tmp_path / "rows.json", d_total=576, d_v=512, heads=64, **{side: tuned[side]})
+    fwd = FwdConfig(block_h=32, block_k=64, max_chunk=64, num_warps=4, num_stages=2)
+    bwd = (BwdConfig(block_h=32, block_k=32, max_chunk=64, num_warps=4, num_stages=3),)
+    path = tuned_file(tmp_path / "rows.json", d_total=576, d_v=512, heads=64, fwd=fwd, bwd=bwd)
     problem = SparseAttnProblem(
         d_total=576, d_v=512, topk=2048, heads=64, kv_group=1, dtype=torch.bfloat16, needs_grad=True
     )
+    hints = Hints(batch=1, seq_q=4096, seq_kv=8192)
     with settings.override(tuned_rows=path):
-        launches = triton_backend.TritonBackend().describe_launch(
-            problem, H100, Hints(batch=1, seq_q=4096, seq_kv=8192)
-        )
-    assert [name for name in ("HopperConfig", "HopperBwdConfig") if name in str(launches)] == [other]
+        many_slots = select(problem, H100, hints=hints).launch
+        few_slots = select(replace(problem, topk=64), H100, hints=hints).launch
+    assert many_slots == select(problem, H100, hints=hints).launch
+    assert str(fwd) in few_slots[0]
+    assert str(bwd[0]) in str(few_slots)
 
 
-@pytest.mark.parametrize(
-    ("change", "is_taken"),
-    [({}, True), ({"num_splits": 2}, False), ({"max_logits_only": True}, False), ({"is_traced": True}, False)],
-    ids=["plain", "split", "max_logits", "traced"],
-)
-def test_a_forward_is_planned_for_the_hopper_kernel_only_as_one_eager_pass(
-    change: dict[str, Any], is_taken: bool
-) -> None:
+@pytest.mark.usefixtures("deterministic")
+def test_a_tuned_row_of_atomic_sums_leaves_the_deterministic_pass_alone(tmp_path: Path) -> None:
+    bwd = (BwdConfig(block_h=16, block_k=32, max_chunk=64, num_warps=1, num_stages=2),)
+    path = tuned_file(tmp_path / "rows.json", bwd=bwd)
+    key = ConfigKey(90, 232448, 28, 128, 64, 2)
+    assert backward_configs(key, path) == bwd
+    assert backward_configs(key, path, True) == backward_configs(key, "", True) != bwd
+
+
+@pytest.mark.parametrize(("max_logits_only", "expected"), [(False, HopperConfig), (True, FwdConfig)])
+def test_a_maximum_of_logits_is_planned_for_the_portable_kernel(max_logits_only: bool, expected: type) -> None:
     pytest.importorskip("triton", reason="triton is not installed")
-    q, kv, indices = (torch.empty(size, device="meta") for size in ((4096, 64, 576), (8192, 1, 576), (4096, 1, 2048)))
-    options: dict[str, Any] = dict.fromkeys(("config", "num_splits", "use_int64_offsets"))
-    options |= {"max_logits_only": False, "is_traced": False} | change
-    plan = plan_forward(
-        q.shape, q.stride(), kv.shape, kv.stride(), indices.shape, indices.stride(),
-        512, torch.bfloat16, H100, "", **options,
-    )  # fmt: skip
-    assert isinstance(plan.config, HopperConfig) == is_taken
-    assert (plan.out_shape, plan.lse_shape) == ((4096, 64, 512), (4096, 64))
+    problem = SparseAttnProblem(d_total=576, d_v=512, topk=2048, heads=64, kv_group=1, dtype=torch.bfloat16)
+    plan = plan_forward(call_like(problem, Hints(1, 4096, 8192)), H100, max_logits_only=max_logits_only)
+    assert type(plan.choice.config) is expected
+    assert (plan.out_shape, plan.lse_shape) == ((1, 4096, 64, 512), (1, 4096, 64))
+
+
+def wrapped(kernel: Any) -> Any:
+    """Stand for what a trace applies to every kernel."""
+    return kernel
 
 
 def test_the_hopper_forward_is_refused_where_it_cannot_run() -> None:
     pytest.importorskip("triton", reason="triton is not installed")
-    inputs = make_inputs(Case(d_total=576, d_v=512, heads=64), torch.bfloat16)
+    call = SparseAttnCall(*make_inputs(Case(d_total=576, d_v=512, heads=64), torch.bfloat16).args)
     config = HopperConfig(256, 256, 64, 160, 56, 1)
     refusals: dict[str, dict[str, Any]] = {
         "got sm80": {"traits": replace(H100, arch=80)},
         "d_v=512, d_total=576": {"config": HopperConfig(256, 128, 64, 160, 56, 1)},
-        "max_logits_only=True": {"max_logits_only": True},
         "num_splits=2": {"num_splits": 2},
-        "traced=True": {"wrap": lambda kernel: kernel},
+        "traced=True": {"wrap": wrapped},
     }
     for reason, options in refusals.items():
         with pytest.raises(mla_ops.UnsupportedProblemError, match=reason):
-            triton_backend.launch_forward(*inputs.args, **{"traits": H100, "config": config, **options})
+            run_forward(call, **{"traits": H100, "config": config, **options})
+    with pytest.raises(mla_ops.UnsupportedProblemError, match="max_logits_only=True"):
+        run_max_logits(call, traits=H100, config=config)
 
 
 def test_the_hopper_backward_is_refused_where_it_cannot_run() -> None:
     pytest.importorskip("triton", reason="triton is not installed")
     inputs = make_inputs(Case(d_total=576, d_v=512, heads=64), torch.bfloat16)
-    q, kv, indices, *rest = inputs.args
-    arguments = (inputs.dout, None, q, kv, indices, inputs.dout, inputs.dlse, *rest, True, True)
+    arguments = (SparseAttnCall(*inputs.args), Results(inputs.dout, inputs.dlse), Gradients(inputs.dout, None))
     configs = (HopperBwdConfig(256, 32),)
     refusals: dict[str, dict[str, Any]] = {
         "got sm80": {"traits": replace(H100, arch=80)},
         "d_v=512, d_total=576": {"configs": (HopperBwdConfig(256, 0),)},
-        "traced=True": {"wrap": lambda kernel: kernel},
+        "traced=True": {"wrap": wrapped},
     }
     for reason, options in refusals.items():
         with pytest.raises(mla_ops.UnsupportedProblemError, match=reason):
-            triton_backend.launch_backward(*arguments, **{"traits": H100, "configs": configs, **options})
+            run_backward(*arguments, **{"traits": H100, "configs": configs, **options})

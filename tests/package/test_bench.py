@@ -23,6 +23,7 @@ from mla_ops.bench.tune import backward_candidates, forward_candidates
 from mla_ops.device import DeviceTraits
 from mla_ops.errors import InvalidInputError
 from mla_ops.ops.sparse_attn.configs.launch import bwd_smem_bytes, fwd_smem_bytes
+from mla_ops.ops.sparse_attn.configs.lookup import key_of
 from mla_ops.ops.sparse_attn.reference import sparse_attn_reference
 
 ROOT = Path(__file__).parents[2]
@@ -88,11 +89,12 @@ def test_what_is_timed_is_checked_with_all_queries_on_the_first(monkeypatch: pyt
 
 def test_candidates_start_with_the_table_and_fit_the_device() -> None:
     shape = Shape(B=1, Sq=64, Skv=512, H=28, d_total=128, d_v=64, topk=256)
+    key = key_of(shape.problem(), H100)
     forwards, backwards = list(forward_candidates(shape, H100)), list(backward_candidates(shape, H100))
     assert len(forwards) == len(set(forwards)) > 10
     assert len(backwards) == len(set(backwards)) > 10
-    assert all(fwd_smem_bytes(config, 90, 128, 64, 2) <= H100.smem_bytes for config in forwards)
-    assert all(bwd_smem_bytes(config, 90, 128, 64, 2) <= H100.smem_bytes for config in backwards)
+    assert all(fwd_smem_bytes(config, key) <= H100.smem_bytes for config in forwards)
+    assert all(bwd_smem_bytes(config, key) <= H100.smem_bytes for config in backwards)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="refused only where there is no GPU")
@@ -140,8 +142,8 @@ from mla_ops.testing import Case, assert_matches_oracle, make_inputs
 inputs = make_inputs(Case(d_total=80, d_v=64, heads=4, topk=64, seq_kv=256), torch.bfloat16, "cuda")
 out, lse = mla_ops.sparse_attn(inputs.q, inputs.kv, inputs.indices, **inputs.kwargs)
 assert_matches_oracle({{"out": out, "lse": lse}}, inputs)
-from mla_ops.ops.sparse_attn.triton.backend import _launched
-assert [key[-1].block_k for key in _launched] == [{row["fwd"]["block_k"]}], _launched
+from mla_ops.launching import warm_kernels
+assert [kernel[-1].block_k for kernel in warm_kernels()] == [{row["fwd"]["block_k"]}], warm_kernels()
 """
     environment = {**os.environ, "MLA_OPS_TUNED_ROWS": str(path)}
     used = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)

@@ -138,11 +138,13 @@ class LoweringBackend:
         from torch._inductor.virtualized import V
 
         import mla_ops.lowering.sparse_attn as lowering
+        import mla_ops.lowering.sparse_attn_choices as choices
 
         mode = detect_fake_mode(inputs)
         self.graphs.append(graph)
         with ExitStack() as stack:
-            stack.enter_context(patch.object(lowering, "traits_of", lambda device: H100_TRAITS))
+            for module in (lowering, choices):
+                stack.enter_context(patch.object(module, "traits_of", lambda device: H100_TRAITS))
             stack.enter_context(patch.object(triton.runtime.driver, "_active", DRIVER))
             stack.enter_context(V.set_fake_mode(mode))
             stack.enter_context(V.set_debug_handler(DebugContext()))

@@ -8,8 +8,11 @@ from typing import Any
 import torch
 
 from mla_ops.device import traits_of
-from mla_ops.ops.sparse_attn.configs.lookup import hopper_backward_config, hopper_config
-from mla_ops.ops.sparse_attn.triton import backend as backend
+from mla_ops.ops.sparse_attn.call import Gradients, SparseAttnCall, SparseAttnProblem, Wanted
+from mla_ops.ops.sparse_attn.call import Results as CallResults
+from mla_ops.ops.sparse_attn.configs.launch import ConfigKey
+from mla_ops.ops.sparse_attn.configs.lookup import hopper_backward_config, hopper_config, key_of
+from mla_ops.ops.sparse_attn.triton.direct import run_backward, run_forward
 from mla_ops.testing import Case, Inputs, assert_matches_oracle, make_inputs
 
 WIDE = Case(d_total=576, d_v=512, topk=200, heads=64, seq_q=6, seq_kv=300)
@@ -20,26 +23,25 @@ def wide_inputs(case: Case = WIDE, dtype: torch.dtype = torch.bfloat16, **option
     return make_inputs(case, dtype, "cuda", **options)
 
 
-def config_key(inputs: Inputs) -> tuple[int, ...]:
-    traits = traits_of(inputs.q.device)
-    return traits.arch, traits.smem_bytes, inputs.q.shape[-1], inputs.d_v, inputs.q.element_size()
+def config_key(inputs: Inputs) -> ConfigKey:
+    return key_of(SparseAttnProblem.of(SparseAttnCall(*inputs.args)), traits_of(inputs.q.device))
 
 
 def forward(inputs: Inputs) -> Results:
-    config = hopper_config(*config_key(inputs))
+    config = hopper_config(config_key(inputs))
     assert config is not None
-    return dict(zip(("out", "lse"), backend.launch_forward(*inputs.args, config=config), strict=True))
+    return run_forward(SparseAttnCall(*inputs.args), config=config)._asdict()
 
 
 def backward(
     inputs: Inputs, out: torch.Tensor, lse: torch.Tensor, *, use_dout: bool = True, use_dlse: bool = True,
     need_dq: bool = True, need_dkv: bool = True,
 ) -> Results:  # fmt: skip
-    config = hopper_backward_config(*config_key(inputs))
+    config = hopper_backward_config(config_key(inputs))
     assert config is not None
-    q, kv, indices, *rest = inputs.args
-    gradients = inputs.dout if use_dout else None, inputs.dlse if use_dlse else None
-    results = backend.launch_backward(*gradients, q, kv, indices, out, lse, *rest, need_dq, need_dkv, configs=(config,))
+    gradients = Gradients(inputs.dout if use_dout else None, inputs.dlse if use_dlse else None)
+    wanted = Wanted(need_dq, need_dkv)
+    results = run_backward(SparseAttnCall(*inputs.args), CallResults(out, lse), gradients, wanted, configs=(config,))
     count = 2 if inputs.attn_sink is None else 3
     return dict(zip(["dq", "dkv", "dsink"][:count], results, strict=False))
 

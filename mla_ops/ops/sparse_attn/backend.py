@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
 from mla_ops.device import DeviceTraits
-from mla_ops.ops.sparse_attn.call import Hints, SparseAttnProblem
+from mla_ops.ops.sparse_attn.call import Gradients, Results, Side, SparseAttnCall, SparseAttnProblem, Wanted
 
 
 class Backend(Protocol):
     """One way to run the operator. Support is declared, never discovered by trying.
 
-    Arguments of the calls have passed `validation`; tensors have any strides. Results are contiguous.
+    Calls that arrive here have passed `rules`; tensors have any strides. Results are contiguous. What a call comes with
+    is the plan that this backend made for a call of the same kind: of equal shapes, strides, dtypes, device, settings.
     """
 
     name: str
@@ -26,53 +27,29 @@ class Backend(Protocol):
         """Why `backend="auto"` must not pick this backend although it could run, or None."""
         ...
 
-    def describe_launch(self, problem: SparseAttnProblem, traits: DeviceTraits, hints: Hints) -> tuple[str, ...]:
-        """How `problem`, which this backend supports, would be launched at the sizes of `hints`: lines for a person.
+    def plan(
+        self, side: Side, call: SparseAttnCall, problem: SparseAttnProblem, traits: DeviceTraits, wanted: Wanted
+    ) -> Any:
+        """Decide how calls like `call`, which this backend supports, are launched; no data is read."""
+        ...
 
-        They say of every kernel whether it is warm, that is, whether this process has launched it for this problem.
+    def describe(self, plan: Any) -> tuple[str, ...]:
+        """Say in lines for a person what `plan` would launch, and of every kernel whether it is warm on its device.
+
+        A kernel is warm when this process has launched it there for the same problem.
         """
         ...
 
-    def forward(
-        self,
-        q: torch.Tensor,
-        kv: torch.Tensor,
-        indices: torch.Tensor,
-        d_v: int,
-        softmax_scale: float,
-        topk_length: torch.Tensor | None,
-        attn_sink: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return `(out, lse)` as `mla_ops.sparse_attn` documents them."""
+    def forward(self, call: SparseAttnCall, plan: Any) -> Results:
+        """Return `out` and `lse` as `mla_ops.sparse_attn` documents them."""
         ...
 
-    def max_logits(
-        self,
-        q: torch.Tensor,
-        kv: torch.Tensor,
-        indices: torch.Tensor,
-        d_v: int,
-        softmax_scale: float,
-        topk_length: torch.Tensor | None,
-    ) -> torch.Tensor:
-        """Return what `mla_ops.sparse_attn_max_logits` documents."""
+    def max_logits(self, call: SparseAttnCall, plan: Any) -> torch.Tensor:
+        """Return what `mla_ops.sparse_attn_max_logits` documents; `attn_sink` is not read."""
         ...
 
     def backward(
-        self,
-        dout: torch.Tensor | None,
-        dlse: torch.Tensor | None,
-        q: torch.Tensor,
-        kv: torch.Tensor,
-        indices: torch.Tensor,
-        out: torch.Tensor,
-        lse: torch.Tensor,
-        d_v: int,
-        softmax_scale: float,
-        topk_length: torch.Tensor | None,
-        attn_sink: torch.Tensor | None,
-        need_dq: bool,
-        need_dkv: bool,
+        self, call: SparseAttnCall, results: Results, gradients: Gradients, wanted: Wanted, plan: Any
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return `(dq, dkv, dsink)`; one that is not needed (`dsink` without a sink) is an empty `[0]` tensor."""
+        """Return `(dq, dkv, dsink)`; one that is not wanted (`dsink` without a sink) is an empty `[0]` tensor."""
         ...

@@ -1,22 +1,103 @@
-"""Who may run `mla::sparse_attn`, in order of preference, and the decision between them."""
+"""Who may run `mla::sparse_attn`, in order of preference, and the plan of a call: made once for all that look alike."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
 
 from mla_ops import dispatch
-from mla_ops.device import DeviceTraits
+from mla_ops.device import DeviceTraits, traits_of
 from mla_ops.dispatch import AUTO
+from mla_ops.launching import Facts, facts
 from mla_ops.ops.sparse_attn.backend import Backend
-from mla_ops.ops.sparse_attn.call import Hints, SparseAttnProblem
+from mla_ops.ops.sparse_attn.call import (
+    Gradients,
+    Hints,
+    Results,
+    Side,
+    SparseAttnCall,
+    SparseAttnProblem,
+    Wanted,
+    call_like,
+)
 from mla_ops.ops.sparse_attn.eager import EagerBackend
+from mla_ops.ops.sparse_attn.rules import check_bwd_inputs, check_inputs
 from mla_ops.ops.sparse_attn.triton.backend import TritonBackend
+from mla_ops.settings import current
 
 # In order of preference for backend="auto".
 BACKENDS: tuple[Backend, ...] = (TritonBackend(), EagerBackend())
 
 Decision = dispatch.Decision[SparseAttnProblem, Backend]
+
+
+class Plan(NamedTuple):
+    """Everything that is decided about a call before it runs."""
+
+    decision: Decision  # problem, device and every backend's reasons
+    backend: Backend
+    launch: Any  # what the backend made of it: kernel set, configuration, grid
+
+
+# One look-up a call between the dispatcher and the launch. Not a functools.lru_cache, whose keys would keep the tensors
+# of a miss alive: what is checked and planned on a miss is the call itself, what is kept is its facts.
+_plans: dict[tuple[object, ...], Plan] = {}
+MAX_PLANS = 4096  # lengths may be new in every call
+
+
+def plan_of(
+    side: Side,
+    call: SparseAttnCall,
+    backend: str,
+    *,
+    needs_grad: bool = False,
+    results: Results | None = None,
+    gradients: Gradients | None = None,
+    wanted: Wanted = Wanted(),  # noqa: B008  # a named tuple of constants
+) -> Plan:
+    """Check a call and decide how it runs, or find what was decided for a call that looks alike.
+
+    Args:
+        side: what of the operator is asked.
+        call: the call. Of its tensors everything but the values and the addresses decides.
+        backend: as in `mla_ops.sparse_attn`.
+        needs_grad: a backward will follow, so what cannot run it refuses the forward.
+        results: of a backward, what the forward returned.
+        gradients: of a backward, where it starts.
+        wanted: of a backward, what it computes.
+
+    Raises:
+        InvalidInputError, UnknownBackendError, UnsupportedProblemError: as `mla_ops.sparse_attn`.
+    """
+    q, kv, indices, d_v, softmax_scale, topk_length, attn_sink = call
+    key: tuple[object, ...] = (
+        *(side, backend, d_v, softmax_scale, needs_grad, current().tuned_rows),
+        *(facts(q), facts(kv), facts(indices)),
+        *(None if topk_length is None else facts(topk_length), None if attn_sink is None else facts(attn_sink)),
+    )
+    if side == "backward":
+        key += (wanted, torch.are_deterministic_algorithms_enabled(), *_facts_of(results), *_facts_of(gradients))
+    plan = _plans.get(key)
+    if plan is None:
+        check_inputs(call)
+        if results is not None and gradients is not None:
+            check_bwd_inputs(call, results, gradients)
+        problem = SparseAttnProblem.of(call, needs_grad=needs_grad or side == "backward")
+        traits = traits_of(q.device)
+        decision = select(problem, traits, backend)
+        chosen = decision.require_backend()
+        plan = Plan(decision, chosen, chosen.plan(side, call, problem, traits, wanted))
+        if len(_plans) >= MAX_PLANS:
+            _plans.clear()
+        _plans[key] = plan
+    return plan
+
+
+def _facts_of(tensors: Results | Gradients | None) -> tuple[Facts | None, ...]:
+    return () if tensors is None else tuple(None if tensor is None else facts(tensor) for tensor in tensors)
 
 
 def backend_names() -> tuple[str, ...]:
@@ -37,11 +118,32 @@ def select(
     With `hints` the decision also says how the kernels would be launched at those sizes; they never change who runs it.
     """
     decision = _select(problem, traits, requested)
-    if hints is None or decision.backend is None:
+    backend = decision.backend
+    if hints is None or backend is None:
         return decision
-    return replace(decision, launch=decision.backend.describe_launch(problem, traits, hints))
+    call = call_like(problem, hints)
+    plans = [backend.plan(side, call, problem, traits, Wanted()) for side in _sides(problem)]
+    return replace(decision, launch=_described(backend, plans))
 
 
-@lru_cache(maxsize=4096)  # so a decision is logged once per distinct problem
+def explain(call: SparseAttnCall, requested: str, *, needs_grad: bool) -> Decision:
+    """Return the decision about a checked call, with what its plans would launch; a refusal is no error."""
+    decision = _select(SparseAttnProblem.of(call, needs_grad=needs_grad), traits_of(call.q.device), requested)
+    if decision.backend is None:
+        return decision
+    plans = [plan_of(side, call, requested, needs_grad=needs_grad).launch for side in _sides(decision.problem)]
+    return replace(decision, launch=_described(decision.backend, plans))
+
+
+def _sides(problem: SparseAttnProblem) -> tuple[Side, ...]:
+    return ("forward", "backward") if problem.needs_grad else ("forward",)
+
+
+def _described(backend: Backend, plans: list[Any]) -> tuple[str, ...]:
+    lines = [line for plan in plans for line in backend.describe(plan)]
+    return tuple(dict.fromkeys(lines))  # what holds for both sides is said once
+
+
+@lru_cache(maxsize=4096)  # a decision is logged once per distinct problem
 def _select(problem: SparseAttnProblem, traits: DeviceTraits, requested: str) -> Decision:
     return dispatch.decide("mla::sparse_attn", BACKENDS, problem, traits, requested)

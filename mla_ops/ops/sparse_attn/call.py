@@ -1,17 +1,61 @@
-"""What is asked of the operator, free of tensors and devices.
+"""What is asked of the operator: a call as one value, and what of it decides who runs it.
 
-`SparseAttnProblem` is the hinge between the layers: registration makes one from tensors, tests from integers, and
-dispatch sees nothing else of the call. Batch and sequence lengths are not fields: they are symbolic in a compiled
-graph and decide nothing about support (see `Hints`).
+`SparseAttnCall` is the operator's arguments; torch itself (schema, fakes, autograd, transforms, sharding, lowering)
+passes them one by one, everything else passes the call. `SparseAttnProblem` is what is left of a call without tensors
+and devices: registration makes one from a call, tests from integers, and dispatch sees nothing else. Batch and sequence
+lengths are no fields of it: they are symbolic in a compiled graph and decide nothing about support (see `Hints`).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 import torch
 
+# What a call is planned for: the operator itself, its backward, or its maximum of the logits alone.
+Side = Literal["forward", "backward", "max_logits"]
+
 _DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float64: "fp64"}
+
+
+class SparseAttnCall(NamedTuple):
+    """The arguments of `mla::sparse_attn` in the order of its schema, up to `attn_sink`; see `mla_ops.sparse_attn`."""
+
+    q: torch.Tensor  # [batch, seq_q, heads, d_total], or without batch, like all tensors but attn_sink
+    kv: torch.Tensor  # [batch, seq_kv, kv_group, d_total]
+    indices: torch.Tensor  # [batch, seq_q, kv_group, topk]
+    d_v: int
+    softmax_scale: float
+    topk_length: torch.Tensor | None = None  # [batch, seq_q]
+    attn_sink: torch.Tensor | None = None  # [heads]
+
+    @property
+    def rows(self) -> int:
+        """Queries of all batch elements; a row is one (batch, query) pair."""
+        shape = self.q.shape
+        return shape[0] if len(shape) == 3 else shape[0] * shape[1]
+
+
+class Results(NamedTuple):
+    """What a forward returns."""
+
+    out: torch.Tensor  # [batch, seq_q, heads, d_v], contiguous
+    lse: torch.Tensor  # [batch, seq_q, heads], fp32
+
+
+class Gradients(NamedTuple):
+    """What a backward starts from: gradients of the results, None for one that did not arrive."""
+
+    dout: torch.Tensor | None
+    dlse: torch.Tensor | None
+
+
+class Wanted(NamedTuple):
+    """Which gradients a backward computes; that of a sink is computed where there is a sink."""
+
+    dq: bool = True
+    dkv: bool = True
 
 
 @dataclass(frozen=True)
@@ -21,7 +65,7 @@ class SparseAttnProblem:
     d_total: int  # width of one absorbed query / latent KV row
     d_v: int  # leading channels of the row that are the value; the output width
     topk: int  # selected slots per query and KV group
-    heads: int
+    heads: int  # of all KV groups
     kv_group: int  # KV heads; 1 in MLA
     dtype: torch.dtype  # of q and kv
     needs_grad: bool = False
@@ -37,25 +81,13 @@ class SparseAttnProblem:
         """Query heads that share one KV row."""
         return self.heads // self.kv_group
 
-    @property
-    def widths(self) -> tuple[int, int, int]:
-        """`d_total`, `d_v` and the bytes of a channel: what launch configurations are chosen by, beside the heads."""
-        return self.d_total, self.d_v, self.dtype.itemsize
-
     @classmethod
-    def from_tensors(
-        cls, q: torch.Tensor, kv: torch.Tensor, indices: torch.Tensor, d_v: int, *, needs_grad: bool = False
-    ) -> SparseAttnProblem:
-        """Read the problem off checked operator arguments (3-D or 4-D)."""
-        return cls(
-            d_total=q.shape[-1],
-            d_v=d_v,
-            topk=indices.shape[-1],
-            heads=q.shape[-2],
-            kv_group=kv.shape[-2],
-            dtype=q.dtype,
-            needs_grad=needs_grad,
-        )
+    def of(cls, call: SparseAttnCall, *, needs_grad: bool = False) -> SparseAttnProblem:
+        """Read the problem off a checked call."""
+        q = call.q
+        *_, heads, d_total = q.shape
+        kv_group, topk = call.kv.shape[-2], call.indices.shape[-1]
+        return cls(d_total, call.d_v, topk, heads, kv_group, q.dtype, needs_grad)
 
     def __str__(self) -> str:
         dtype = _DTYPE_NAMES.get(self.dtype, str(self.dtype))
@@ -73,7 +105,25 @@ class Hints:
     seq_q: int
     seq_kv: int
 
+    @property
+    def rows(self) -> int:
+        """Queries of all batch elements."""
+        return self.batch * self.seq_q
+
     @classmethod
-    def from_tensors(cls, q: torch.Tensor, kv: torch.Tensor) -> Hints:
-        """Read the hints off checked operator arguments (3-D or 4-D)."""
-        return cls(batch=q.shape[0] if q.dim() == 4 else 1, seq_q=q.shape[-3], seq_kv=kv.shape[-3])
+    def of(cls, call: SparseAttnCall) -> Hints:
+        """Read the hints off a checked call."""
+        q = call.q
+        return cls(batch=q.shape[0] if q.dim() == 4 else 1, seq_q=q.shape[-3], seq_kv=call.kv.shape[-3])
+
+
+def call_like(problem: SparseAttnProblem, hints: Hints) -> SparseAttnCall:
+    """Return a call of these sizes on tensors without data, contiguous: for plans that are made to be read."""
+    rows, dtype = (hints.batch, hints.seq_q), problem.dtype
+    return SparseAttnCall(
+        torch.empty(*rows, problem.heads, problem.d_total, dtype=dtype, device="meta"),
+        torch.empty(hints.batch, hints.seq_kv, problem.kv_group, problem.d_total, dtype=dtype, device="meta"),
+        torch.empty(*rows, problem.kv_group, problem.topk, dtype=torch.int32, device="meta"),
+        problem.d_v,
+        softmax_scale=1.0,
+    )

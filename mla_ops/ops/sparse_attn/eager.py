@@ -21,7 +21,7 @@ import torch
 
 from mla_ops import settings
 from mla_ops.device import DeviceTraits
-from mla_ops.ops.sparse_attn.call import Hints, SparseAttnProblem
+from mla_ops.ops.sparse_attn.call import Gradients, Results, Side, SparseAttnCall, SparseAttnProblem, Wanted
 
 _SUPPORTED_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
@@ -46,28 +46,25 @@ class EagerBackend:
             return None
         return f'excluded from backend="auto" on {traits.type}; pass backend="eager" to accept chunked gathers'
 
-    def describe_launch(self, problem: SparseAttnProblem, traits: DeviceTraits, hints: Hints) -> tuple[str, ...]:
-        """See `Backend.describe_launch`."""
+    def plan(
+        self, side: Side, call: SparseAttnCall, problem: SparseAttnProblem, traits: DeviceTraits, wanted: Wanted
+    ) -> None:
+        """See `Backend.plan`; chunks follow from the sizes at hand."""
+
+    def describe(self, plan: None) -> tuple[str, ...]:
+        """See `Backend.describe`."""
         return (f"rows are gathered in chunks of {settings.current().eager_workspace_mb} MiB; nothing to warm",)
 
-    def forward(
-        self,
-        q: torch.Tensor,
-        kv: torch.Tensor,
-        indices: torch.Tensor,
-        d_v: int,
-        softmax_scale: float,
-        topk_length: torch.Tensor | None,
-        attn_sink: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, call: SparseAttnCall, plan: None) -> Results:
         """See `Backend.forward`."""
+        q, d_v, softmax_scale = call.q, call.d_v, call.softmax_scale
         out = q.new_empty((*q.shape[:-1], d_v))
         lse = q.new_empty(q.shape[:-1], dtype=torch.float32)
-        rows = _Rows.of(q, kv, indices, topk_length)
+        rows = _Rows.of(call)
         if rows.is_empty:
-            return out.zero_(), lse.fill_(-torch.inf)
+            return Results(out.zero_(), lse.fill_(-torch.inf))
         out_rows, lse_rows = rows.by_head(out), rows.by_head(lse)
-        sink = None if attn_sink is None else rows.per_head(attn_sink)
+        sink = None if call.attn_sink is None else rows.per_head(call.attn_sink)
         for chunk in rows.chunks():
             weights, row_lse = chunk.softmax(softmax_scale)
             if sink is not None:
@@ -75,60 +72,41 @@ class EagerBackend:
             chunk_out = torch.bmm(weights, chunk.keys[..., :d_v])
             out_rows[chunk.span] = chunk_out.masked_fill_(chunk.empty, 0.0)
             lse_rows[chunk.span] = row_lse
-        return out, lse
+        return Results(out, lse)
 
-    def max_logits(
-        self,
-        q: torch.Tensor,
-        kv: torch.Tensor,
-        indices: torch.Tensor,
-        d_v: int,
-        softmax_scale: float,
-        topk_length: torch.Tensor | None,
-    ) -> torch.Tensor:
+    def max_logits(self, call: SparseAttnCall, plan: None) -> torch.Tensor:
         """See `Backend.max_logits`."""
-        max_logits = q.new_empty(q.shape[:-1], dtype=torch.float32)
-        rows = _Rows.of(q, kv, indices, topk_length)
+        max_logits = call.q.new_empty(call.q.shape[:-1], dtype=torch.float32)
+        rows = _Rows.of(call)
         if rows.is_empty:
             return max_logits.fill_(-torch.inf)
         max_rows = rows.by_head(max_logits)
         for chunk in rows.chunks():
-            max_rows[chunk.span] = chunk.logits(softmax_scale).amax(dim=2, keepdim=True)
+            max_rows[chunk.span] = chunk.logits(call.softmax_scale).amax(dim=2, keepdim=True)
         return max_logits
 
     def backward(
-        self,
-        dout: torch.Tensor | None,
-        dlse: torch.Tensor | None,
-        q: torch.Tensor,
-        kv: torch.Tensor,
-        indices: torch.Tensor,
-        out: torch.Tensor,
-        lse: torch.Tensor,
-        d_v: int,
-        softmax_scale: float,
-        topk_length: torch.Tensor | None,
-        attn_sink: torch.Tensor | None,
-        need_dq: bool,
-        need_dkv: bool,
+        self, call: SparseAttnCall, results: Results, gradients: Gradients, wanted: Wanted, plan: None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """See `Backend.backward`; `out` and `lse` are not read (module docstring)."""
-        rows = _Rows.of(q, kv, indices, topk_length)
-        dq = torch.empty_like(q, memory_format=torch.contiguous_format) if need_dq else q.new_empty(0)
+        """See `Backend.backward`; `results` are not read (module docstring)."""
+        q, kv, attn_sink = call.q, call.kv, call.attn_sink
+        dout, dlse = gradients
+        rows = _Rows.of(call)
+        dq = torch.empty_like(q, memory_format=torch.contiguous_format) if wanted.dq else q.new_empty(0)
         # One spare row takes what invalid slots scatter (NOTE [Invalid slots point at a selected row]).
-        dkv_rows = kv.new_zeros((len(rows.kv) + 1, kv.shape[-1]) if need_dkv else 0, dtype=rows.compute_dtype)
+        dkv_rows = kv.new_zeros((len(rows.kv) + 1, kv.shape[-1]) if wanted.dkv else 0, dtype=rows.compute_dtype)
         dsink = q.new_zeros(0 if attn_sink is None else attn_sink.shape, dtype=torch.float32)
         if rows.is_empty or (dout is None and dlse is None):
-            return dq.zero_(), kv.new_zeros(kv.shape if need_dkv else 0), dsink
+            return dq.zero_(), kv.new_zeros(kv.shape if wanted.dkv else 0), dsink
 
-        dq_rows = rows.by_head(dq) if need_dq else dq
+        dq_rows = rows.by_head(dq) if wanted.dq else dq
         dout_rows = None if dout is None else rows.by_head(dout)
         dlse_rows = None if dlse is None else rows.by_head(dlse)
         sink = None if attn_sink is None else rows.per_head(attn_sink)
         dsink_rows = None if attn_sink is None else rows.per_head(dsink)
         for chunk in rows.chunks():
-            weights, row_lse = chunk.softmax(softmax_scale)
-            values = chunk.keys[..., :d_v]
+            weights, row_lse = chunk.softmax(call.softmax_scale)
+            values = chunk.keys[..., : call.d_v]
             if dout_rows is None:
                 chunk_dout, out_weights, dlogits = None, weights, torch.zeros_like(weights)
             else:
@@ -143,15 +121,15 @@ class EagerBackend:
                     dsink_rows.index_add_(0, chunk.groups, share.squeeze(2).to(torch.float32))
             if dlse_rows is not None:
                 dlogits.addcmul_(weights, chunk.of(dlse_rows))
-            dlogits.mul_(softmax_scale)
-            if need_dq:
+            dlogits.mul_(call.softmax_scale)
+            if wanted.dq:
                 dq_rows[chunk.span] = torch.bmm(dlogits, chunk.keys).masked_fill_(chunk.empty, 0.0)
-            if need_dkv:
+            if wanted.dkv:
                 dkeys = torch.bmm(dlogits.transpose(1, 2), chunk.queries, out=chunk.keys)  # the gather is spent
                 if chunk_dout is not None:
-                    dkeys[..., :d_v] += torch.bmm(out_weights.transpose(1, 2), chunk_dout)
+                    dkeys[..., : call.d_v] += torch.bmm(out_weights.transpose(1, 2), chunk_dout)
                 dkv_rows.index_add_(0, chunk.scatter_to, dkeys.flatten(0, 1))
-        dkv = dkv_rows[:-1].view(kv.shape).to(kv.dtype) if need_dkv else dkv_rows.to(kv.dtype)
+        dkv = dkv_rows[:-1].view(kv.shape).to(kv.dtype) if wanted.dkv else dkv_rows.to(kv.dtype)
         return dq, dkv, dsink
 
 
@@ -208,7 +186,8 @@ class _Rows:
     kv_group: int
 
     @classmethod
-    def of(cls, q: torch.Tensor, kv: torch.Tensor, indices: torch.Tensor, topk_length: torch.Tensor | None) -> _Rows:
+    def of(cls, call: SparseAttnCall) -> _Rows:
+        q, kv, indices, topk_length = call.q, call.kv, call.indices, call.topk_length
         seq_q, heads, d_total = q.shape[-3:]
         seq_kv, kv_group, topk = kv.shape[-3], kv.shape[-2], indices.shape[-1]
         num_rows = indices.shape[:-1].numel()

@@ -13,6 +13,7 @@ from collections.abc import Callable
 import torch
 
 from mla_ops.errors import InvalidInputError
+from mla_ops.ops.sparse_attn.call import Gradients, Results, SparseAttnCall
 from mla_ops.wrappers import is_dtensor, is_wrapper, wrapper_error
 
 _FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -61,20 +62,12 @@ def check_argument_types(
         raise InvalidInputError(f"backend must be a string, got {type(backend).__name__}")
 
 
-def check_inputs(
-    q: torch.Tensor,
-    kv: torch.Tensor,
-    indices: torch.Tensor,
-    d_v: int,
-    softmax_scale: float,
-    topk_length: torch.Tensor | None,
-    attn_sink: torch.Tensor | None,
-    head_shards: int = 1,
-) -> None:
+def check_inputs(call: SparseAttnCall, *, head_shards: int = 1) -> None:
     """Raise `InvalidInputError` at the first broken rule of `mla::sparse_attn`; shapes in `mla_ops.sparse_attn`.
 
     With `head_shards`, `q` and `attn_sink` hold that fraction of the heads, while `kv` and `indices` hold every group.
     """
+    q, kv, indices, d_v, softmax_scale, topk_length, attn_sink = call
     _check_storage(q=q, kv=kv, indices=indices, topk_length=topk_length, attn_sink=attn_sink)
 
     if q.dim() not in (3, 4):
@@ -131,16 +124,10 @@ def check_inputs(
         raise InvalidInputError(f"softmax_scale must be finite, got {softmax_scale}")
 
 
-def check_bwd_inputs(
-    dout: torch.Tensor | None,
-    dlse: torch.Tensor | None,
-    q: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    d_v: int,
-) -> None:
-    """Check what `mla::sparse_attn_bwd` takes beyond the forward's inputs, which `check_inputs` has passed."""
-    out_shape = (*q.shape[:-1], d_v)
+def check_bwd_inputs(call: SparseAttnCall, results: Results, gradients: Gradients) -> None:
+    """Check what `mla::sparse_attn_bwd` takes beyond a call, which `check_inputs` has passed."""
+    q, (out, lse), (dout, dlse) = call.q, results, gradients
+    out_shape = (*q.shape[:-1], call.d_v)
     for name, value, shape, dtype in (
         ("out", out, out_shape, q.dtype),
         ("dout", dout, out_shape, q.dtype),

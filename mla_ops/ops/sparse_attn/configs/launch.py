@@ -5,7 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import ClassVar, TypeVar
+from typing import ClassVar, NamedTuple, TypeVar
+
+
+class ConfigKey(NamedTuple):
+    """What launch configurations are chosen by."""
+
+    arch: int  # CUDA compute capability as major * 10 + minor
+    smem_bytes: int  # shared memory one thread block may opt in to
+    heads_per_group: int  # query heads that share a KV row
+    d_total: int
+    d_v: int
+    element_size: int  # bytes of a channel
 
 
 @dataclass(frozen=True)
@@ -127,30 +138,30 @@ def padded_widths(d_total: int, d_v: int, max_chunk: int) -> tuple[int, int]:
     return value, value + _round_up(max(d_total - value, 0), block_dt)
 
 
-def fwd_smem_bytes(config: FwdConfig, arch: int, d_total: int, d_v: int, element_size: int) -> int:
+def fwd_smem_bytes(config: FwdConfig, key: ConfigKey) -> int:
     """Return an upper bound of the shared memory of the forward kernel: q, the buffers of rows, and the weights."""
-    _, width = padded_widths(d_total, d_v, config.max_chunk)
-    buffers = _row_buffers(config.num_stages, _is_asynchronous(arch, config.block_h, config.num_warps))
+    _, width = padded_widths(key.d_total, key.d_v, config.max_chunk)
+    buffers = _row_buffers(config.num_stages, _is_asynchronous(key.arch, config.block_h, config.num_warps))
     operands = config.block_h * width + config.block_k * width * buffers
     weights = config.block_h * config.block_k
     # Rows that pass through registers are stored once more, chunk by chunk, as operands of the second product.
-    again = config.block_k * max(chunk_widths(d_total, d_v, config.max_chunk)) if config.num_stages == 1 else 0
-    return (operands + max(weights, again)) * element_size + _SMALL_BYTES
+    again = config.block_k * max(chunk_widths(key.d_total, key.d_v, config.max_chunk)) if config.num_stages == 1 else 0
+    return (operands + max(weights, again)) * key.element_size + _SMALL_BYTES
 
 
-def bwd_smem_bytes(config: BwdConfig, arch: int, d_total: int, d_v: int, element_size: int) -> int:
+def bwd_smem_bytes(config: BwdConfig, key: ConfigKey) -> int:
     """Return an upper bound of the shared memory of the backward kernel: q, dout, the buffers of rows, P and dS."""
-    value, width = padded_widths(d_total, d_v, config.max_chunk)
+    value, width = padded_widths(key.d_total, key.d_v, config.max_chunk)
     # How many rows the products for the logits and for dq have; those for dkv have the keys'.
     logits_rows = dq_rows = config.block_h
     if config.is_key_major:
-        block_dv, block_dt = chunk_widths(d_total, d_v, config.max_chunk)
+        block_dv, block_dt = chunk_widths(key.d_total, key.d_v, config.max_chunk)
         logits_rows, dq_rows = config.block_k, min(block_dv, block_dt) if width > value else block_dv
-    has_asynchronous_logits = _is_asynchronous(arch, logits_rows, config.num_warps)
+    has_asynchronous_logits = _is_asynchronous(key.arch, logits_rows, config.num_warps)
     kinds = {
         has_asynchronous_logits,
-        _is_asynchronous(arch, dq_rows, config.num_warps),
-        _is_asynchronous(arch, config.block_k, config.num_warps),
+        _is_asynchronous(key.arch, dq_rows, config.num_warps),
+        _is_asynchronous(key.arch, config.block_k, config.num_warps),
     }
     # Asynchronous products read other layouts than the rest, which read q and dout also transposed if key-major: what
     # two kinds read is held twice.
@@ -159,9 +170,9 @@ def bwd_smem_bytes(config: BwdConfig, arch: int, d_total: int, d_v: int, element
     operands = query_forms * config.block_h * (width + value) + row_forms * config.block_k * width
     # dS is held twice, for products that have its heads as rows and as columns; then a dkv tile, to be added 16 bytes
     # at a time.
-    weights = 3 * config.block_h * config.block_k * element_size
-    staging = 4 * config.block_k * max(chunk_widths(d_total, d_v, config.max_chunk))
-    return operands * element_size + weights + staging + _SMALL_BYTES
+    weights = 3 * config.block_h * config.block_k * key.element_size
+    staging = 4 * config.block_k * max(chunk_widths(key.d_total, key.d_v, config.max_chunk))
+    return operands * key.element_size + weights + staging + _SMALL_BYTES
 
 
 def hopper_smem_bytes(config: HopperConfig) -> int:

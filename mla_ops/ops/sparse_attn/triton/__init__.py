@@ -1,4 +1,5 @@
-"""Who runs a call: one module per backend, each behind the protocol of `base`. Backends never import one another.
+"""The Triton backend: kernel sets, and the launchers that plan a side once for calls alike and run it.
 
-Modules named `triton_*` are parts of `triton`.
+The launchers allocate from shapes, never synchronise with the device and read no data, so they can be captured. They
+run below the dispatcher in eager, and are traced with `wrap=torch.library.wrap_triton` when a compiler inlines them.
 """

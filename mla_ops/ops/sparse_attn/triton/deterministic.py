@@ -1,6 +1,6 @@
 """dkv without atomic sums: the backward kernel stores a row for every slot, and a second kernel adds those of each key.
 
-Like the launchers of `triton.py`, this allocates from shapes, never synchronises and reads no data.
+Like every launcher, this allocates from shapes, never synchronises and reads no data.
 """
 
 from __future__ import annotations
@@ -8,11 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from itertools import product
 from math import gcd
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from mla_ops.launching import outer_strides, unfilled
+from mla_ops.ops.sparse_attn.call import SparseAttnCall
+from mla_ops.ops.sparse_attn.triton.launch import Wrap, as_it_is
 
 # Bytes of the rows that may be held at a time; queries are processed in chunks below it.
 WORKSPACE_BYTES = 1 << 30
@@ -24,15 +26,11 @@ COUNTERS = 1 << 22
 
 
 def dkv_in_query_order(
+    call: SparseAttnCall,
     run_rows: Callable[[torch.Tensor, torch.Tensor, int, int], None],
-    kv: torch.Tensor,
-    indices: torch.Tensor,
-    topk_length: torch.Tensor | None,
     head_blocks: int,
     wave_programs: int,
-    wrap: Callable[[Any], Any],
-    *,
-    is_traced: bool,
+    wrap: Wrap,
 ) -> torch.Tensor:
     """Return dkv as a sum whose order depends on the indices alone (and the chunks, which depend on sizes and device).
 
@@ -46,6 +44,8 @@ def dkv_in_query_order(
     """
     from mla_ops.ops.sparse_attn.kernels.backward_reduce import _sum_placed_rows_kernel
 
+    kv, indices, topk_length = call.kv, call.indices, call.topk_length
+    is_traced = wrap is not as_it_is
     seq_q, kv_group, topk = indices.shape[-3:]
     seq_kv, _, d_total = kv.shape[-3:]
     dtype, batch = row_dtype(kv.dtype), indices.shape[:-2].numel() // seq_q
@@ -103,7 +103,7 @@ def _place_slots(
     places: torch.Tensor,
     chunk_batch: int,
     chunk_queries: int,
-    wrap: Callable[[Any], Any],
+    wrap: Wrap,
 ) -> tuple[torch.Tensor, int]:
     """Write the places of a slab's slots; return where the slots of each counter start, and counters per key."""
     from mla_ops.ops.sparse_attn.kernels.backward_reduce import _place_slots_kernel, _rank_slots_kernel

@@ -1,154 +1,116 @@
-"""How the Triton backend launches a forward: what sizes, strides and settings decide, decided once for calls alike."""
+"""The forward's launcher, which the maximum of the logits shares: planned once for calls alike, then run."""
 
 from __future__ import annotations
 
-from functools import lru_cache
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 
 from mla_ops.device import DeviceTraits
 from mla_ops.errors import UnsupportedProblemError
-from mla_ops.launching import alignment, outer_strides
-from mla_ops.ops.sparse_attn.configs.launch import (
-    FwdConfig,
-    HopperConfig,
-    chunk_widths,
-    fwd_smem_bytes,
-    launch_options,
-    program_count,
-    programs_by_registers,
-)
-from mla_ops.ops.sparse_attn.configs.lookup import forward_config
-from mla_ops.ops.sparse_attn.triton import hopper
-
-# Element offsets of KV rows from here on are computed in 64 bits.
-INT32_OFFSETS = 2**31
-
-_Config = TypeVar("_Config")
+from mla_ops.launching import LaunchRecord, contiguous, launch_record, unfilled, with_unit_inner_stride
+from mla_ops.ops.sparse_attn.call import Hints, Results, SparseAttnCall, SparseAttnProblem
+from mla_ops.ops.sparse_attn.triton.kernel_sets import Choice, KernelSet, choose
+from mla_ops.ops.sparse_attn.triton.launch import Wrap, as_it_is
+from mla_ops.ops.sparse_attn.triton.portable import PortableForward
 
 
 class ForwardPlan(NamedTuple):
-    """What sizes and strides decide about a launch of the forward kernel."""
+    """What sizes, strides and settings decide about a forward, or about a maximum of the logits."""
 
-    config: FwdConfig
-    launched: tuple[object, ...]  # what a launcher notes about it for `describe_launch`
+    choice: Choice
+    kernels: KernelSet  # of the choice, like the next two a field of its own: a launch reads them
+    launch: Any  # what the kernels made of the sizes
+    record: LaunchRecord
     out_shape: tuple[int, ...]  # as plain tuples: torch takes 0.4 us longer to read a torch.Size
     lse_shape: tuple[int, ...]
-    grid: tuple[int, int]
-    partials: tuple[int, int, int]  # rows, splits, heads: the shape of a partial lse
-    q_strides: tuple[int, int, int]
-    kv_strides: tuple[int, int, int]
-    indices_strides: tuple[int, int, int]
-    sizes: tuple[int, int, int, int]  # seq_q, seq_kv, topk, slots_per_split
-    constants: tuple[int | bool, ...]  # of the kernel, from HEADS to USE_INT64_OFFSETS
-    options: dict[str, int]
+    is_empty: bool  # no queries or no heads: nothing is launched
 
 
-class HopperForwardPlan(NamedTuple):
-    """That a launch is one of the warp-specialised kernel; fields as in `ForwardPlan`."""
-
-    config: HopperConfig
-    launched: tuple[object, ...]
-    out_shape: tuple[int, ...]
-    lse_shape: tuple[int, ...]
-
-
-@lru_cache(maxsize=4096)  # 7 of the 14 us that a launch took on the host
 def plan_forward(
-    q_shape: torch.Size,
-    q_stride: tuple[int, ...],
-    kv_shape: torch.Size,
-    kv_stride: tuple[int, ...],
-    indices_shape: torch.Size,
-    indices_stride: tuple[int, ...],
-    d_v: int,
-    dtype: torch.dtype,
+    call: SparseAttnCall,
     traits: DeviceTraits,
-    tuned_rows: str,
-    config: FwdConfig | HopperConfig | None,
-    num_splits: int | None,
-    use_int64_offsets: bool | None,
-    max_logits_only: bool,
-    is_traced: bool,
-) -> ForwardPlan | HopperForwardPlan:
-    """Plan a launch that has something to compute; what is None is derived."""
-    seq_q, heads, d_total = q_shape[-3:]
-    seq_kv, kv_group = kv_shape[-3:-1]
-    topk = indices_shape[-1]
-    rows = seq_q if len(q_shape) == 3 else q_shape[0] * seq_q
-    widths = (d_total, d_v, dtype.itemsize)
-    in_one_pass = num_splits is None and not max_logits_only and not is_traced
-    if config is None and in_one_pass:
-        config = hopper.automatic_config(traits, rows, heads, kv_group, topk, widths, tuned_rows)
-    if config is None:
-        key = (traits.arch, traits.smem_bytes, heads // kv_group, *widths, tuned_rows)
-        config = fitting(forward_config(*key), "forward", d_total, dtype, traits)
-    launched = (d_total, d_v, heads, kv_group, dtype, config)
-    out_shape, lse_shape = (*q_shape[:-1], d_v), (*q_shape[:-1],)
-    if isinstance(config, HopperConfig):
-        if not in_one_pass:
-            raise UnsupportedProblemError(
-                "a HopperConfig is for an eager call that returns out and lse in one pass, got "
-                f"num_splits={num_splits}, max_logits_only={max_logits_only}, traced={is_traced}; "
-                "pass a FwdConfig"
-            )
-        return HopperForwardPlan(config, launched, out_shape, lse_shape)
-    programs = program_count(rows, heads, kv_group, config.block_h)
-    if num_splits is None:
-        num_splits = split_count(programs, topk, config, traits, *widths)
-    slots_per_split = topk if num_splits == 1 else -(-topk // (num_splits * config.block_k)) * config.block_k
-    q_strides, kv_strides = outer_strides(q_stride), outer_strides(kv_stride)
-    if use_int64_offsets is None:
-        use_int64_offsets = bool(seq_kv * kv_strides[1] >= INT32_OFFSETS)
+    *,
+    max_logits_only: bool = False,
+    choice: Choice | None = None,
+    num_splits: int | None = None,
+    use_int64_offsets: bool | None = None,
+) -> ForwardPlan:
+    """Plan a forward on a device with `traits`; what is None is derived.
+
+    In a trace sizes and strides may be symbolic: `call` must be `readable` then, `choice` and `num_splits` be given,
+    and without `use_int64_offsets` a guard is added.
+    """
+    device, call = call.q.device, as_read(call)
+    if choice is None:
+        side = "max_logits" if max_logits_only else "forward"
+        choice = choose(side, SparseAttnProblem.of(call), Hints.of(call), traits)
+    q, (heads, d_total) = call.q, call.q.shape[-2:]
+    launch = choice.kernels.plan_forward(call, choice.config, traits, num_splits, use_int64_offsets)
+    is_split = isinstance(launch, PortableForward) and launch.grid[1] > 1
+    kernel = ("max_logits" if max_logits_only else "forward", d_total, call.d_v, heads, call.kv.shape[-2], q.dtype)
     return ForwardPlan(
-        config,
-        launched,
-        out_shape,
-        lse_shape,
-        grid=(programs, num_splits),
-        partials=(rows, num_splits, heads),
-        q_strides=q_strides,
-        kv_strides=kv_strides,
-        indices_strides=outer_strides(indices_stride),
-        sizes=(seq_q, seq_kv, topk, slots_per_split),
-        constants=(
-            *(heads, kv_group, d_total, d_v, config.block_h, config.block_k),
-            *chunk_widths(d_total, d_v, config.max_chunk),
-            *(alignment((*q_strides, *kv_strides)), use_int64_offsets),
-        ),
-        options=launch_options(config),
+        choice,
+        choice.kernels,
+        launch,
+        launch_record(device, *kernel, call.indices.dtype, is_split, choice.config),
+        out_shape=(*q.shape[:-1], call.d_v),
+        lse_shape=(*q.shape[:-1],),
+        is_empty=bool(q.numel() == 0),
     )
 
 
-def split_count(
-    programs: int, topk: int, config: FwdConfig, traits: DeviceTraits, d_total: int, d_v: int, element_size: int
-) -> int:
-    """Return over how many programs the slots of one row are shared out.
-
-    To as many as take three quarters of the places on the device, if each gets four blocks or more: with fewer, the
-    merge takes longer than they save. Three programs for two SMs pay with fewer blocks too; more than 32 a row never
-    do. Over 200 sizes (1 to 500 queries, topk 128 to 2048, five shapes) this takes 3 % more than the best choice.
-    """
-    blocks = -(-topk // config.block_k)
-    if blocks < 4 or programs == 0:
-        return 1
-    places = 3 * resident_programs(config, traits, d_total, d_v, element_size) // 4
-    splits = max(1, min(places // programs, blocks // 4), min(3 * traits.num_sms // 2 // programs, blocks))
-    return -(-blocks // -(-blocks // min(32, splits)))
+def describe_forward(plan: ForwardPlan) -> tuple[str, ...]:
+    """Say in lines for a person what `plan` launches."""
+    if plan.is_empty:
+        return ("no queries or no heads: nothing is launched",)
+    config, launch = plan.choice.config, plan.launch
+    splits = f", slots split over {launch.grid[1]} programs" if isinstance(launch, PortableForward) else ""
+    return (f"forward: {config}{splits}; {plan.record}", *(f"forward not by {why}" for why in plan.choice.refusals))
 
 
-def resident_programs(config: FwdConfig, traits: DeviceTraits, d_total: int, d_v: int, element_size: int) -> int:
-    """Return how many programs of the forward kernel a device holds at a time, by shared memory and registers.
+def launch_forward(call: SparseAttnCall, plan: ForwardPlan, *, wrap: Wrap = as_it_is) -> Results:
+    """Run the forward kernels; `wrap` is applied to every kernel that is launched."""
+    q, is_traced = call.q, wrap is not as_it_is
+    if is_traced and not plan.kernels.is_inlinable:
+        raise UnsupportedProblemError(
+            f"{plan.kernels.name} kernels run in eager only, got traced=True; pass a FwdConfig"
+        )
+    out = unfilled(plan.out_shape, q.dtype, q, is_traced=is_traced)
+    lse = unfilled(plan.lse_shape, torch.float32, q, is_traced=is_traced)
+    if not plan.is_empty:
+        plan.kernels.run_forward(readable(call), out, lse, plan.launch, wrap)
+        plan.record.is_warm |= not is_traced
+    return Results(out, lse)
 
-    A kernel without a limit takes 168 registers a thread, more or less.
-    """
-    by_memory = traits.smem_bytes // fwd_smem_bytes(config, traits.arch, d_total, d_v, element_size)
-    return traits.num_sms * max(1, min(by_memory, programs_by_registers(config, 168)))
+
+def launch_max_logits(call: SparseAttnCall, plan: ForwardPlan) -> torch.Tensor:
+    """Run the forward kernel up to the logits, and return the largest of each query and head."""
+    max_logits = unfilled(plan.lse_shape, torch.float32, call.q, is_traced=False)
+    if plan.is_empty:
+        return max_logits
+    plan.record.is_warm = True
+    return plan.kernels.run_forward(readable(call), None, max_logits, plan.launch, as_it_is)
 
 
-def fitting(found: _Config | None, side: str, d_total: int, dtype: torch.dtype, traits: DeviceTraits) -> _Config:
-    """Return the configuration that was found for a call; dispatch refuses problems for which there is none."""
-    if found is None:
-        raise UnsupportedProblemError(f"no {side} configuration for d_total={d_total} in {dtype} fits {traits}")
-    return found
+def as_read(call: SparseAttnCall) -> SparseAttnCall:
+    """Return `call` with the strides of `readable(call)`: what a plan needs, without a copy."""
+
+    def as_read(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor if tensor.stride(-1) == 1 else torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+
+    return call._replace(q=as_read(call.q), kv=as_read(call.kv), indices=as_read(call.indices))
+
+
+def readable(call: SparseAttnCall) -> SparseAttnCall:
+    """Return `call` with inner strides of 1 and contiguous lengths and sinks, copied where they are not so."""
+    q, kv, indices, d_v, softmax_scale, topk_length, attn_sink = call
+    return SparseAttnCall(
+        with_unit_inner_stride(q),
+        with_unit_inner_stride(kv),
+        with_unit_inner_stride(indices),
+        d_v,
+        softmax_scale,
+        contiguous(topk_length),
+        contiguous(attn_sink),
+    )

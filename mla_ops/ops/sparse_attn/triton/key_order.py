@@ -14,10 +14,11 @@ from collections.abc import Callable
 import torch
 
 from mla_ops.device import DeviceTraits
+from mla_ops.ops.sparse_attn.call import Hints, SparseAttnCall, SparseAttnProblem
 from mla_ops.ops.sparse_attn.configs.launch import BwdConfig, HopperBwdConfig, program_count, wave_programs
 
 # Narrower rows gain less from it than the indices cost to sort.
-LEAST_D_TOTAL = 256
+MIN_D_TOTAL = 256
 # Waves of programs in a launch: with one, more time is lost at its end; with four, programs drift apart in it.
 WAVES = 2
 # Slots that are sorted at a time. Besides the result each takes 12 bytes, or 25 if `indices` are int64 and have
@@ -26,38 +27,29 @@ SORTED_SLOTS = 1 << 23
 
 
 def rows_per_launch(
-    config: BwdConfig | HopperBwdConfig,
-    traits: DeviceTraits,
-    seq_kv: int,
-    heads: int,
-    kv_group: int,
-    topk: int,
-    widths: tuple[int, int, int],
+    config: BwdConfig | HopperBwdConfig, problem: SparseAttnProblem, hints: Hints, traits: DeviceTraits
 ) -> int | None:
     """Return how many queries a launch takes, or None: all of them, with their keys in the order of the slots.
 
-    `widths` is d_total, d_v and the bytes of an element. None where kv and dkv of a batch element fit the cache, and
-    where a launch comes to a key less than twice.
+    None where kv and dkv of a batch element fit the cache, and where a launch comes to a key less than twice.
     """
-    d_total, _, element_size = widths
-    if d_total < LEAST_D_TOTAL or seq_kv * kv_group * d_total * (element_size + 4) <= traits.l2_bytes:
+    key_bytes = problem.kv_group * problem.d_total * (problem.dtype.itemsize + 4)  # of a row of kv and of fp32 dkv
+    if problem.d_total < MIN_D_TOTAL or hints.seq_kv * key_bytes <= traits.l2_bytes:
         return None
-    programs_per_row = program_count(1, heads, kv_group, config.block_h)
-    rows = max(1, WAVES * wave_programs(config, traits.num_sms) // programs_per_row)
-    return rows if rows * topk >= 2 * seq_kv else None
+    programs_per_row = program_count(1, problem.heads, problem.kv_group, config.block_h)
+    rows = max(1, WAVES * wave_programs(config, traits.num_sms) // max(1, programs_per_row))
+    return rows if rows * problem.topk >= 2 * hints.seq_kv else None
 
 
 def add_in_key_order(
-    run_rows: Callable[[torch.Tensor, int, int], None],
-    indices: torch.Tensor,
-    topk_length: torch.Tensor | None,
-    launch_rows: int,
+    call: SparseAttnCall, run_rows: Callable[[SparseAttnCall, int, int], None], launch_rows: int
 ) -> None:
     """Call `run_rows(ordered, first_row, num_rows)` for `launch_rows` queries at a time.
 
-    `ordered` holds the indices of every query in descending order, so that negative ones, which also stand for slots
-    past `topk_length`, come last.
+    `ordered` is the call with the indices of every query in descending order, so that negative ones, which also stand
+    for slots past `topk_length`, come last.
     """
+    indices, topk_length = call.indices, call.topk_length
     topk = indices.shape[-1]
     ordered = indices.new_empty(indices.shape)
     flat, flat_ordered = indices.flatten(0, -3), ordered.flatten(0, -3)
@@ -71,4 +63,4 @@ def add_in_key_order(
             part = part.where(has_slot, -1)
         flat_ordered[slab] = part.sort(-1, descending=True).values
         for row in range(first, min(first + slab_rows, rows), launch_rows):
-            run_rows(ordered, row, min(launch_rows, rows - row))
+            run_rows(call._replace(indices=ordered), row, min(launch_rows, rows - row))

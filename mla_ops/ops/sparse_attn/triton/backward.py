@@ -1,0 +1,156 @@
+"""The backward's launcher: both gradients in one pass or in one each, dkv summed by atomics or in a fixed order."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from mla_ops.device import DeviceTraits
+from mla_ops.errors import UnsupportedProblemError
+from mla_ops.launching import LaunchRecord, aligned_like_contiguous, contiguous, launch_record, unfilled
+from mla_ops.ops.sparse_attn.call import Gradients, Hints, Results, SparseAttnCall, SparseAttnProblem, Wanted
+from mla_ops.ops.sparse_attn.configs.launch import program_count, wave_programs
+from mla_ops.ops.sparse_attn.triton.deterministic import dkv_in_query_order
+from mla_ops.ops.sparse_attn.triton.forward import as_read, readable
+from mla_ops.ops.sparse_attn.triton.kernel_sets import Choice, choose
+from mla_ops.ops.sparse_attn.triton.key_order import add_in_key_order, rows_per_launch
+from mla_ops.ops.sparse_attn.triton.launch import Into, Wrap, as_it_is
+from mla_ops.ops.sparse_attn.triton.portable import needs_int64_offsets
+
+
+class BackwardPlan(NamedTuple):
+    """What sizes, strides and settings decide about a backward."""
+
+    choice: Choice  # its configuration holds one for each pass
+    traits: DeviceTraits
+    records: tuple[LaunchRecord, ...]  # of the passes
+    is_deterministic: bool  # dkv is summed in the order of the queries
+    launch_rows: int | None  # queries of a launch where atomics go through the keys in order
+    use_int64_offsets: bool
+
+
+def plan_backward(
+    call: SparseAttnCall,
+    traits: DeviceTraits,
+    wanted: Wanted = Wanted(),  # noqa: B008  # a named tuple of constants
+    *,
+    choice: Choice | None = None,
+    use_int64_offsets: bool | None = None,
+    is_traced: bool = False,
+) -> BackwardPlan:
+    """Plan a backward on a device with `traits`, in the mode that torch is in; what is None is derived.
+
+    In a trace sizes and strides may be symbolic: `call` must be `readable` then, `choice` be given, and without
+    `use_int64_offsets` a guard is added. A trace does not go through the keys in order, because lengths decide how
+    often that launches.
+    """
+    device, call = call.q.device, as_read(call)
+    is_deterministic = wanted.dkv and torch.are_deterministic_algorithms_enabled()
+    if choice is None:
+        problem, hints = SparseAttnProblem.of(call, needs_grad=True), Hints.of(call)
+        choice = choose("backward", problem, hints, traits, is_deterministic=is_deterministic)
+    if is_traced and not choice.kernels.is_inlinable:
+        raise UnsupportedProblemError(
+            f"{choice.kernels.name} kernels run in eager only, got traced=True; pass BwdConfigs"
+        )
+    launch_rows = None
+    if wanted.dkv and not is_deterministic and not is_traced:
+        problem, hints = SparseAttnProblem.of(call, needs_grad=True), Hints.of(call)
+        launch_rows = rows_per_launch(choice.config[-1], problem, hints, traits)
+    q = call.q
+    kernel = ("backward", q.shape[-1], call.d_v, q.shape[-2], call.kv.shape[-2], q.dtype, call.indices.dtype)
+    return BackwardPlan(
+        choice,
+        traits,
+        records=tuple(launch_record(device, *kernel, config) for config in choice.config),
+        is_deterministic=is_deterministic,
+        launch_rows=launch_rows,
+        use_int64_offsets=needs_int64_offsets(call) if use_int64_offsets is None else use_int64_offsets,
+    )
+
+
+def describe_backward(plan: BackwardPlan) -> tuple[str, ...]:
+    """Say in lines for a person what `plan` launches."""
+    lines = []
+    for config, record in zip(plan.choice.config, plan.records, strict=True):
+        is_last = config is plan.choice.config[-1]  # a dq pass before it adds nothing
+        in_key_order = plan.launch_rows is not None and is_last
+        order = f", in key order, {plan.launch_rows} queries a launch" if in_key_order else ""
+        lines.append(f"backward: {config}{order}; {record}")
+    return (*lines, *(f"backward not by {why}" for why in plan.choice.refusals))
+
+
+def launch_backward(
+    call: SparseAttnCall,
+    results: Results,
+    gradients: Gradients,
+    wanted: Wanted,
+    plan: BackwardPlan,
+    *,
+    wrap: Wrap = as_it_is,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Run the backward kernels; `wrap` is applied to every kernel that is launched.
+
+    dkv is summed in fp32: by atomics, which go through the keys in order where dkv exceeds the cache, or with
+    `torch.use_deterministic_algorithms(True)` in the order of the queries.
+    """
+    if call.q.numel() == 0:  # no queries or no heads
+        return _zeros(call, results, wanted)
+    is_traced = wrap is not as_it_is
+    kernels, configs, _ = plan.choice
+    call = kernels.prepared(readable(call))
+    results = Results(results.out.contiguous(), results.lse.contiguous())
+    dout, dlse = gradients
+    gradients = Gradients(None if dout is None else aligned_like_contiguous(dout), contiguous(dlse))
+    q, kv = call.q, call.kv
+    rows = call.rows
+
+    def run(number: int, into: Into, call: SparseAttnCall = call) -> None:
+        kernels.run_backward(call, results, gradients, into, configs[number], plan.use_int64_offsets, wrap)
+        plan.records[number].is_warm |= not is_traced
+
+    dq = unfilled(q.shape, q.dtype, q, is_traced=is_traced) if wanted.dq else None
+    dsink = None if call.attn_sink is None else unfilled(results.lse.shape, torch.float32, q, is_traced=is_traced)
+    dkv = None
+    # What the pass of dkv computes besides it: dq and dsink, unless they have a pass of their own.
+    others = (dq, dsink)
+    has_two_passes = wanted.dq and wanted.dkv and len(configs) == 2
+    if has_two_passes or (not wanted.dkv and others != (None, None)):
+        run(0, Into(dq, None, dsink, None, 0, rows))
+        others = (None, None)
+    if wanted.dkv:
+        config = configs[-1]
+        if plan.is_deterministic:
+            head_blocks = program_count(1, q.shape[-2] // kv.shape[-2], 1, config.block_h)
+            dkv = dkv_in_query_order(
+                call,
+                lambda partial, *where: run(-1, Into(others[0], partial, others[1], *where)),
+                head_blocks,
+                wave_programs(config, plan.traits.num_sms),
+                wrap,
+            )
+        else:
+            dkv = q.new_zeros(kv.shape, dtype=torch.float32)
+            if plan.launch_rows is None:
+                run(-1, Into(others[0], dkv, others[1], None, 0, rows))
+            else:
+                add_in_key_order(
+                    call,
+                    lambda ordered, *which: run(-1, Into(others[0], dkv, others[1], None, *which), ordered),
+                    plan.launch_rows,
+                )
+    return (
+        q.new_empty(0) if dq is None else dq,
+        kv.new_empty(0) if dkv is None else dkv.to(kv.dtype),
+        results.lse.new_empty(0) if dsink is None else dsink.view(-1, q.shape[-2]).sum(0),
+    )
+
+
+def _zeros(call: SparseAttnCall, results: Results, wanted: Wanted) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    sink = call.attn_sink
+    return (
+        call.q.new_zeros(call.q.shape if wanted.dq else 0),
+        call.kv.new_zeros(call.kv.shape if wanted.dkv else 0),
+        results.lse.new_zeros(0 if sink is None else sink.shape),
+    )

@@ -1,0 +1,83 @@
+"""The launchers past dispatch, with what is otherwise decided chosen by hand: for tuning, benchmarks and tests."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from mla_ops.device import DeviceTraits, traits_of
+from mla_ops.ops.sparse_attn.call import Gradients, Results, SparseAttnCall, SparseAttnProblem, Wanted
+from mla_ops.ops.sparse_attn.configs.launch import BwdConfig, FwdConfig, HopperBwdConfig, HopperConfig
+from mla_ops.ops.sparse_attn.configs.lookup import key_of
+from mla_ops.ops.sparse_attn.triton.backward import launch_backward, plan_backward
+from mla_ops.ops.sparse_attn.triton.forward import launch_forward, launch_max_logits, plan_forward, readable
+from mla_ops.ops.sparse_attn.triton.kernel_sets import Choice, choice_of
+from mla_ops.ops.sparse_attn.triton.launch import Wrap, as_it_is
+
+
+def run_forward(
+    call: SparseAttnCall,
+    *,
+    config: FwdConfig | HopperConfig | None = None,
+    num_splits: int | None = None,
+    use_int64_offsets: bool | None = None,
+    traits: DeviceTraits | None = None,
+    wrap: Wrap = as_it_is,
+) -> Results:
+    """Run a forward; what is None is derived, and `wrap` is applied to every kernel that is launched.
+
+    Raises:
+        UnsupportedProblemError: the kernels of `config` do not run the call, or not split or wrapped.
+    """
+    traits = traits or traits_of(call.q.device)
+    call = readable(call)
+    plan = plan_forward(
+        call, traits, choice=_choice(config, call, traits), num_splits=num_splits, use_int64_offsets=use_int64_offsets
+    )
+    return launch_forward(call, plan, wrap=wrap)
+
+
+def run_max_logits(
+    call: SparseAttnCall,
+    *,
+    config: FwdConfig | HopperConfig | None = None,
+    traits: DeviceTraits | None = None,
+    **options: Any,
+) -> torch.Tensor:
+    """Run a maximum of the logits; options and errors as of `run_forward`."""
+    traits = traits or traits_of(call.q.device)
+    choice = _choice(config, call, traits)
+    return launch_max_logits(call, plan_forward(call, traits, max_logits_only=True, choice=choice, **options))
+
+
+def run_backward(
+    call: SparseAttnCall,
+    results: Results,
+    gradients: Gradients,
+    wanted: Wanted = Wanted(),  # noqa: B008  # a named tuple of constants
+    *,
+    configs: tuple[BwdConfig | HopperBwdConfig, ...] | None = None,
+    use_int64_offsets: bool | None = None,
+    in_key_order: bool | None = None,
+    traits: DeviceTraits | None = None,
+    wrap: Wrap = as_it_is,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Run a backward; what is None is derived, and `wrap` is applied to every kernel that is launched.
+
+    With `in_key_order=False` atomics go through the keys in the order of the slots, whatever the sizes.
+
+    Raises:
+        UnsupportedProblemError: the kernels of `configs` do not run the call, or not wrapped.
+    """
+    traits = traits or traits_of(call.q.device)
+    call, is_traced = readable(call), wrap is not as_it_is
+    choice = _choice(configs, call, traits)
+    plan = plan_backward(call, traits, wanted, choice=choice, use_int64_offsets=use_int64_offsets, is_traced=is_traced)
+    if in_key_order is False:
+        plan = plan._replace(launch_rows=None)
+    return launch_backward(call, results, gradients, wanted, plan, wrap=wrap)
+
+
+def _choice(config: Any, call: SparseAttnCall, traits: DeviceTraits) -> Choice | None:
+    return None if config is None else choice_of(config, key_of(SparseAttnProblem.of(call), traits))
