@@ -48,7 +48,7 @@ LAYERS: dict[str, set[str]] = {
     "lowering": {*GROUND, "ops", "registration"},
     "api": {*GROUND, "ops", "registration"},
     "distributed": {"wrappers", "errors", "ops", "registration", "api"},
-    "adapters": {"errors", "device", "ops", "api"},
+    "adapters": {"errors", "device", "dispatch", "ops", "api"},
     "testing": {"errors", "ops", "reference", "api"},
     # `tune` and `bench` launch kernels with configurations of their own, past dispatch.
     "bench": {"errors", "settings", "device", "ops", "api"},
@@ -61,6 +61,7 @@ SEAM_IMPORTS = (
     "mla_ops.adapters.seam",
     "mla_ops.errors",
     "mla_ops.device",
+    "mla_ops.dispatch",
     "mla_ops.ops.sparse_attn.backends",
     "mla_ops.ops.sparse_attn.call",
 )

@@ -10,8 +10,9 @@ import torch
 
 from mla_ops.adapters.seam.metadata import MLALayerMeta
 from mla_ops.device import traits_of
+from mla_ops.dispatch import AUTO
 from mla_ops.errors import MLAMetadataError, UnsupportedBackendError
-from mla_ops.ops.sparse_attn.backends import AUTO, backend_names, check_backend_name, select
+from mla_ops.ops.sparse_attn.backends import backend_names, check_backend_name, select
 from mla_ops.ops.sparse_attn.call import SparseAttnProblem
 
 

@@ -47,8 +47,12 @@ def put_dkv_rows(
         tl.atomic_add(dkv_ptr + row_offsets[:, None] + cols[None, :], tile, mask=mask, sem="relaxed")
 
 
-# Lengths change from call to call: one binary serves them all, and a warm one is warm for any length.
-@triton.jit(do_not_specialize=["first_row", "seq_q", "seq_kv", "topk"])
+# Lengths, and the batch strides that follow from them, change from call to call: one binary serves them all.
+@triton.jit(
+    do_not_specialize=[
+        "stride_q_b", "stride_kv_b", "stride_i_b", "stride_do_b", "first_row", "seq_q", "seq_kv", "topk"
+    ]
+)  # fmt: skip
 def _sparse_attn_bwd_kernel(
     q_ptr, stride_q_b, stride_q_s, stride_q_h,
     kv_ptr, stride_kv_b, stride_kv_s, stride_kv_g,

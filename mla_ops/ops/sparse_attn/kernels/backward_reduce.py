@@ -31,8 +31,10 @@ def locate_counters(
     return first, first + counter + query % chunk_queries // block_queries, step
 
 
-# Lengths change from call to call: one binary serves them all.
-@triton.jit(do_not_specialize=["seq_q", "seq_kv", "topk", "chunk_batch", "chunk_queries", "block_queries"])
+# Lengths, and the batch strides that follow from them, change from call to call: one binary serves them all.
+@triton.jit(
+    do_not_specialize=["stride_i_b", "seq_q", "seq_kv", "topk", "chunk_batch", "chunk_queries", "block_queries"]
+)
 def _rank_slots_kernel(
     indices_ptr, stride_i_b, stride_i_s, stride_i_g,
     topk_length_ptr,  # None when the call has none
@@ -67,7 +69,9 @@ def _rank_slots_kernel(
         tl.debug_barrier()  # a query finds what the ones before it counted
 
 
-@triton.jit(do_not_specialize=["seq_q", "seq_kv", "topk", "chunk_batch", "chunk_queries", "block_queries"])
+@triton.jit(
+    do_not_specialize=["stride_i_b", "seq_q", "seq_kv", "topk", "chunk_batch", "chunk_queries", "block_queries"]
+)
 def _place_slots_kernel(
     indices_ptr, stride_i_b, stride_i_s, stride_i_g,
     topk_length_ptr,  # None when the call has none
@@ -109,7 +113,8 @@ def _sum_placed_rows_kernel(
     COLUMN_BLOCKS: tl.constexpr = (D_TOTAL + BLOCK_D - 1) // BLOCK_D
     program = tl.program_id(0).to(tl.int64)
     key, column_block = program // COLUMN_BLOCKS, program % COLUMN_BLOCKS
-    starts_ptr += chunk * chunk_keys.to(tl.int64) * blocks
+    # A cast and not `.to`: an argument that a compiled graph knows to be 1 arrives as a number of Python's.
+    starts_ptr += tl.cast(chunk, tl.int64) * chunk_keys * blocks
     first_start = tl.load(starts_ptr)
     first = (tl.load(starts_ptr + key * blocks) - first_start).to(tl.int64) * HEAD_BLOCKS
     end = (tl.load(starts_ptr + (key + 1) * blocks) - first_start).to(tl.int64) * HEAD_BLOCKS

@@ -28,8 +28,9 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 
 
-# Lengths change from call to call: one binary serves them all, and a warm one is warm for any length.
-@triton.jit(do_not_specialize=["seq_q", "seq_kv", "topk", "slots_per_split"])
+# Lengths, and the batch strides that follow from them, change from call to call: one binary serves them all. The other
+# strides follow from widths and topk; STRIDE_ALIGN says of all strides what vector loads need to know.
+@triton.jit(do_not_specialize=["stride_q_b", "stride_kv_b", "stride_i_b", "seq_q", "seq_kv", "topk", "slots_per_split"])
 def _sparse_attn_fwd_kernel(
     q_ptr, stride_q_b, stride_q_s, stride_q_h,
     kv_ptr, stride_kv_b, stride_kv_s, stride_kv_g,

@@ -395,7 +395,7 @@ def _allocate_parts(ELEMENT: gl.constexpr, WIDTH: gl.constexpr, HALF_TAIL: gl.co
     return parts
 
 
-# Lengths change from call to call: one binary serves them all, and a warm one is warm for any length.
+# Lengths change from call to call and are not specialised; of a stride it is whether 16 divides it, for the copies.
 @gluon.jit(do_not_specialize=["first_item", "seq_q", "seq_kv", "topk"])
 def _sparse_attn_bwd_hopper_kernel(
     q_ptr, stride_q_b, stride_q_s, stride_q_h,

@@ -480,7 +480,7 @@ def _values(
         gl.store(head_ptrs[:, None] + cols[None, :], tile, mask=mask)
 
 
-# Lengths change from call to call: one binary serves them all, and a warm one is warm for any length.
+# Lengths change from call to call and are not specialised; of a stride it is whether 16 divides it, for the copies.
 @gluon.jit(do_not_specialize=["seq_q", "seq_kv", "topk", "num_items"])
 def _sparse_attn_fwd_hopper_kernel(
     q_ptr, stride_q_b, stride_q_s, stride_q_h,

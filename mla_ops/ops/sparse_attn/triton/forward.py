@@ -43,8 +43,8 @@ def plan_forward(
     """
     device, call = call.q.device, as_read(call)
     if choice is None:
-        side = "max_logits" if max_logits_only else "forward"
-        choice = choose(side, SparseAttnProblem.of(call), Hints.of(call), traits)
+        problem, hints = SparseAttnProblem.of(call), Hints.of(call)
+        choice = choose("max_logits" if max_logits_only else "forward", problem, hints, traits)
     q, (heads, d_total) = call.q, call.q.shape[-2:]
     launch = choice.kernels.plan_forward(call, choice.config, traits, num_splits, use_int64_offsets)
     is_split = isinstance(launch, PortableForward) and launch.grid[1] > 1

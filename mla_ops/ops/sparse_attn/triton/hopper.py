@@ -175,12 +175,12 @@ def check_config(config: HopperConfig | HopperBwdConfig, key: ConfigKey) -> None
     if reason is not None:
         raise UnsupportedProblemError(reason)
     if isinstance(config, HopperConfig):
-        side, plain, found = "forward", "a FwdConfig", hopper_config(key)
+        side, plain, can_run = "forward", "a FwdConfig", hopper_config(key) is not None
         value, width = config.left + config.right, config.left + config.right + config.tail
     else:
-        side, plain, found = "backward", "BwdConfigs", hopper_backward_config(key)
+        side, plain, can_run = "backward", "BwdConfigs", hopper_backward_config(key) is not None
         value, width = 2 * config.half_value, 2 * (config.half_value + config.half_tail)
-    if found is None or key.d_v > value or key.d_total > width:
+    if not can_run or key.d_v > value or key.d_total > width:
         raise UnsupportedProblemError(
             f"the Hopper {side} needs sm90, two-byte channels, and widths that are {_WIDTHS}, covered by its "
             f"configuration; got sm{key.arch}, {key.element_size} bytes a channel, d_v={key.d_v}, "

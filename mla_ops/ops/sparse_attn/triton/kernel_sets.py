@@ -105,7 +105,7 @@ def choose(
     Raises:
         UnsupportedProblemError: every set refuses; dispatch has refused such a problem before.
     """
-    refusals = []
+    refusals: list[str] = []
     for kernels in KERNEL_SETS:
         if inlinable_only and not kernels.is_inlinable:
             continue
