@@ -172,6 +172,21 @@ def test_the_operator_takes_it_and_trains_with_it() -> None:
     assert_matches_oracle(results, inputs)
 
 
+def test_rows_that_begin_at_an_odd_address_give_the_aligned_result() -> None:
+    inputs = wide_inputs(AUTOMATIC)
+
+    def odd(tensor: torch.Tensor) -> torch.Tensor:
+        """Return a copy that begins 2 bytes off, in a storage that says it begins at 0."""
+        flat = torch.empty(tensor.numel() + 1, dtype=tensor.dtype, device="cuda")[1:].copy_(tensor.flatten())
+        return torch.from_dlpack(flat).view(tensor.shape)
+
+    q, kv = odd(inputs.q), odd(inputs.kv)
+    assert (q.storage_offset(), q.data_ptr() % 16) == (0, 2)
+    actual, expected = operator_step(replace(inputs, q=q, kv=kv)), operator_step(inputs)
+    for name, a, e in zip(("out", "lse", "dq"), actual, expected, strict=False):
+        assert torch.equal(a, e), name
+
+
 @pytest.mark.usefixtures("fresh_dynamo")
 @pytest.mark.parametrize("mode", [None, "reduce-overhead"])
 def test_a_compiled_call_gives_eagers_bits(mode: str | None) -> None:

@@ -32,7 +32,7 @@ from mla_ops.ops.sparse_attn.configs.lookup import (
     hopper_backward_config,
     hopper_config,
 )
-from mla_ops.ops.sparse_attn.triton.backend import MERGED_CHANNELS, MERGED_SPLITS
+from mla_ops.ops.sparse_attn.triton.portable import MERGED_CHANNELS, MERGED_SPLITS
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
 pytestmark = pytest.mark.skipif(
@@ -102,7 +102,7 @@ def cuobjdump(option: str, cubin: bytes) -> str:
 def compile_kernel(
     kernel: Any, arch: int, constants: dict[str, Any], options: dict[str, int], element: str, rows: str = "fp32"
 ) -> Compiled:
-    """Compile for `arch` as a launch would: pointers and strides 16-byte aligned unless STRIDE_ALIGN says less.
+    """Compile for `arch` as a launch would: pointers and specialised strides divisible by 16, or by STRIDE_ALIGN.
 
     `rows` is the element of dkv.
     """
@@ -127,7 +127,8 @@ def compile_kernel(
 
     names = list(kernel.arg_names)
     is_aligned = constants.get("STRIDE_ALIGN", 16) == 16
-    aligned = [n for n in names if n.endswith("_ptr") or (is_aligned and n.startswith("stride_"))]
+    specialised = {param.name for param in kernel.params if not param.do_not_specialize}
+    aligned = [n for n in names if n.endswith("_ptr") or (is_aligned and n.startswith("stride_") and n in specialised)]
     source = (GluonASTSource if kernel.is_gluon() else ASTSource)(
         fn=kernel,
         signature={name: type_of(name) for name in names},
@@ -474,3 +475,34 @@ def test_hopper_buffers_are_freed_after_the_reads_of_every_warp() -> None:
     for before in ptx.split("mbarrier.arrive")[:-1]:
         since_last_read = before.split("wgmma.wait_group")[-1]
         assert re.search(r"\b(bar|barrier)(\.cta)?\.sync\b", since_last_read)
+
+
+def portable_kernels() -> dict[str, tuple[Any, dict[str, Any]]]:
+    """Return every kernel that a compiler may inline, with the constants of a small problem."""
+    from mla_ops.ops.sparse_attn.kernels import backward, backward_reduce, forward, forward_split
+
+    config = BwdConfig(block_h=16, block_k=16, max_chunk=16, num_warps=1, num_stages=1)
+    shape = shape_constants(config, heads=2, d_total=24, d_v=16)
+    orders = {"IS_KEY_MAJOR": True, "IS_AHEAD": True}
+    slots, rows = {"KV_GROUP": 1, "BLOCK": 32}, {"HEAD_BLOCKS": 1, "D_TOTAL": 24, "BLOCK_ROWS": 16, "BLOCK_D": 32}
+    merged = {"HEADS": 2, "D_V": 16, "BLOCK_S": 8, "BLOCK_H": 8, "BLOCK_D": 16}
+    fwd = {**shape, "IS_SPLIT": False, "IS_NEGATIVE_SCALE": False}
+    return {
+        "forward": (forward._sparse_attn_fwd_kernel, fwd),
+        "split": (forward._sparse_attn_fwd_kernel, {**fwd, "IS_SPLIT": True}),
+        "merge": (forward_split._sparse_attn_merge_kernel, merged),
+        "backward": (backward._sparse_attn_bwd_kernel, {**shape, **orders, "places_ptr": None}),
+        "placed": (backward._sparse_attn_bwd_kernel, {**shape, **orders}),
+        "rank": (backward_reduce._rank_slots_kernel, slots),
+        "place": (backward_reduce._place_slots_kernel, slots),
+        "sum": (backward_reduce._sum_placed_rows_kernel, {**rows, "IS_FIRST": False}),
+    }
+
+
+# A compiled graph hands over a size that it knows to be 1 as a number of Python's, without the methods of a tensor.
+@pytest.mark.parametrize("name", ["forward", "split", "merge", "backward", "placed", "rank", "place", "sum"])
+def test_integer_arguments_may_be_known_to_be_1(name: str) -> None:
+    kernel, constants = portable_kernels()[name]
+    integers = [n for n in kernel.arg_names if n not in constants and not n.endswith("_ptr") and n != "softmax_scale"]
+    assert integers
+    compile_kernel(kernel, 90, {**constants, **dict.fromkeys(integers, 1)}, {"num_warps": 1}, "fp32")

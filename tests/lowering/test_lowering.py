@@ -15,14 +15,15 @@ from typing import Any
 import pytest
 import torch
 
-from mla_ops import lowering
-from mla_ops.ops.sparse_attn.configs.launch import ConfigKey
+from mla_ops import lowering, settings
+from mla_ops.ops.sparse_attn.configs.launch import BwdConfig, ConfigKey, FwdConfig
 from mla_ops.ops.sparse_attn.configs.lookup import (
     backward_candidates,
     backward_configs,
     forward_candidates,
     forward_config,
 )
+from mla_ops.ops.sparse_attn.configs.tuned import TunedRow, write_rows
 from mla_ops.testing import Case, Inputs, make_inputs
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
@@ -221,6 +222,20 @@ def test_a_named_backend_without_kernels_keeps_the_operator(said: Callable[[str]
     function(*make_inputs(DISTINCT).args)
     assert not backend.is_inlined()
     assert said("only the triton backend is inlined")
+
+
+def test_a_backward_that_is_compiled_later_has_the_settings_of_its_forward(tmp_path: Path) -> None:
+    fwd = FwdConfig(block_h=16, block_k=16, max_chunk=16, num_warps=1, num_stages=3)
+    bwd = BwdConfig(block_h=16, block_k=16, max_chunk=16, num_warps=1, num_stages=3)
+    row = TunedRow(90, DISTINCT.d_total, DISTINCT.d_v, DISTINCT.heads // DISTINCT.kv_group, 4, fwd, (bwd,))
+    write_rows(tmp_path / "rows.json", {"device": "by hand"}, [row])
+    compiled, backend = compile_lowered()
+    leaves = make_inputs(DISTINCT).requires_grad()
+    with settings.override(tuned_rows=str(tmp_path / "rows.json")):
+        out, _ = compiled(*leaves.args[:4])
+    out.sum().backward()
+    assert [launch["BLOCK_K"] for launch in backend.launches] == [16, 16]
+    assert [launch["BLOCK_DV"] for launch in backend.launches] == [16, 16]
 
 
 def test_the_cpu_keeps_the_operator(said: Callable[[str], bool]) -> None:

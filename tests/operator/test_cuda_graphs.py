@@ -137,15 +137,31 @@ def test_no_host_sync(case: Case) -> None:
         step(inputs)
 
 
-def test_warmup_leaves_nothing_to_compile() -> None:
+def compiled_kernels() -> int:
     from mla_ops.ops.sparse_attn.kernels.backward import _sparse_attn_bwd_kernel
     from mla_ops.ops.sparse_attn.kernels.forward import _sparse_attn_fwd_kernel
 
-    def compiled() -> int:
-        kernels = (_sparse_attn_fwd_kernel, _sparse_attn_bwd_kernel)
-        return sum(len(cache[0]) for kernel in kernels for cache in kernel.device_caches.values())
+    kernels = (_sparse_attn_fwd_kernel, _sparse_attn_bwd_kernel)
+    return sum(len(cache[0]) for kernel in kernels for cache in kernel.device_caches.values())
 
+
+@pytest.mark.parametrize("widths", [(100, 96), (104, 72), (128, 64)], ids=str)
+def test_one_binary_serves_all_lengths_at_any_width(widths: tuple[int, int]) -> None:
+    case = Case(*widths, topk=36, heads=7, seq_q=8, seq_kv=64)
+    before = compiled_kernels()
+    for change in ({}, {"seq_q": 9}, {"seq_kv": 63}, {"seq_kv": 97}, {"batch": 3}, {"seq_q": 16, "seq_kv": 160}):
+        step(draw(replace(case, **change), 0).requires_grad())
+    assert compiled_kernels() == before + 2
+
+
+@pytest.mark.parametrize("is_expanded", [False, True])
+def test_warmup_leaves_nothing_to_compile(is_expanded: bool) -> None:
+    compiled = compiled_kernels
     inputs = draw(Case(d_total=112, d_v=64, topk=40, heads=6, seq_q=8, seq_kv=64), 0).requires_grad()
+    if is_expanded:  # every query has the same keys: a view without memory of its own
+        inputs = replace(
+            inputs, d_v=56, dout=inputs.dout[..., :56], indices=inputs.indices[:1, :1].expand_as(inputs.indices)
+        )
     before = compiled()
     mla_ops.warmup(inputs.q, inputs.kv, inputs.indices, **inputs.kwargs)
     warm = compiled()
