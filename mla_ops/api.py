@@ -12,7 +12,7 @@ from mla_ops.errors import InvalidInputError
 from mla_ops.ops.sparse_attn.backends import Decision, check_backend_name, select
 from mla_ops.ops.sparse_attn.call import Hints, SparseAttnProblem
 from mla_ops.ops.sparse_attn.rules import check_argument_types, check_inputs
-from mla_ops.registration import SPARSE_ATTN, SPARSE_ATTN_BWD, SPARSE_ATTN_MAX_LOGITS
+from mla_ops.registration import SPARSE_ATTN, SPARSE_ATTN_BWD, SPARSE_ATTN_MAX_LOGITS, cast_by_autocast
 from mla_ops.wrappers import dequantized, is_dtensor
 
 
@@ -85,6 +85,7 @@ def sparse_attn(
     if is_dtensor(q) and not torch.compiler.is_compiling():
         # DTensor's dispatcher would run these rules in the fake and wrap what they raise in a RuntimeError.
         check_backend_name(backend)
+        q, kv = cast_by_autocast(q, kv)
         check_inputs(q, kv, indices, d_v, softmax_scale, topk_length, attn_sink)
     return SparseAttnOutput(*SPARSE_ATTN(q, kv, indices, d_v, softmax_scale, topk_length, attn_sink, backend))
 
@@ -122,6 +123,10 @@ def sparse_attn_max_logits(
         InvalidInputError, UnknownBackendError, UnsupportedProblemError: as `sparse_attn` would.
     """
     check_argument_types(q, kv, indices, d_v, softmax_scale, topk_length, None, backend)
+    if is_dtensor(q) and not torch.compiler.is_compiling():  # as in `sparse_attn`
+        check_backend_name(backend)
+        q, kv = cast_by_autocast(q, kv)
+        check_inputs(q, kv, indices, d_v, softmax_scale, topk_length, None)
     max_logits: torch.Tensor = SPARSE_ATTN_MAX_LOGITS(q, kv, indices, d_v, softmax_scale, topk_length, backend)
     return max_logits
 
@@ -140,13 +145,15 @@ def explain(
     """Say which backend would run `mla_ops.sparse_attn` on these tensors, and what every other one lacks.
 
     Takes the arguments of `sparse_attn` (their values do not matter, `softmax_scale` not at all) and runs nothing.
-    Print the result, or read its `backend` and `verdicts`; a refusal is `backend=None`, not an error.
+    Under autocast it speaks of the dtype that autocast would cast to. Print the result, or read its `backend` and
+    `verdicts`; a refusal is `backend=None`, not an error.
 
     Raises:
         InvalidInputError: the arguments break the operator's contract.
         UnknownBackendError: `backend` is not a known name.
     """
     check_argument_types(q, kv, indices, d_v, softmax_scale, topk_length, attn_sink, backend)
+    q, kv = cast_by_autocast(q, kv)
     check_inputs(q, kv, indices, d_v, softmax_scale, topk_length, attn_sink)
     needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (q, kv, attn_sink))
     problem = SparseAttnProblem.from_tensors(q, kv, indices, d_v, needs_grad=needs_grad)
@@ -167,8 +174,8 @@ def warmup(
     """Compile and load every kernel specialisation of a problem, so that a CUDA-graph capture may follow at once.
 
     Takes example tensors with the shapes, dtypes and strides to come; their values do not matter and are not read.
-    Run it under the `torch.use_deterministic_algorithms` setting to come. On a device without kernels to compile (the
-    CPU) it checks the arguments and costs a forward and three backwards.
+    Run it under the `torch.use_deterministic_algorithms` setting and the autocast to come. On a device without kernels
+    to compile (the CPU) it checks the arguments and costs a forward and three backwards.
 
     Args:
         q: as in `mla_ops.sparse_attn`, as are all arguments up to `attn_sink`.
@@ -187,6 +194,7 @@ def warmup(
     check_argument_types(q, kv, indices, d_v, softmax_scale, topk_length, attn_sink, "auto")
     if q.is_cuda and torch.cuda.is_current_stream_capturing():
         raise InvalidInputError("warmup must run before a CUDA-graph capture, the current stream is capturing; move it")
+    q, kv = cast_by_autocast(q, kv)
     with torch.no_grad():
         no_key = torch.full_like(indices, -1)  # of the strides of `indices`; nothing is gathered
         arguments = (d_v, softmax_scale, topk_length, attn_sink)
