@@ -42,7 +42,8 @@ def sparse_attn(
     """Attend each query to the KV rows its indices name: token-level sparse MLA in absorbed form.
 
     The same operator as `torch.ops.mla.sparse_attn`, with Python types checked. Differentiable once in `q`, `kv` and
-    `attn_sink`, through `out` and through `lse`. Every tensor may drop its leading `batch` dimension (all of them
+    `attn_sink`, through `out` and through `lse`, by `backward` as by `torch.func.grad`. Under autocast `q` and `kv` are
+    cast, but for fp64. Every tensor may drop its leading `batch` dimension (all of them
     together), and may have any strides. All of them may be DTensors, sharded on batch, query rows or heads.
 
     Args:
@@ -67,15 +68,18 @@ def sparse_attn(
     Returns:
         `out` `[batch, seq_q, heads, d_v]` in `q.dtype`, contiguous, and `lse` `[batch, seq_q, heads]` in fp32, the
         natural log-sum-exp of the scaled logits of the valid slots, sink excluded. A query without a valid slot gets
-        `out = 0`, `lse = -inf` and zero gradients. Logits and sums accumulate in fp32 (fp64 for fp64 inputs).
+        `out = 0`, `lse = -inf` and zero gradients. Logits and sums accumulate in fp32 (fp64 for fp64 inputs). A query
+        whose every valid slot overflows to a logit of `-inf` gets the same `out` and `lse`, where the formula has NaN;
+        its gradients are not defined.
 
     Raises:
-        InvalidInputError: an argument breaks a rule above; raised before any work, at trace time in compiled code.
+        InvalidInputError: an argument breaks a rule above; raised before any work. While `torch.compile` traces, these
+            errors reach the caller as torch's own `TorchRuntimeError` (a `RuntimeError`) with the words inside.
         QuantizedInputError: an argument is a quantised wrapper tensor; one of the above.
         UnknownBackendError: `backend` is no known name.
         UnsupportedProblemError: no backend runs it, or not the named one; the message lists each one's reasons.
         UnsupportedShardingError: DTensors are placed as no sharding rule serves.
-        DoubleBackwardError: a gradient of a gradient was asked for (eager; torch refuses it in compiled code).
+        DoubleBackwardError: a gradient of a gradient was asked for (torch refuses it itself in a compiled forward).
         ForwardModeError: a forward-mode derivative was asked for.
 
     Reference: DeepSeek-V3.2 technical report, DeepSeek Sparse Attention; `mla_ops/reference.py` is the definition.

@@ -140,6 +140,8 @@ def autocast_lowers_what_travels_and_what_is_computed(world: World) -> None:
 
 @check(2)
 def autocast_casts_in_a_compiled_graph(world: World) -> None:
+    from torch._dynamo.testing import AotEagerAndRecordGraphs
+
     mesh = world.mesh(context=2)
     part = own_part(make_inputs(CP_CASES[0]), world, "rows", "contiguous")
 
@@ -147,9 +149,13 @@ def autocast_casts_in_a_compiled_graph(world: World) -> None:
         return sparse_attn_cp(q, kv, part.indices, mesh, **part.kwargs, seq_kv=24).out
 
     torch._dynamo.reset()
+    backend = AotEagerAndRecordGraphs()
     with torch.autocast("cpu", torch.bfloat16):
-        got = torch.compile(call, fullgraph=True, backend="aot_eager")(part.q, part.kv.bfloat16())
+        got = torch.compile(call, fullgraph=True, backend=backend)(part.q, part.kv.bfloat16())
     assert torch.equal(got, call(part.q.bfloat16(), part.kv.bfloat16()))
+    gather = torch.ops._c10d_functional.all_gather_into_tensor.default
+    gathered = [n.args[0].meta["val"].dtype for n in backend.fw_graphs[0].graph.nodes if n.target is gather]
+    assert gathered[0] == torch.bfloat16  # of q
 
 
 @check(2)
