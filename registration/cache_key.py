@@ -79,10 +79,10 @@ def _tagged(tags: str, tag: str) -> str:
 def _files(package: str) -> Iterator[tuple[str, Traversable]]:
     """Yield the files of code of a package, which need not be imported, by their names below `mla_ops`."""
     spec = importlib.util.find_spec(package)
-    get_reader = getattr(spec and spec.loader, "get_resource_reader", None)
-    reader = get_reader and get_reader(package)
-    if hasattr(reader, "files"):
-        yield from _walk(reader.files(), package.removeprefix("mla_ops").replace(".", "/"))
+    get_reader = getattr(spec.loader if spec else None, "get_resource_reader", None)
+    files = getattr(get_reader(package) if get_reader else None, "files", None)
+    if files is not None:
+        yield from _walk(files(), package.removeprefix("mla_ops").replace(".", "/"))
 
 
 def _walk(folder: Traversable, name: str) -> Iterator[tuple[str, Traversable]]:

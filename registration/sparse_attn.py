@@ -308,9 +308,9 @@ def _sparse_attn_bwd(keys: torch._C.DispatchKeySet, *arguments: Any) -> Any:
 def _record(formula: type[_Formula], keys: torch._C.DispatchKeySet, arguments: tuple[Any, ...]) -> Any:
     """Run the operator of `formula` and put `formula` into the graph of the level that calls."""
     if not torch._C._are_functorch_transforms_active():
-        return formula.apply(keys, *arguments)
+        return formula.apply(keys, *arguments)  # type: ignore[attr-defined]
     with enable_single_level_autograd_function():
-        return formula.apply(keys, *arguments)
+        return formula.apply(keys, *arguments)  # type: ignore[attr-defined]
 
 
 def _next_level(op: torch._ops.OpOverload, keys: torch._C.DispatchKeySet, *arguments: Any) -> Any:

@@ -9,7 +9,14 @@ import torch
 from torch.utils.flop_counter import register_flop_formula
 
 from mla_ops.registration.library import LIBRARY
-from mla_ops.registration.sparse_attn import SPARSE_ATTN, SPARSE_ATTN_BWD, SPARSE_ATTN_MAX_LOGITS
+from mla_ops.registration.sparse_attn import (
+    SPARSE_ATTN,
+    SPARSE_ATTN_BWD,
+    SPARSE_ATTN_MAX_LOGITS,
+    sparse_attn_bwd_fake,
+    sparse_attn_fake,
+    sparse_attn_max_logits_fake,
+)
 from mla_ops.registration.transforms import (
     AUTOCAST_DEVICES,
     call_without_data,
@@ -33,15 +40,15 @@ class _Fold(NamedTuple):
     lse: int
 
 
-# Elements that share an argument share its memory, as long as a dimension of the call belongs to none of what they
-# share: heads have nothing to do with the keys, rows have indices of their own, and only the batch has keys of its own.
+# What all elements share is not copied where the vmapped dimension joins one that it lacks: kv, indices and topk_length
+# have no heads, kv has no query rows. Everything has a batch.
 _INTO_HEADS = _Fold(q=-2, kv=None, indices=None, topk_length=None, attn_sink=-1, out=-2, lse=-1)
 _INTO_ROWS = _Fold(q=-3, kv=None, indices=-3, topk_length=-1, attn_sink=None, out=-3, lse=-2)
 _INTO_BATCH = _Fold(q=-4, kv=-4, indices=-4, topk_length=-2, attn_sink=None, out=-4, lse=-3)
 
 
 def _choose_fold(in_dims: tuple[int | None, ...], kv: torch.Tensor) -> _Fold:
-    _, kv_dim, indices_dim = in_dims[:3]
+    kv_dim, indices_dim = in_dims[1:3]
     topk_length_dim = in_dims[5] if len(in_dims) > 5 else None  # the dispatcher strips trailing defaults
     if kv_dim is not None:
         return _INTO_BATCH
@@ -53,10 +60,12 @@ def _vmap_sparse_attn(
     info: Any, in_dims: tuple[int | None, ...], q: torch.Tensor, kv: torch.Tensor, *args: Any
 ) -> tuple[tuple[torch.Tensor, ...], tuple[int, ...]]:
     args = (*cast_by_autocast(q, kv), *args)
-    elements = call_without_data(SPARSE_ATTN, in_dims, args)
+    elements = call_without_data(sparse_attn_fake, in_dims, args)
     fold = _choose_fold(in_dims, kv)
     if fold.attn_sink is None and in_dims[6:7] not in ((), (None,)):
-        return vmap_by_loop(SPARSE_ATTN, info, in_dims, args)  # a sink of each element has only heads to fold into
+        return vmap_by_loop(
+            SPARSE_ATTN, sparse_attn_fake, info, in_dims, args
+        )  # a sink of each element has only heads to fold into
     into = (*fold[:3], None, None, fold.topk_length, fold.attn_sink, None)
     return vmap_by_folding(SPARSE_ATTN, info, in_dims, args, elements, into, (fold.out, fold.lse))
 
@@ -65,7 +74,7 @@ def _vmap_sparse_attn_max_logits(
     info: Any, in_dims: tuple[int | None, ...], q: torch.Tensor, kv: torch.Tensor, *args: Any
 ) -> tuple[torch.Tensor, int]:
     args = (*cast_by_autocast(q, kv), *args)
-    elements = call_without_data(SPARSE_ATTN_MAX_LOGITS, in_dims, args)
+    elements = call_without_data(sparse_attn_max_logits_fake, in_dims, args)
     fold = _choose_fold(in_dims, kv)
     into = (*fold[:3], None, None, fold.topk_length, None)
     (result,), (out_dim,) = vmap_by_folding(SPARSE_ATTN_MAX_LOGITS, info, in_dims, args, elements, into, (fold.lse,))
@@ -76,7 +85,7 @@ def _vmap_sparse_attn_bwd(
     info: Any, in_dims: tuple[int | None, ...], *args: Any
 ) -> tuple[tuple[torch.Tensor, ...], tuple[int, ...]]:
     """Run call by call: `dkv` and `dsink` are sums over the batch, which folding would add together."""
-    return vmap_by_loop(SPARSE_ATTN_BWD, info, in_dims, args)
+    return vmap_by_loop(SPARSE_ATTN_BWD, sparse_attn_bwd_fake, info, in_dims, args)
 
 
 def sparse_attn_flops(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -91,9 +92,9 @@ def vmap_by_folding(
 
 
 def vmap_by_loop(
-    op: Any, info: Any, in_dims: tuple[int | None, ...], args: tuple[Any, ...]
+    op: Any, fake: Callable[..., Any], info: Any, in_dims: tuple[int | None, ...], args: tuple[Any, ...]
 ) -> tuple[tuple[torch.Tensor, ...], tuple[int, ...]]:
-    """Run the operator once for every element of the vmapped dimension, and stack the results."""
+    """Run `op` once for every element of the vmapped dimension, and stack the results; `fake` is its fake."""
     calls = [
         _as_tuple(op(*(arg if dim is None else arg.select(dim, i) for arg, dim in zip(args, in_dims, strict=True))))
         for i in range(info.batch_size)
@@ -102,13 +103,18 @@ def vmap_by_loop(
         results = tuple(torch.stack(column) for column in zip(*calls, strict=True))
     else:
         device = next(arg.device for arg in args if isinstance(arg, torch.Tensor))
-        elements = call_without_data(op, in_dims, args)
+        elements = call_without_data(fake, in_dims, args)
         results = tuple(torch.empty((0, *each.shape), dtype=each.dtype, device=device) for each in elements)
     return results, (0,) * len(results)
 
 
-def call_without_data(op: Any, in_dims: tuple[int | None, ...], args: tuple[Any, ...]) -> tuple[torch.Tensor, ...]:
-    """Call the operator on the meta device with an element of every argument: it refuses what it would refuse alone."""
+def call_without_data(
+    fake: Callable[..., Any], in_dims: tuple[int | None, ...], args: tuple[Any, ...]
+) -> tuple[torch.Tensor, ...]:
+    """Call the fake of an operator with one element of every argument, of no data: it checks them as in a single call.
+
+    The fake and not the operator: whoever counts calls or FLOPs must not see this one.
+    """
 
     def element(arg: Any, in_dim: int | None) -> Any:
         if not isinstance(arg, torch.Tensor):
@@ -118,7 +124,7 @@ def call_without_data(op: Any, in_dims: tuple[int | None, ...], args: tuple[Any,
             del shape[in_dim]
         return torch.empty(shape, dtype=arg.dtype, device="meta")
 
-    return _as_tuple(op(*map(element, args, in_dims)))
+    return _as_tuple(fake(*map(element, args, in_dims)))
 
 
 def _as_tuple(results: Any) -> tuple[torch.Tensor, ...]:
