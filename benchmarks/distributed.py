@@ -193,10 +193,10 @@ def context_parallel(bench: Bench, shape: Shape, q: Tensor, kv: Tensor, indices:
         return tensor.chunk(bench.ranks, 1)[bench.rank].contiguous()
 
     leaves = [own(q).requires_grad_(), own(kv).requires_grad_()]
-    where = own(indices)
+    where, seq_kv = own(indices), kv.shape[1]
 
     def call(q: Tensor, kv: Tensor, indices: Tensor) -> Tensor:
-        return sparse_attn_cp(q, kv, indices, bench.mesh, d_v=shape.d_v, softmax_scale=SCALE).out
+        return sparse_attn_cp(q, kv, indices, bench.mesh, d_v=shape.d_v, softmax_scale=SCALE, seq_kv=seq_kv).out
 
     run = bench.compiled(call)
     return Way("key-sharded CP", leaves, lambda: run(*leaves, where), own(dout))

@@ -13,7 +13,7 @@ from mla_ops.ops.sparse_attn import backends
 from mla_ops.ops.sparse_attn.backends import Decision, check_backend_name
 from mla_ops.ops.sparse_attn.call import SparseAttnCall
 from mla_ops.ops.sparse_attn.rules import check_argument_types, check_inputs
-from mla_ops.registration import SPARSE_ATTN, SPARSE_ATTN_BWD, SPARSE_ATTN_MAX_LOGITS
+from mla_ops.registration import SPARSE_ATTN, SPARSE_ATTN_BWD, SPARSE_ATTN_MAX_LOGITS, cast_by_autocast
 from mla_ops.wrappers import dequantized, is_dtensor
 
 
@@ -43,7 +43,8 @@ def sparse_attn(
     """Attend each query to the KV rows its indices name: token-level sparse MLA in absorbed form.
 
     The same operator as `torch.ops.mla.sparse_attn`, with Python types checked. Differentiable once in `q`, `kv` and
-    `attn_sink`, through `out` and through `lse`. Every tensor may drop its leading `batch` dimension (all of them
+    `attn_sink`, through `out` and through `lse`, by `backward` as by `torch.func.grad`. Under autocast `q` and `kv` are
+    cast, but for fp64. Every tensor may drop its leading `batch` dimension (all of them
     together), and may have any strides. All of them may be DTensors, sharded on batch, query rows or heads.
 
     Args:
@@ -68,15 +69,18 @@ def sparse_attn(
     Returns:
         `out` `[batch, seq_q, heads, d_v]` in `q.dtype`, contiguous, and `lse` `[batch, seq_q, heads]` in fp32, the
         natural log-sum-exp of the scaled logits of the valid slots, sink excluded. A query without a valid slot gets
-        `out = 0`, `lse = -inf` and zero gradients. Logits and sums accumulate in fp32 (fp64 for fp64 inputs).
+        `out = 0`, `lse = -inf` and zero gradients. Logits and sums accumulate in fp32 (fp64 for fp64 inputs). A query
+        whose every valid slot overflows to a logit of `-inf` gets the same `out` and `lse`, where the formula has NaN;
+        its gradients are not defined.
 
     Raises:
-        InvalidInputError: an argument breaks a rule above; raised before any work, at trace time in compiled code.
+        InvalidInputError: an argument breaks a rule above; raised before any work. While `torch.compile` traces, these
+            errors reach the caller as torch's own `TorchRuntimeError` (a `RuntimeError`) with the words inside.
         QuantizedInputError: an argument is a quantised wrapper tensor; one of the above.
         UnknownBackendError: `backend` is no known name.
         UnsupportedProblemError: no backend runs it, or not the named one; the message lists each one's reasons.
         UnsupportedShardingError: DTensors are placed as no sharding rule serves.
-        DoubleBackwardError: a gradient of a gradient was asked for (eager; torch refuses it in compiled code).
+        DoubleBackwardError: a gradient of a gradient was asked for (torch refuses it itself in a compiled forward).
         ForwardModeError: a forward-mode derivative was asked for.
 
     Reference: DeepSeek-V3.2 technical report, DeepSeek Sparse Attention; `mla_ops/reference.py` is the definition.
@@ -86,6 +90,7 @@ def sparse_attn(
     if is_dtensor(q) and not torch.compiler.is_compiling():
         # DTensor's dispatcher would run these rules in the fake and wrap what they raise in a RuntimeError.
         check_backend_name(backend)
+        q, kv = cast_by_autocast(q, kv)
         check_inputs(SparseAttnCall(q, kv, indices, d_v, softmax_scale, topk_length, attn_sink))
     return SparseAttnOutput(*SPARSE_ATTN(q, kv, indices, d_v, softmax_scale, topk_length, attn_sink, backend))
 
@@ -123,6 +128,10 @@ def sparse_attn_max_logits(
         InvalidInputError, UnknownBackendError, UnsupportedProblemError: as `sparse_attn` would.
     """
     check_argument_types(q, kv, indices, d_v, softmax_scale, topk_length, None, backend)
+    if is_dtensor(q) and not torch.compiler.is_compiling():  # as in `sparse_attn`
+        check_backend_name(backend)
+        q, kv = cast_by_autocast(q, kv)
+        check_inputs(q, kv, indices, d_v, softmax_scale, topk_length, None)
     max_logits: torch.Tensor = SPARSE_ATTN_MAX_LOGITS(q, kv, indices, d_v, softmax_scale, topk_length, backend)
     return max_logits
 
@@ -141,13 +150,15 @@ def explain(
     """Say which backend would run `mla_ops.sparse_attn` on these tensors, and what every other one lacks.
 
     Takes the arguments of `sparse_attn` (their values do not matter, `softmax_scale` not at all) and runs nothing.
-    Print the result, or read its `backend` and `verdicts`; a refusal is `backend=None`, not an error.
+    Under autocast it speaks of the dtype that autocast would cast to. Print the result, or read its `backend` and
+    `verdicts`; a refusal is `backend=None`, not an error.
 
     Raises:
         InvalidInputError: the arguments break the operator's contract.
         UnknownBackendError: `backend` is not a known name.
     """
     check_argument_types(q, kv, indices, d_v, softmax_scale, topk_length, attn_sink, backend)
+    q, kv = cast_by_autocast(q, kv)
     call = SparseAttnCall(q, kv, indices, d_v, softmax_scale, topk_length, attn_sink)
     check_inputs(call)
     needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (q, kv, attn_sink))
@@ -168,8 +179,8 @@ def warmup(
     """Compile and load every kernel specialisation of a problem, so that a CUDA-graph capture may follow at once.
 
     Takes example tensors with the shapes, dtypes and strides to come; their values do not matter and are not read.
-    Run it under the `torch.use_deterministic_algorithms` setting to come. On a device without kernels to compile (the
-    CPU) it checks the arguments and costs a forward and three backwards.
+    Run it under the `torch.use_deterministic_algorithms` setting and the autocast to come. On a device without kernels
+    to compile (the CPU) it checks the arguments and costs a forward and three backwards.
 
     Args:
         q: as in `mla_ops.sparse_attn`, as are all arguments up to `attn_sink`.
@@ -188,6 +199,7 @@ def warmup(
     check_argument_types(q, kv, indices, d_v, softmax_scale, topk_length, attn_sink, "auto")
     if q.is_cuda and torch.cuda.is_current_stream_capturing():
         raise InvalidInputError("warmup must run before a CUDA-graph capture, the current stream is capturing; move it")
+    q, kv = cast_by_autocast(q, kv)
     with torch.no_grad():
         no_key = filled_alike(indices, -1)  # nothing is gathered
         arguments = (d_v, softmax_scale, topk_length, attn_sink)

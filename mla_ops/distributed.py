@@ -22,11 +22,12 @@ from mla_ops.api import SparseAttnOutput
 from mla_ops.errors import InvalidInputError
 from mla_ops.ops.sparse_attn.call import SparseAttnCall
 from mla_ops.ops.sparse_attn.rules import check_argument_types, check_inputs
-from mla_ops.registration import SPARSE_ATTN
+from mla_ops.registration import SPARSE_ATTN, cast_by_autocast
 from mla_ops.wrappers import is_dtensor
 
 QShard = Literal["rows", "heads"]
 KeyLayout = Literal["contiguous", "interleaved"]
+_Part = tuple[torch.Tensor, torch.Tensor]
 
 
 def sparse_attn_cp(
@@ -41,7 +42,7 @@ def sparse_attn_cp(
     attn_sink: torch.Tensor | None = None,
     backend: str = "auto",
     mesh_dim: str | None = None,
-    seq_kv: int | None = None,
+    seq_kv: int,
     q_shard: QShard = "rows",
     key_layout: KeyLayout = "contiguous",
     check: bool = False,
@@ -69,8 +70,8 @@ def sparse_attn_cp(
         attn_sink: `[heads]` for the heads of `q`; it joins the merged denominator, once.
         backend: as in `mla_ops.sparse_attn`.
         mesh_dim: the name of the mesh dimension that shards the keys.
-        seq_kv: rows of the whole `kv`. By default every rank owns as many as this one; where the ranks do not divide
-            it, pass it, and the last ranks own fewer rows or none (see `key_layout`).
+        seq_kv: rows of the whole `kv`, the same on every rank. No rank can tell it from its own rows: where the ranks
+            do not divide it, the last ones own fewer rows or none (see `key_layout`).
         q_shard: along what the queries are sharded.
         key_layout: rank `r` of `n` owns the `r`-th run of `ceil(seq_kv / n)` rows ("contiguous", as `torch.chunk`), or
             every `n`-th row from `r` on ("interleaved", as `kv[r::n]`). Causal selections crowd on early rows; which
@@ -89,27 +90,29 @@ def sparse_attn_cp(
     """
     ranks = _Ranks.of(mesh, mesh_dim)
 
-    def check_own_part() -> None:
+    def checked_own_part() -> _Part:
+        """Check this rank's call; return `q` and `kv_shard` in the dtype that travels, which autocast may lower."""
         _check_constants(q_shard, key_layout, seq_kv)
         check_argument_types(q, kv_shard, indices, d_v, softmax_scale, topk_length, attn_sink, backend)
         _check_plain(q=q, kv_shard=kv_shard, indices=indices, topk_length=topk_length, attn_sink=attn_sink)
+        q_, kv_ = cast_by_autocast(q, kv_shard)
         if torch.compiler.is_compiling():
             # An error in traced Python loses its words, so the operator's fake checks: the gathered call below and, for
             # topk_length and attn_sink, which that call never sees, this one, which leaves the graph as dead code.
-            one_group, no_slots = kv_shard.detach()[..., :1, :], indices[..., :1, :0]
-            SPARSE_ATTN(q.detach(), one_group, no_slots, d_v, softmax_scale, topk_length, attn_sink, backend)
+            one_group, no_slots = kv_.detach()[..., :1, :], indices[..., :1, :0]
+            SPARSE_ATTN(q_.detach(), one_group, no_slots, d_v, softmax_scale, topk_length, attn_sink, backend)
         else:
-            call = SparseAttnCall(q, kv_shard, indices, d_v, softmax_scale, topk_length, attn_sink)
+            call = SparseAttnCall(q_, kv_, indices, d_v, softmax_scale, topk_length, attn_sink)
             head_shards = ranks.count if q_shard == "heads" else 1
             check_inputs(call, head_shards=head_shards)
-        if seq_kv is not None:
-            _check_owned_rows(kv_shard.shape[-3], owned_rows(seq_kv, ranks.count, ranks.index, key_layout), seq_kv)
+        _check_owned_rows(kv_.shape[-3], owned_rows(seq_kv, ranks.count, ranks.index, key_layout), seq_kv)
+        return q_, kv_
 
     if check:
-        ranks.check_together(
-            check_own_part,
+        q, kv_shard = ranks.check_together(
+            checked_own_part,
             q=q,
-            kv_shard=kv_shard if seq_kv is None else "own rows",  # whose number was checked against seq_kv
+            kv_shard="own rows",  # whose number was checked against seq_kv
             indices=indices,
             topk_length=topk_length,
             attn_sink=attn_sink,
@@ -121,10 +124,8 @@ def sparse_attn_cp(
             key_layout=key_layout,
         )
     else:
-        check_own_part()
+        q, kv_shard = checked_own_part()
 
-    if seq_kv is None:
-        seq_kv = ranks.count * kv_shard.shape[-3]
     rows = q.dim() - 3
     sharded_dim = rows if q_shard == "rows" else rows + 1
 
@@ -252,7 +253,7 @@ def _check_constants(q_shard: object, key_layout: object, seq_kv: object) -> Non
     for name, value, known in (("q_shard", q_shard, QShard), ("key_layout", key_layout, KeyLayout)):
         if value not in get_args(known):
             raise InvalidInputError(f"{name} must be one of {', '.join(map(repr, get_args(known)))}, got {value!r}")
-    if seq_kv is not None and (isinstance(seq_kv, bool) or not isinstance(seq_kv, (int, torch.SymInt))):
+    if isinstance(seq_kv, bool) or not isinstance(seq_kv, (int, torch.SymInt)):
         raise InvalidInputError(f"seq_kv must be an int, got {type(seq_kv).__name__}; use int(seq_kv)")
 
 
@@ -302,13 +303,16 @@ class _Ranks:
         received: torch.Tensor = _AllToAll.apply(by_rank, self.count, self.group.group_name)  # type: ignore[no-untyped-call]
         return received
 
-    def check_together(self, check_own_part: Callable[[], None], **arguments: object) -> None:
-        """Raise the same error on every rank if one breaks a rule or if shapes, dtypes or constants differ."""
+    def check_together(self, checked_own_part: Callable[[], _Part], **arguments: object) -> _Part:
+        """Return the checked part; raise the same error on every rank if one breaks a rule or the ranks disagree.
+
+        They disagree if `arguments` differ in shape or dtype or, those that are no tensors, in value.
+        """
         if torch.compiler.is_compiling():
             raise InvalidInputError("check=True exchanges Python objects, which no graph holds; check in eager")
-        error, facts = None, {}
+        error, facts, part = None, {}, None
         try:
-            check_own_part()
+            part = checked_own_part()
             facts = {name: _fact(argument) for name, argument in arguments.items()}
         except InvalidInputError as broken_rule:
             error = str(broken_rule)
@@ -324,6 +328,8 @@ class _Ranks:
                     raise InvalidInputError(
                         f"{name} must be the same on every rank, got {first} on rank 0, {of_rank[name]} on rank {rank}"
                     )
+        assert part is not None
+        return part
 
 
 # torch.distributed._functional_collectives wraps the same operators, but renamed its functions in torch 2.13, and the

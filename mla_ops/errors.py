@@ -2,7 +2,8 @@
 
 Every message names the argument, the rule, what arrived and, where there is one, the fix. Each class also derives from
 the builtin a caller would reach for (`ValueError`, `NotImplementedError`, ...), so code that knows nothing of this
-package still catches the right thing.
+package still catches the right thing. What is raised while `torch.compile` traces, Dynamo turns into its
+`TorchRuntimeError`, a `RuntimeError`, with the message inside.
 """
 
 

@@ -11,9 +11,10 @@ from mla_ops.registration import sparse_attn, sparse_attn_sharding, sparse_attn_
 from mla_ops.registration.cache_key import tag_compile_caches
 from mla_ops.registration.refusals import refuse_wrapper
 from mla_ops.registration.sparse_attn import SPARSE_ATTN, SPARSE_ATTN_BWD, SPARSE_ATTN_MAX_LOGITS
+from mla_ops.registration.transforms import cast_by_autocast
 
 for _operator in (sparse_attn, sparse_attn_transforms, sparse_attn_sharding):
     _operator.register()
 tag_compile_caches()
 
-__all__ = ["SPARSE_ATTN", "SPARSE_ATTN_BWD", "SPARSE_ATTN_MAX_LOGITS", "refuse_wrapper"]
+__all__ = ["SPARSE_ATTN", "SPARSE_ATTN_BWD", "SPARSE_ATTN_MAX_LOGITS", "cast_by_autocast", "refuse_wrapper"]

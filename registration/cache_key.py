@@ -7,7 +7,11 @@ do not see that code. A fingerprint of it, appended to `torch.compiler.config.ca
 from __future__ import annotations
 
 import hashlib
+import importlib.util
+import uuid
+from collections.abc import Iterator
 from functools import cache
+from importlib.resources.abc import Traversable
 from pathlib import Path
 
 import torch.compiler.config
@@ -17,11 +21,20 @@ import mla_ops
 
 @cache
 def fingerprint() -> str:
-    """Return `mla_ops=<version>-<hash>`, the hash taken over every source file of the installed package."""
+    """Return `mla_ops=<version>-<hash>`, the hash taken over every file of code of the installed package.
+
+    The files are those of a folder or a zip, sources or, in an install without any, compiled modules. Where a loader
+    shows no files (a frozen program), a random number stands for them: graphs are then cached for this process only.
+    """
+    # In a checkout registration/ and lowering/ lie beside mla_ops/, in a wheel inside it: the same names, found once.
+    files = dict(_files("mla_ops")) | dict(_files("mla_ops.registration")) | dict(_files("mla_ops.lowering"))
     digest = hashlib.sha256()
-    for source in sorted(_sources(), key=lambda path: (path.parent.name, path.name)):
-        digest.update(source.name.encode())
-        digest.update(source.read_bytes())
+    for name, file in sorted(files.items()):
+        content = file.read_bytes()
+        digest.update(f"{name} {len(content)}\n".encode())
+        digest.update(content)
+    if not files:
+        digest.update(uuid.uuid4().bytes)
     return f"mla_ops={mla_ops.__version__}-{digest.hexdigest()[:16]}"
 
 
@@ -53,9 +66,18 @@ def _tagged(tags: str, tag: str) -> str:
     return ";".join([*others, tag])
 
 
-def _sources() -> list[Path]:
-    package = Path(mla_ops.__file__).parent
-    registration = Path(__file__).parent
-    # In a checkout registration/ and lowering/ lie beside mla_ops/, in a wheel inside it.
-    folders = {package, registration, registration.parent / "lowering"}
-    return list({source for folder in folders for source in folder.rglob("*.py")})
+def _files(package: str) -> Iterator[tuple[str, Traversable]]:
+    """Yield the files of code of a package, which need not be imported, by their names below `mla_ops`."""
+    spec = importlib.util.find_spec(package)
+    get_reader = getattr(spec.loader if spec else None, "get_resource_reader", None)
+    files = getattr(get_reader(package) if get_reader else None, "files", None)
+    if files is not None:
+        yield from _walk(files(), package.removeprefix("mla_ops").replace(".", "/"))
+
+
+def _walk(folder: Traversable, name: str) -> Iterator[tuple[str, Traversable]]:
+    for entry in folder.iterdir():
+        if entry.is_dir() and entry.name != "__pycache__":
+            yield from _walk(entry, f"{name}/{entry.name}")
+        elif entry.name.endswith((".py", ".pyc")):
+            yield f"{name}/{entry.name}", entry

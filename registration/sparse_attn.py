@@ -1,7 +1,13 @@
 """`mla::sparse_attn`, its backward and its maximum of the logits, as torch sees them: schema, fake, kernel, autograd.
 
-What is said of the backward: the forward's formula is one call of the backward operator, and the backward operator has
-none. The formula only calls operators, never a kernel, so it stays traceable and AOT autograd sees both graphs.
+The forward's formula is one call of the backward operator, and the backward operator's formula is a refusal. A formula
+only calls operators, never a kernel, so it stays traceable and AOT autograd sees both graphs.
+
+NOTE [The dispatcher calls an autograd kernel once for each level]
+Under torch.func.grad, vjp, vmap and their nestings the dispatcher runs an autograd kernel once for every level that
+differentiates, with that level's tensors, and what the kernel calls below autograd is the next level. So a formula here
+belongs to one level, as the formulas of torch's own operators do. `torch.autograd.Function.apply` would go through all
+levels by itself, a second time; what it is derived from does not.
 """
 
 from __future__ import annotations
@@ -10,7 +16,9 @@ import threading
 from typing import Any
 
 import torch
+from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
+from torch.autograd.function import _SingleLevelFunction
 
 from mla_ops import settings
 from mla_ops.errors import DoubleBackwardError, ForwardModeError
@@ -167,7 +175,13 @@ def sparse_attn_max_logits_impl(
     return plan.backend.max_logits(call, plan.launch)
 
 
-class _SparseAttn(torch.autograd.Function):
+class _Formula(_SingleLevelFunction):
+    """A formula of one level (NOTE [The dispatcher calls an autograd kernel once for each level])."""
+
+    _compiled_autograd_key = staticmethod(torch.autograd.Function._compiled_autograd_key)
+
+
+class _SparseAttn(_Formula):
     """The forward and its formula.
 
     Not made by `torch.library.register_autograd`, whose kernel reads the schema in every call: it took 20 of the 57 us
@@ -178,7 +192,7 @@ class _SparseAttn(torch.autograd.Function):
     def forward(ctx: Any, keys: torch._C.DispatchKeySet, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
         _below_autograd_of_this_thread.needs_grad = True
         try:
-            out, lse = _below_autograd(SPARSE_ATTN, keys, *arguments)
+            out, lse = _next_level(SPARSE_ATTN, keys, *arguments)
         finally:
             _below_autograd_of_this_thread.needs_grad = False
         q, kv, indices, d_v, softmax_scale, topk_length, attn_sink, backend = arguments
@@ -209,6 +223,22 @@ class _SparseAttn(torch.autograd.Function):
         return None, dq, dkv, None, None, None, None, dsink, None
 
 
+class _SparseAttnBwd(_Formula):
+    """The backward, differentiable no further. Without a formula torch would only warn and return zeros."""
+
+    @staticmethod
+    def forward(ctx: Any, keys: torch._C.DispatchKeySet, *arguments: Any) -> tuple[torch.Tensor, ...]:
+        gradients: tuple[torch.Tensor, ...] = _next_level(SPARSE_ATTN_BWD, keys, *arguments)
+        return gradients
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor | None) -> None:
+        raise DoubleBackwardError(
+            "mla::sparse_attn is differentiable once, a gradient of its gradient was asked for; drop "
+            "create_graph=True, or compute with mla_ops.reference.sparse_attn_reference"
+        )
+
+
 def _sparse_attn(
     keys: torch._C.DispatchKeySet,
     q: torch.Tensor,
@@ -225,8 +255,32 @@ def _sparse_attn(
     if torch.is_grad_enabled() and (
         q.requires_grad or kv.requires_grad or (attn_sink is not None and attn_sink.requires_grad)
     ):
-        return _SparseAttn.apply(keys, *arguments)  # type: ignore[no-untyped-call]
+        return _record(_SparseAttn, keys, arguments)
     return _below_autograd(SPARSE_ATTN, keys, *arguments)
+
+
+def _sparse_attn_bwd(keys: torch._C.DispatchKeySet, *arguments: Any) -> Any:
+    tensors = [argument for argument in arguments if isinstance(argument, torch.Tensor)]
+    _refuse_forward_mode(*tensors)
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        return _record(_SparseAttnBwd, keys, arguments)
+    return _below_autograd(SPARSE_ATTN_BWD, keys, *arguments)
+
+
+def _record(formula: type[_Formula], keys: torch._C.DispatchKeySet, arguments: tuple[Any, ...]) -> Any:
+    """Run the operator of `formula` and put `formula` into the graph of the level that calls."""
+    if not torch._C._are_functorch_transforms_active():
+        return formula.apply(keys, *arguments)  # type: ignore[attr-defined]
+    with enable_single_level_autograd_function():
+        return formula.apply(keys, *arguments)  # type: ignore[attr-defined]
+
+
+def _next_level(op: torch._ops.OpOverload, keys: torch._C.DispatchKeySet, *arguments: Any) -> Any:
+    """Run `op` below autograd from within a function, which torch runs with gradients off for all levels at once."""
+    if not torch._C._are_functorch_transforms_active():
+        return _below_autograd(op, keys, *arguments)
+    with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
+        return _below_autograd(op, keys, *arguments)
 
 
 def _below_autograd(op: torch._ops.OpOverload, keys: torch._C.DispatchKeySet, *arguments: Any) -> Any:
@@ -245,14 +299,6 @@ def _refuse_forward_mode(*tensors: torch.Tensor | None) -> None:
                 "mla::sparse_attn is differentiable in reverse mode, an argument with a forward-mode tangent arrived; "
                 "use backward() or torch.autograd.grad, or compute with mla_ops.reference.sparse_attn_reference"
             )
-
-
-def _refuse_double_backward(ctx: Any, *grads: torch.Tensor | None) -> None:
-    # Without a formula here torch only warns and returns zeros as the second derivative.
-    raise DoubleBackwardError(
-        "mla::sparse_attn is differentiable once, a gradient of its gradient was asked for; drop create_graph=True, "
-        "or compute with mla_ops.reference.sparse_attn_reference"
-    )
 
 
 def _max_logits_without_grad(keys: torch._C.DispatchKeySet, *arguments: Any) -> Any:
@@ -274,5 +320,5 @@ def register() -> None:
     LIBRARY.impl("sparse_attn_bwd", sparse_attn_bwd_impl, "CompositeExplicitAutograd")
     LIBRARY.impl("sparse_attn_max_logits", sparse_attn_max_logits_impl, "CompositeExplicitAutograd")
     LIBRARY.impl("sparse_attn", _sparse_attn, "Autograd", with_keyset=True)
-    torch.library.register_autograd("mla::sparse_attn_bwd", _refuse_double_backward, lib=LIBRARY)
+    LIBRARY.impl("sparse_attn_bwd", _sparse_attn_bwd, "Autograd", with_keyset=True)
     LIBRARY.impl("sparse_attn_max_logits", _max_logits_without_grad, "Autograd", with_keyset=True)

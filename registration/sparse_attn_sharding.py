@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mla_ops.errors import UnsupportedShardingError
-from mla_ops.registration.sparse_attn import SPARSE_ATTN, SPARSE_ATTN_BWD
+from mla_ops.registration.sparse_attn import SPARSE_ATTN, SPARSE_ATTN_BWD, SPARSE_ATTN_MAX_LOGITS
 from mla_ops.registration.tracing import add_sharding_rule
 
 # One acceptable sharding on one mesh dimension: placements of the results, placements of the arguments.
@@ -25,7 +25,7 @@ _Sharding = tuple[list[Any], list[Any]]
 class _Cut:
     """Placements, on one mesh dimension, of everything the operators take and return."""
 
-    per_head: Any  # q, out, lse and their gradients: batch, rows and heads are the same dimensions in all of them
+    per_head: Any  # q, out, lse, max_logits and gradients: batch, rows and heads are the same dimensions in all of them
     kv: Any
     indices: Any
     topk_length: Any
@@ -93,6 +93,16 @@ def _sparse_attn_shardings(
     ]
 
 
+def _sparse_attn_max_logits_shardings(
+    q: Any, kv: Any, indices: Any, d_v: int, softmax_scale: float, topk_length: Any = None, backend: str = "auto"
+) -> Sequence[_Sharding]:
+    _check(q, kv)
+    return [
+        ([cut.per_head], [cut.per_head, cut.kv, cut.indices, None, None, *_optional(cut, [topk_length])])
+        for cut in _cuts(q, kv)
+    ]
+
+
 def _sparse_attn_bwd_shardings(
     dout: Any,
     dlse: Any,
@@ -136,3 +146,4 @@ def register() -> None:
     """Give DTensor the rules of the operators."""
     add_sharding_rule(SPARSE_ATTN, _sparse_attn_shardings)
     add_sharding_rule(SPARSE_ATTN_BWD, _sparse_attn_bwd_shardings)
+    add_sharding_rule(SPARSE_ATTN_MAX_LOGITS, _sparse_attn_max_logits_shardings)

@@ -3,47 +3,89 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
 from mla_ops.registration.library import LIBRARY
-from mla_ops.registration.sparse_attn import SPARSE_ATTN, SPARSE_ATTN_BWD, SPARSE_ATTN_MAX_LOGITS
-from mla_ops.registration.transforms import autocast_kernel, vmap_by_folding, vmap_by_loop
+from mla_ops.registration.sparse_attn import (
+    SPARSE_ATTN,
+    SPARSE_ATTN_BWD,
+    SPARSE_ATTN_MAX_LOGITS,
+    sparse_attn_bwd_fake,
+    sparse_attn_fake,
+    sparse_attn_max_logits_fake,
+)
+from mla_ops.registration.transforms import (
+    AUTOCAST_DEVICES,
+    call_without_data,
+    cast_by_autocast,
+    casting_kernel,
+    preserving_kernel,
+    vmap_by_folding,
+    vmap_by_loop,
+)
+
+
+class _Fold(NamedTuple):
+    """Into which dimensions of the arguments and results a vmapped dimension folds; see `vmap_by_folding`."""
+
+    q: int
+    kv: int | None
+    indices: int | None
+    topk_length: int | None
+    attn_sink: int | None
+    out: int
+    lse: int
+
+
+# What all elements share is not copied where the vmapped dimension joins one that it lacks: kv, indices and topk_length
+# have no heads, kv has no query rows. Everything has a batch.
+_INTO_HEADS = _Fold(q=-2, kv=None, indices=None, topk_length=None, attn_sink=-1, out=-2, lse=-1)
+_INTO_ROWS = _Fold(q=-3, kv=None, indices=-3, topk_length=-1, attn_sink=None, out=-3, lse=-2)
+_INTO_BATCH = _Fold(q=-4, kv=-4, indices=-4, topk_length=-2, attn_sink=None, out=-4, lse=-3)
+
+
+def _choose_fold(in_dims: tuple[int | None, ...], kv: torch.Tensor) -> _Fold:
+    kv_dim, indices_dim = in_dims[1:3]
+    topk_length_dim = in_dims[5] if len(in_dims) > 5 else None  # the dispatcher strips trailing defaults
+    if kv_dim is not None:
+        return _INTO_BATCH
+    is_of_heads = indices_dim is None and topk_length_dim is None and kv.shape[-2] == 1
+    return _INTO_HEADS if is_of_heads else _INTO_ROWS
 
 
 def _vmap_sparse_attn(
-    info: Any,
-    in_dims: tuple[int | None, ...],
-    q: torch.Tensor,
-    kv: torch.Tensor,
-    indices: torch.Tensor,
-    d_v: int,
-    softmax_scale: float,
-    topk_length: torch.Tensor | None = None,
-    attn_sink: torch.Tensor | None = None,
-    backend: str = "auto",
+    info: Any, in_dims: tuple[int | None, ...], q: torch.Tensor, kv: torch.Tensor, *args: Any
 ) -> tuple[tuple[torch.Tensor, ...], tuple[int, ...]]:
-    """Fold, except that a vmapped sink has no batch to fold into and runs call by call."""
-    args = (q, kv, indices, d_v, softmax_scale, topk_length, attn_sink, backend)
-    in_dims = (*in_dims, *(None,) * (len(args) - len(in_dims)))  # the dispatcher strips trailing defaults
-    if in_dims[6] is not None:
-        return vmap_by_loop(SPARSE_ATTN, info, in_dims, args)
-    results = vmap_by_folding(SPARSE_ATTN, info, in_dims, args, unbatched=(6,))
-    return results, (0, 0)
+    args = (*cast_by_autocast(q, kv), *args)
+    elements = call_without_data(sparse_attn_fake, in_dims, args)
+    fold = _choose_fold(in_dims, kv)
+    if fold.attn_sink is None and in_dims[6:7] not in ((), (None,)):
+        return vmap_by_loop(
+            SPARSE_ATTN, sparse_attn_fake, info, in_dims, args
+        )  # a sink of each element has only heads to fold into
+    into = (*fold[:3], None, None, fold.topk_length, fold.attn_sink, None)
+    return vmap_by_folding(SPARSE_ATTN, info, in_dims, args, elements, into, (fold.out, fold.lse))
 
 
-def _vmap_sparse_attn_max_logits(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[torch.Tensor, int]:
-    (result,) = vmap_by_folding(SPARSE_ATTN_MAX_LOGITS, info, in_dims, args)
-    return result, 0
+def _vmap_sparse_attn_max_logits(
+    info: Any, in_dims: tuple[int | None, ...], q: torch.Tensor, kv: torch.Tensor, *args: Any
+) -> tuple[torch.Tensor, int]:
+    args = (*cast_by_autocast(q, kv), *args)
+    elements = call_without_data(sparse_attn_max_logits_fake, in_dims, args)
+    fold = _choose_fold(in_dims, kv)
+    into = (*fold[:3], None, None, fold.topk_length, None)
+    (result,), (out_dim,) = vmap_by_folding(SPARSE_ATTN_MAX_LOGITS, info, in_dims, args, elements, into, (fold.lse,))
+    return result, out_dim
 
 
 def _vmap_sparse_attn_bwd(
     info: Any, in_dims: tuple[int | None, ...], *args: Any
 ) -> tuple[tuple[torch.Tensor, ...], tuple[int, ...]]:
     """Run call by call: `dkv` and `dsink` are sums over the batch, which folding would add together."""
-    return vmap_by_loop(SPARSE_ATTN_BWD, info, in_dims, args)
+    return vmap_by_loop(SPARSE_ATTN_BWD, sparse_attn_bwd_fake, info, in_dims, args)
 
 
 def sparse_attn_flops(
@@ -93,9 +135,11 @@ def _logits(q_shape: Sequence[int], indices_shape: Sequence[int]) -> int:
 
 def register() -> None:
     """Attach autocast kernels, vmap rules and FLOP formulas to the operators."""
-    for device_type in ("cpu", "cuda"):
-        for name, op in (("sparse_attn", SPARSE_ATTN), ("sparse_attn_max_logits", SPARSE_ATTN_MAX_LOGITS)):
-            LIBRARY.impl(name, autocast_kernel(op, device_type), f"Autocast{device_type.upper()}")
+    for device_type in AUTOCAST_DEVICES:
+        key = f"Autocast{device_type.upper()}"
+        LIBRARY.impl("sparse_attn", casting_kernel(SPARSE_ATTN, device_type), key)
+        LIBRARY.impl("sparse_attn_bwd", preserving_kernel(SPARSE_ATTN_BWD, device_type), key)
+        LIBRARY.impl("sparse_attn_max_logits", casting_kernel(SPARSE_ATTN_MAX_LOGITS, device_type), key)
     torch.library.register_vmap("mla::sparse_attn", _vmap_sparse_attn, lib=LIBRARY)
     torch.library.register_vmap("mla::sparse_attn_bwd", _vmap_sparse_attn_bwd, lib=LIBRARY)
     torch.library.register_vmap("mla::sparse_attn_max_logits", _vmap_sparse_attn_max_logits, lib=LIBRARY)

@@ -77,7 +77,7 @@ class MLASparseAttention(nn.Module):
     """Multi-head latent attention over the keys that `indices` name, from hidden states to hidden states.
 
     `forward` is `project`, then `attend`; call the two yourself to choose indices from the projected rows or to keep
-    those rows in a cache. Compiles without a graph break, one graph for every length when they are dynamic.
+    those rows in a cache. Compiles without a graph break, one graph for every length above 1 when they are dynamic.
 
     Args:
         hidden_size: width of the hidden states.

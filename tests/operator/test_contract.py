@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any, get_args
 
@@ -148,6 +149,22 @@ def test_empty_row_gives_zeros_and_minus_inf_and_taints_nothing(dtype: torch.dty
     assert (actual["dq"][:, 0] == 0).all()
     for name, result in actual.items():
         assert torch.equal(result, clean[name]), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_row_whose_logits_all_overflow_to_minus_inf_looks_empty(dtype: torch.dtype, target: Target) -> None:
+    inputs = make_inputs(SMALL, dtype, target.device, invalid=False, attn_sink=True)
+    inputs.q.zero_()
+    inputs.q[:, 0] = 1e20
+    inputs.kv.fill_(-1e20)
+    keywords = {"d_v": 16, "softmax_scale": 1.0, "backend": target.backend}
+    out, lse = mla_ops.sparse_attn(inputs.q, inputs.kv, inputs.indices, attn_sink=inputs.attn_sink, **keywords)
+    max_logits = mla_ops.sparse_attn_max_logits(inputs.q, inputs.kv, inputs.indices, **keywords)
+    assert (out[:, 0] == 0).all()
+    assert (lse[:, 0] == -torch.inf).all()
+    assert (max_logits[:, 0] == -torch.inf).all()
+    assert (out[:, 1:] < 0).all()
+    torch.testing.assert_close(lse[:, 1:], torch.full_like(lse[:, 1:], math.log(SMALL.topk)))
 
 
 # 5, 6. What is never read

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import compileall
 import shutil
 import subprocess
 import sys
@@ -357,6 +358,45 @@ def test_fingerprint_sees_every_source(tmp_path: Path) -> None:
         (tmp_path / source).write_text((tmp_path / source).read_text() + "\n# changed\n")
         prints.add(run_python(program, tmp_path))
     assert len(prints) == 4
+    # Two files of one name in folders of one name that change places are another package.
+    for room, content in (("a", "x = 1"), ("b", "x = 2")):
+        (tmp_path / "mla_ops/ops" / room / "kernels").mkdir(parents=True)
+        (tmp_path / "mla_ops/ops" / room / "kernels/forward.py").write_text(content)
+    prints.add(run_python(program, tmp_path))
+    (tmp_path / "mla_ops/ops/a").rename(tmp_path / "mla_ops/ops/c")
+    (tmp_path / "mla_ops/ops/b").rename(tmp_path / "mla_ops/ops/a")
+    (tmp_path / "mla_ops/ops/c").rename(tmp_path / "mla_ops/ops/b")
+    prints.add(run_python(program, tmp_path))
+    assert len(prints) == 6
+
+
+@pytest.mark.parametrize("kind", ["compiled", "zip", "frozen"])
+def test_fingerprint_of_an_install_without_sources_in_a_folder(kind: str, tmp_path: Path) -> None:
+    package = tmp_path / "wheel/mla_ops"  # as a wheel holds it
+    shutil.copytree(ROOT / "mla_ops", package, ignore=shutil.ignore_patterns("__pycache__"))
+    for folder in ("registration", "lowering"):
+        shutil.copytree(ROOT / folder, package / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    program = "import mla_ops.registration.cache_key as key; print(key.fingerprint())"
+    if kind == "frozen":
+        program = program.replace("key; ", "key; key._files = lambda package: (); key.fingerprint.cache_clear(); ")
+    prints = set()
+    for text in ("# one\n", "# two\n"):
+        source = package / "ops/sparse_attn/kernels/forward.py"
+        source.write_text((ROOT / "mla_ops/ops/sparse_attn/kernels/forward.py").read_text() + text * (kind != "frozen"))
+        install = tmp_path / text.strip("# \n")
+        if kind == "zip":
+            program_path = Path(shutil.make_archive(str(install), "zip", package.parent))
+        else:
+            program_path = install
+            shutil.copytree(package.parent, install)
+        if kind == "compiled":
+            compileall.compile_dir(install, legacy=True, quiet=1)
+            for file in install.rglob("*.py"):
+                file.unlink()
+        found = f"import sys; sys.path.insert(0, {str(program_path)!r}); "
+        for _ in range(2):
+            prints.add(run_python(found + program, tmp_path))
+    assert len(prints) == (4 if kind == "frozen" else 2)
 
 
 def test_a_walk_over_the_packages_modules_ends() -> None:

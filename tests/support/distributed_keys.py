@@ -113,6 +113,65 @@ def sharded_keys_in_low_precision(world: World) -> None:
 
 
 @check(2)
+def autocast_lowers_what_travels_and_what_is_computed(world: World) -> None:
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Gathered(TorchDispatchMode):
+        def __init__(self) -> None:
+            super().__init__()
+            self.dtypes: list[torch.dtype] = []
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is torch.ops._c10d_functional.all_gather_into_tensor.default:
+                self.dtypes.append(args[0].dtype)
+            return func(*args, **(kwargs or {}))
+
+    inputs = make_inputs(CP_CASES[0], attn_sink=True)
+    low = replace(inputs.to(torch.bfloat16), attn_sink=inputs.attn_sink, dlse=inputs.dlse)
+    want = cp_run(low, world, world.mesh(context=2))
+    for q, kv in ((inputs.q, inputs.kv), (low.q, inputs.kv), (inputs.q, low.kv)):
+        for together in (False, True):
+            with torch.autocast("cpu", torch.bfloat16), Gathered() as gathered:
+                got = cp_run(replace(low, q=q, kv=kv), world, world.mesh(context=2), check=together)
+            assert gathered.dtypes[0] == torch.bfloat16  # of q
+            for name, result in want.items():
+                assert torch.equal(got[name].float(), result.float()), name
+
+
+@check(2)
+def autocast_casts_in_a_compiled_graph(world: World) -> None:
+    from torch._dynamo.testing import AotEagerAndRecordGraphs
+
+    mesh = world.mesh(context=2)
+    part = own_part(make_inputs(CP_CASES[0]), world, "rows", "contiguous")
+
+    def call(q: torch.Tensor, kv: torch.Tensor) -> torch.Tensor:
+        return sparse_attn_cp(q, kv, part.indices, mesh, **part.kwargs, seq_kv=24).out
+
+    torch._dynamo.reset()
+    backend = AotEagerAndRecordGraphs()
+    with torch.autocast("cpu", torch.bfloat16):
+        got = torch.compile(call, fullgraph=True, backend=backend)(part.q, part.kv.bfloat16())
+    assert torch.equal(got, call(part.q.bfloat16(), part.kv.bfloat16()))
+    gather = torch.ops._c10d_functional.all_gather_into_tensor.default
+    gathered = [n.args[0].meta["val"].dtype for n in backend.fw_graphs[0].graph.nodes if n.target is gather]
+    assert gathered[0] == torch.bfloat16  # of q
+
+
+@check(2)
+def uneven_shards_need_the_length_of_the_whole(world: World) -> None:
+    mesh = world.mesh(context=2)
+    inputs = make_inputs(Case(d_total=24, d_v=16, heads=4, seq_q=4, seq_kv=5, topk=3))
+    part = own_part(inputs, world, "rows", "contiguous")
+    assert part.kv.shape[1] == (3, 2)[world.rank]
+    with raises(TypeError, "seq_kv"):
+        sparse_attn_cp(*part.args[:3], mesh, **part.kwargs)
+    whole = single_run(inputs)
+    out, _ = sparse_attn_cp(*part.args[:3], mesh, **part.kwargs, seq_kv=5)
+    torch.testing.assert_close(out, cut(whole["out"], world, 1))
+
+
+@check(2)
 def empty_rows_take_no_nan_from_upstream(world: World) -> None:
     inputs = make_inputs(CP_CASES[0], topk_length=True, attn_sink=True)
     want = cp_run(inputs, world, world.mesh(context=2))
@@ -143,7 +202,12 @@ def compiled_key_sharding_is_one_graph_with_its_collectives(world: World) -> Non
 
     def step(q: Any, kv: Any, indices: Any, topk_length: Any, attn_sink: Any) -> Any:
         out, lse = sparse_attn_cp(
-            q, kv, indices, mesh, d_v=16, softmax_scale=20.0, topk_length=topk_length, attn_sink=attn_sink
+            *(q, kv, indices, mesh),
+            d_v=16,
+            softmax_scale=20.0,
+            topk_length=topk_length,
+            attn_sink=attn_sink,
+            seq_kv=world.size * kv.shape[1],
         )
         return out, lse
 
@@ -176,7 +240,7 @@ def compiled_key_sharding_refuses_what_eager_refuses(world: World) -> None:
     part = own_part(make_inputs(CP_CASES[0], topk_length=True, attn_sink=True), world, "rows", "contiguous")
 
     def call(arguments: dict[str, Any]) -> torch.Tensor:
-        return sparse_attn_cp(part.q, part.kv, part.indices, mesh, **arguments).out
+        return sparse_attn_cp(part.q, part.kv, part.indices, mesh, seq_kv=CP_CASES[0].seq_kv, **arguments).out
 
     for name, value, words in (
         ("attn_sink", part.attn_sink[:1], "size 0 of attn_sink must equal heads of q"),
@@ -226,7 +290,7 @@ def disagreeing_ranks_raise_the_same_error(world: World) -> None:
     def call(error: type[Exception], *words: str, mesh: Any = mesh, **changes: Any) -> None:
         names = ("q", "kv", "indices", "attn_sink")
         tensors = {name: changes.pop(name, getattr(part, name)) for name in names}
-        keywords = {"d_v": part.d_v, "softmax_scale": part.softmax_scale, "check": True, **changes}
+        keywords = {"d_v": part.d_v, "softmax_scale": part.softmax_scale, "seq_kv": 24, "check": True, **changes}
         with raises(error, *words):
             sparse_attn_cp(
                 tensors["q"], tensors["kv"], tensors["indices"], mesh, attn_sink=tensors["attn_sink"], **keywords
@@ -239,13 +303,7 @@ def disagreeing_ranks_raise_the_same_error(world: World) -> None:
         "indices must be int32",
         indices=part.indices if first else part.indices.float(),
     )
-    call(
-        InvalidInputError,
-        "kv_shard must be the same on every rank",
-        "12",
-        "11",
-        kv=part.kv if first else part.kv[:, 1:],
-    )
+    call(InvalidInputError, "rank 1 of 2", "the 12 of 24 rows", "got 11", kv=part.kv if first else part.kv[:, 1:])
     call(InvalidInputError, "rank 1 of 2", "the 11 of 23 rows", "got 12", seq_kv=23)
     shorter = {"q": part.q[:, 1:], "indices": part.indices[:, 1:]}
     call(InvalidInputError, "q must be the same on every rank", **({} if first else shorter))
@@ -284,7 +342,7 @@ def keys_are_sharded_over_one_dimension_of_a_mesh(world: World) -> None:
     inputs = make_inputs(CP_CASES[0], seed=mesh.get_local_rank("data"), topk_length=True, attn_sink=True)
     inner = World(mesh.get_local_rank("context"), 2)
     part = own_part(inputs, inner, "rows", "contiguous").requires_grad()
-    out, lse = sparse_attn_cp(*part.args[:3], mesh, **part.kwargs, mesh_dim="context")
+    out, lse = sparse_attn_cp(*part.args[:3], mesh, **part.kwargs, mesh_dim="context", seq_kv=inputs.kv.shape[1])
     whole = single_run(inputs)
     torch.testing.assert_close(out, cut(whole["out"], inner, 1))
     torch.autograd.backward([out, lse], [part.dout, part.dlse])

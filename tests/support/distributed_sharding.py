@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from distributed_world import World, check, raises, single_run
 from torch.distributed.device_mesh import DeviceMesh
+from torch.utils._pytree import tree_leaves
 
 import mla_ops
 from mla_ops.errors import InvalidInputError, UnknownBackendError, UnsupportedShardingError
@@ -141,6 +142,82 @@ def sharded_key_rows_are_gathered(world: World) -> None:
 
     case = Case(d_total=24, d_v=16, heads=4)
     assert_sharded_run(case, world.mesh(tensor=2), {}, q=[Shard(2)], kv=[Shard(1)])
+
+
+@check(2)
+def max_logits_are_placed_as_lse(world: World) -> None:
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    mesh = world.mesh(tensor=2)
+    groups = Case(d_total=24, d_v=16, heads=4, kv_group=2)
+    for case, placements in (
+        (Case(d_total=24, d_v=16, heads=4), {"q": Shard(2)}),
+        (Case(d_total=24, d_v=16, heads=4, batch=None), {"q": Shard(1)}),
+        (Case(d_total=24, d_v=16, heads=4), {"q": Shard(1), "indices": Shard(1), "topk_length": Shard(1)}),
+        (Case(d_total=24, d_v=16), dict.fromkeys(("q", "kv", "indices", "topk_length"), Shard(0))),
+        (groups, {"q": Shard(2), "kv": Shard(2), "indices": Shard(2)}),
+        (groups, {}),
+    ):
+        inputs = make_inputs(case, topk_length=True)
+        arguments = {
+            name: distribute_tensor(getattr(inputs, name), mesh, [placements.get(name, Replicate())])
+            for name in ("q", "kv", "indices", "topk_length")
+        }
+        keywords = {"d_v": inputs.d_v, "softmax_scale": inputs.softmax_scale}
+        lse = mla_ops.sparse_attn(**arguments, **keywords).lse
+        for op in (torch.ops.mla.sparse_attn_max_logits, mla_ops.sparse_attn_max_logits):
+            max_logits = op(**arguments, **keywords)
+            assert max_logits.placements == lse.placements == (placements.get("q", Replicate()),)
+            assert_matches_oracle({"max_logits": max_logits.full_tensor()}, inputs)
+
+    with raises(UnsupportedShardingError, "kv must be whole along d_total"):
+        kv = distribute_tensor(inputs.kv, mesh, [Shard(3)])
+        mla_ops.sparse_attn_max_logits(**{**arguments, "kv": kv}, **keywords)
+    with raises(InvalidInputError, "d_v must be at most d_total (24"):
+        mla_ops.sparse_attn_max_logits(**arguments, d_v=25, softmax_scale=0.1)
+    with raises(UnknownBackendError, "backend must be one of 'auto'", "got 'tritn'"):
+        mla_ops.sparse_attn_max_logits(**arguments, **keywords, backend="tritn")
+
+
+@check(2)
+def flash_mla_runs_on_sharded_heads(world: World) -> None:
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    from mla_ops.adapters.flash_mla import flash_mla_sparse_fwd
+
+    inputs = make_inputs(Case(d_total=24, d_v=16, heads=4, batch=None))
+    tensors = (inputs.q, inputs.kv, inputs.indices)
+    placed = [
+        distribute_tensor(t, world.mesh(tensor=2), [p])
+        for t, p in zip(tensors, (Shard(1), Replicate(), Replicate()), strict=True)
+    ]
+    alone = flash_mla_sparse_fwd(*tensors, inputs.softmax_scale, 16)
+    for result, want in zip(flash_mla_sparse_fwd(*placed, inputs.softmax_scale, 16), alone, strict=True):
+        assert result.placements == (Shard(1),)
+        torch.testing.assert_close(result.full_tensor(), want)
+
+
+@check(2)
+def autocast_casts_mixed_dtypes_at_every_entrance(world: World) -> None:
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    inputs = make_inputs(Case(d_total=24, d_v=16, heads=4))
+    mesh, keywords = world.mesh(tensor=2), {"d_v": inputs.d_v, "softmax_scale": inputs.softmax_scale}
+    q = distribute_tensor(inputs.q.bfloat16(), mesh, [Shard(2)])
+    kv, indices = (distribute_tensor(t, mesh, [Replicate()]) for t in (inputs.kv, inputs.indices))
+    low = inputs.to(torch.bfloat16)
+    for front, raw in (
+        (mla_ops.sparse_attn, torch.ops.mla.sparse_attn),
+        (mla_ops.sparse_attn_max_logits, torch.ops.mla.sparse_attn_max_logits),
+    ):
+        wants = tree_leaves(raw(low.q, low.kv, low.indices, **keywords))
+        for op in (front, raw):
+            with torch.autocast("cpu", torch.bfloat16):
+                results = tree_leaves(op(q, kv, indices, **keywords))
+            for result, want in zip(results, wants, strict=True):
+                torch.testing.assert_close(result.full_tensor(), want)
+        with raises(InvalidInputError, "kv must have the dtype of q (bfloat16), got float32"):
+            front(q, kv, indices, **keywords)
 
 
 @check(2)

@@ -22,7 +22,7 @@ def sparse_attn_reference(
     """Compute `(out, lse)` as `mla_ops.sparse_attn` documents them, in the dtype of `q` throughout.
 
     Shapes as there, 3-D or 4-D. `lse` comes back in `q.dtype` (the operator rounds it to fp32). Differentiable in
-    `q`, `kv` and `attn_sink`.
+    `q`, `kv` and `attn_sink`. One thing differs: a query whose valid slots all have a logit of `-inf` gives NaN here.
     """
     if q.dim() == 3:
         length = None if topk_length is None else topk_length[None]
