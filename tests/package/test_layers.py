@@ -48,7 +48,7 @@ LAYERS: dict[str, set[str]] = {
     "lowering": {*GROUND, "ops", "registration"},
     "api": {*GROUND, "ops", "registration"},
     "distributed": {"wrappers", "errors", "ops", "registration", "api"},
-    "adapters": {"errors", "device", "ops", "api"},
+    "adapters": {"wrappers", "errors", "device", "ops", "api"},
     "testing": {"errors", "ops", "reference", "api"},
     # `tune` and `bench` launch kernels with configurations of their own, past dispatch.
     "bench": {"errors", "settings", "device", "ops", "api"},
