@@ -28,7 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mla_ops.adapters import transformers as adapter
 from mla_ops.adapters.seam import resolve_layer_meta
-from mla_ops.errors import MLALayoutError
+from mla_ops.errors import MLALayoutError, MLAMetadataError
 from mla_ops.testing import assert_within_budget
 
 every_model = pytest.mark.parametrize("name", MODELS)
@@ -149,6 +149,17 @@ def test_the_seam_derives_the_scale_that_the_model_uses(rope: dict[str, Any]) ->
     model = make_model(rope_parameters={"rope_theta": 10000.0, "original_max_position_embeddings": 16, **rope})
     derived = resolve_layer_meta(model.config, form="absorbed").softmax_scale
     assert derived == pytest.approx(attention_layer(model).scaling, rel=1e-14)
+    module = resolve_layer_meta(attention_layer(model), form="absorbed")
+    assert (module.heads, module.softmax_scale) == (TINY["num_attention_heads"], attention_layer(model).scaling)
+
+
+def test_the_seam_reads_composite_and_heterogeneous_configurations() -> None:
+    composite = make_model("MistralLarge4").config
+    assert resolve_layer_meta(composite, form="absorbed").heads == TINY["num_attention_heads"]
+    config = hub.DeepseekV32Config(**TINY, per_layer_config={1: {"v_head_dim": 24}})
+    assert [resolve_layer_meta(config, form="absorbed", layer=layer).v_head_dim for layer in (0, 1)] == [20, 24]
+    with pytest.raises(MLAMetadataError, match="v_head_dim of DeepseekV32Config cannot be read"):
+        resolve_layer_meta(config, form="absorbed")
 
 
 # What is not made
