@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -120,6 +122,23 @@ def test_undoing_the_hook_restores_the_configuration_and_megatrons_table() -> No
         assert dsa_kernels.use_fused_dsa_kernels(second)  # the table still serves it
     assert second.dsa_kernel_backend == "none"
     assert before == dsa_kernels._BACKEND_MODULE_NAME_BY_BACKEND
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(range(3))), ids=str)
+def test_handles_on_one_configuration_are_undone_in_any_order(
+    order: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A stand-in for the place that only a newer Megatron has.
+    kernels = SimpleNamespace(_BACKEND_MODULE_NAME_BY_BACKEND={"tilelang": "a.module"})
+    monkeypatch.setattr(adapter, "capabilities", lambda: SimpleNamespace(dsa_hook=True))
+    monkeypatch.setattr(adapter, "_import", lambda module: kernels)
+    config = SimpleNamespace(attention_backend="auto", dsa_kernel_backend="tilelang")
+    handles = [enable_dsa_backend(config) for _ in range(3)]
+    for done, handle in enumerate(order):
+        assert config.dsa_kernel_backend == "mla_ops", done
+        handles[handle]()
+    assert config.dsa_kernel_backend == "tilelang"
+    assert set(kernels._BACKEND_MODULE_NAME_BY_BACKEND) == {"tilelang"}
 
 
 @NEEDS_ABSORBED
