@@ -243,6 +243,7 @@ def enable_dsa_backend(config: Any) -> Undo:
 
     Raises:
         UnsupportedBackendError: this version has no such place, or `config` tells Megatron not to ask.
+        MLAMetadataError: `config` is no such configuration.
         MissingExtraError: Megatron-Core cannot be imported.
     """
     offered = capabilities()
@@ -251,6 +252,8 @@ def enable_dsa_backend(config: Any) -> Undo:
             f"megatron-core {offered.version} has no place for a sparse attention kernel (0.19 does, on Python 3.12): "
             "its sparse attention is dense with a mask; use adapt_spec with an index_fn"
         )
+    if not hasattr(config, "dsa_kernel_backend"):
+        raise MLAMetadataError(f"config must be the MLATransformerConfig of the layers, got {type(config).__name__}")
     if getattr(config.attention_backend, "name", config.attention_backend) == "unfused":
         raise UnsupportedBackendError(
             "attention_backend is 'unfused', with which Megatron runs its dense path and asks for no kernel; set it to "
