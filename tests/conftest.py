@@ -39,12 +39,15 @@ TARGETS = [
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if torch.cuda.is_available():
-        return
-    skip = pytest.mark.skip(reason="needs a CUDA device: torch.cuda.is_available() is False on this machine")
+    skips = {}
+    if not torch.cuda.is_available():
+        skips["gpu"] = "needs a CUDA device: torch.cuda.is_available() is False on this machine"
+    if torch.cuda.device_count() < 2:
+        skips["gpu2"] = f"needs two CUDA devices, torch.cuda.device_count() is {torch.cuda.device_count()}"
     for item in items:
-        if item.get_closest_marker("gpu"):
-            item.add_marker(skip)
+        for marker, reason in skips.items():
+            if item.get_closest_marker(marker):
+                item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture(params=TARGETS)

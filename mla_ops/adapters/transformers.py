@@ -7,8 +7,10 @@ rows instead. The layers, their indexers, caches and weights stay the framework'
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Iterable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -27,15 +29,17 @@ from mla_ops.adapters.seam import (
 from mla_ops.adapters.torch_layer import absorb_q, project_v
 from mla_ops.api import sparse_attn
 from mla_ops.errors import MLALayoutError, MLAMetadataError, UnsupportedFeatureError
+from mla_ops.wrappers import is_dtensor, is_wrapper
 
 ATTN_IMPLEMENTATION = "mla_sparse"
-TESTED_VERSIONS = ("5.23",)
+TESTED_VERSIONS = ("5.23", "5.24")
 _FEATURE = "mla_ops.adapters.transformers"
 _LAYER = "_mla_ops_layer"  # the attribute that `attach` adds to an attention module
 
 # What models pass to every attention function, and why nothing is lost here.
 _HARMLESS = {
     "use_cache": "the cache was updated before",
+    "cache_position": "the cache was updated before, and the mask was made for its rows",
     "position_ids": "rotary embedding was applied before, and the mask separates the sequences they pack",
     "num_items_in_batch": "the loss's",
     "output_hidden_states": "collected around the layers",
@@ -49,9 +53,10 @@ _REFUSED = {
         "these models separate packed sequences by their mask, made from position_ids; pass those alone",
     ),
 }
+_OWN_FORWARD = "a forward of its own"
 # What a module may run beside its weight, none of it when the weight alone is read.
 _BESIDE_WEIGHT = (
-    ("forward", "a forward of its own"),
+    ("forward", _OWN_FORWARD),
     ("_forward_hooks", "forward hooks"),
     ("_forward_pre_hooks", "forward pre-hooks"),
     ("_backward_hooks", "backward hooks"),
@@ -78,7 +83,8 @@ class Attachment(Undo):
 
     def __init__(self, plan: BackendPlan, steps: ExitStack) -> None:
         super().__init__(steps)
-        self.plan = plan  # who runs the layers on the device and in the dtype they had, and why not the others
+        # Who runs the first layer on the device and in the dtype it had, and why not the others.
+        self.plan = plan
 
 
 def register() -> None:
@@ -101,9 +107,10 @@ def attach(model: nn.Module, *, form: Form = "absorbed", backend: str = "auto") 
     """Run the attention of a DeepSeek-Sparse-Attention model on the operator. Checks first, then changes.
 
     Args:
-        model: a transformers model whose attention layers have an indexer (DeepseekV32, GlmMoeDsa, AXK2, HYV4), or a
-            module around one. Nothing but its attention implementation and its layers' `expand_kv` changes, both
-            undone by the handle; setting another `attn_implementation` in between works as ever.
+        model: a transformers model whose attention layers have an indexer (DeepseekV32, GlmMoeDsa, AXK2, HYV4,
+            MistralLarge4), or a module around one; also one that `fully_shard` has sharded, or whose layers
+            `device_map` has spread over devices. Nothing but its attention implementation and its layers' `expand_kv`
+            changes, both undone by the handle; setting another `attn_implementation` in between works as ever.
         form: "absorbed" keeps keys and values latent and reads the weight of `kv_b_proj`. "expanded" takes the keys
             and values that the model makes of them: exact too, for a `kv_b_proj` that is not a plain linear layer
             (quantised, or under LoRA), at the price of every head's keys and values.
@@ -114,25 +121,24 @@ def attach(model: nn.Module, *, form: Form = "absorbed", backend: str = "auto") 
 
     Raises:
         MissingExtraError: transformers cannot be imported.
-        MLAMetadataError: the model has no such layers, or is attached already.
+        MLAMetadataError: `model` is no model, has no such layers, or is attached already.
         UnsupportedFeatureError: its layers or its configuration ask for what the operator does not do.
-        UnsupportedBackendError: no backend runs its widths on its device in its dtype, or not the named one.
+        UnsupportedBackendError: no backend runs a layer's widths on its device in its dtype, or not the named one.
     """
+    if not isinstance(model, nn.Module):
+        raise MLAMetadataError(
+            f"model must be an nn.Module, got {type(model).__name__}; load it first, with from_pretrained for instance",
+            source=type(model).__name__,
+        )
     register()
     layers = _indexed_layers(model)
     owner = _owner(model, layers)
     metas = [_meta(layer, form) for layer in layers.values()]
+    is_gathered = _is_fully_sharded(model)
     for (name, layer), meta in zip(layers.items(), metas, strict=True):
-        _check_layer(name, layer, meta)
-    first = next(iter(layers.values()))
-    plan = resolve_backend(
-        backend,
-        metas[0],
-        device=first.o_proj.weight.device,
-        dtype=first.o_proj.weight.dtype,
-        needs_grad=any(parameter.requires_grad for parameter in model.parameters()),
-        topk=first.config.index_topk,
-    )
+        _check_layer(name, layer, meta, is_gathered)
+    needs_grad = any(parameter.requires_grad for parameter in model.parameters())
+    plan = _plan(backend, layers.values(), metas, needs_grad)
 
     with ExitStack() as undo:
         for layer, meta in zip(layers.values(), metas, strict=True):
@@ -153,6 +159,28 @@ def _import(module: str) -> Any:
     return import_extra(module, feature=_FEATURE, package="transformers", extra="transformers")
 
 
+def _plan(backend: str, layers: Iterable[Any], metas: Iterable[MLALayerMeta], needs_grad: bool) -> BackendPlan:
+    """Return the plan of the first layer; each layer gets one, because widths and devices differ between layers."""
+    plans: dict[Any, BackendPlan] = {}
+    for layer, meta in zip(layers, metas, strict=True):
+        weight, topk = layer.o_proj.weight, layer.config.index_topk
+        # A problem is asked for once, whatever the number of its layers.
+        device = _device(layer)
+        problem = (replace(meta, layer=None), topk, device, weight.dtype)
+        if problem not in plans:
+            plans[problem] = resolve_backend(
+                backend, meta, device=device, dtype=weight.dtype, needs_grad=needs_grad, topk=topk
+            )
+    return next(iter(plans.values()))
+
+
+def _device(layer: Any) -> torch.device:
+    """Where the layer runs: not where its weight is, if accelerate loads an offloaded one for each call."""
+    hook = vars(layer.o_proj).get("_hf_hook")
+    device: torch.device = layer.o_proj.weight.device
+    return torch.device(hook.execution_device) if device.type == "meta" and hook is not None else device
+
+
 def _indexed_layers(model: nn.Module) -> dict[str, Any]:
     """Return the model's MLA layers by name; all of them select keys, or the model is refused."""
     layers = {name: module for name, module in model.named_modules() if hasattr(module, "kv_b_proj")}
@@ -168,9 +196,27 @@ def _indexed_layers(model: nn.Module) -> dict[str, Any]:
                 missing=missing,
                 source=model_name,
             )
+        if not _hands_over_indices(type(layer)):
+            raise MLAMetadataError(
+                f"{name} of {model_name} is a {type(layer).__name__}, whose forward hands no indices to its attention "
+                "function: it turns them into a mask first; keep its eager or sdpa attention",
+                missing=("indices",),
+                source=model_name,
+            )
         if hasattr(layer, _LAYER):
             raise MLAMetadataError(f"{name} of {model_name} is attached already; undo that first", source=model_name)
     return layers
+
+
+def _hands_over_indices(layer: type) -> bool:
+    """Whether a forward of this class, or of one it derives from, has the keyword `indices`.
+
+    Nothing that a layer declares says so. Python keeps a call's keywords among the function's constants, one by one or
+    in a tuple.
+    """
+    forwards = [inspect.unwrap(vars(cls)["forward"]) for cls in layer.__mro__ if "forward" in vars(cls)]
+    constants = [const for forward in forwards if inspect.isfunction(forward) for const in forward.__code__.co_consts]
+    return any("indices" in (constant if isinstance(constant, tuple) else (constant,)) for constant in constants)
 
 
 def _owner(model: nn.Module, layers: dict[str, Any]) -> Any:
@@ -190,7 +236,15 @@ def _meta(layer: Any, form: Form) -> MLALayerMeta:
     )
 
 
-def _check_layer(name: str, layer: Any, meta: MLALayerMeta) -> None:
+def _is_fully_sharded(model: nn.Module) -> bool:
+    """Whether `fully_shard` has been here: a weight that is a shard now is whole whenever the layer runs.
+
+    By name, because asking must not import torch.distributed.
+    """
+    return any(cls.__name__ == "FSDPModule" for module in model.modules() for cls in type(module).__mro__)
+
+
+def _check_layer(name: str, layer: Any, meta: MLALayerMeta, is_gathered: bool) -> None:
     problems = []
     if getattr(layer, "sliding_window", None) is not None:
         problems.append(f"sliding_window={layer.sliding_window}: {_REFUSED['sliding_window']}")
@@ -199,7 +253,7 @@ def _check_layer(name: str, layer: Any, meta: MLALayerMeta) -> None:
     if layer.training and layer.attention_dropout:
         problems.append(_dropout(layer.attention_dropout))
     if meta.form == "absorbed":
-        problems += _not_absorbable(layer, meta)
+        problems += _not_absorbable(layer, meta, is_gathered)
     if problems:
         raise UnsupportedFeatureError(f"{name} ({type(layer).__name__}): {'; '.join(problems)}")
 
@@ -208,24 +262,46 @@ def _dropout(probability: float) -> str:
     return f"attention dropout of {probability} in training: the operator has none; set attention_dropout to 0"
 
 
-def _not_absorbable(layer: Any, meta: MLALayerMeta) -> list[str]:
-    """Say why the weight of `kv_b_proj` alone is not the up-projection: its `forward` does something else."""
+def _not_absorbable(layer: Any, meta: MLALayerMeta, is_gathered: bool = False) -> list[str]:
+    """Say why the weight of `kv_b_proj` alone is not the up-projection: its `forward` does something else.
+
+    With `is_gathered` a DTensor is taken too, for the whole weight that it will be when the layer runs.
+    """
     linear = layer.kv_b_proj
     other = "resolve that, or attach with form='expanded'"
     biased = getattr(linear, "bias", None) is not None
     if type(linear) is not nn.Linear or biased:
-        got = type(linear).__name__ + " with one" * biased
+        got = f"{type(linear).__module__}.{type(linear).__qualname__}" + " with one" * biased
         return [f"kv_b_proj must be an nn.Linear without bias to be absorbed, got {got}; {other}"]
     weight = linear.weight
     shape = (meta.heads * (meta.qk_nope_head_dim + meta.v_head_dim), meta.kv_lora_rank)
-    is_whole = type(weight) is nn.Parameter and weight.shape == shape and not weight.is_meta
-    if not is_whole or not weight.is_floating_point():
+    # Under functional_call, FSDP1 or an export the weight is a tensor and no parameter.
+    is_plain = is_gathered if is_dtensor(weight) else not is_wrapper(type(weight))
+    if not is_plain or weight.shape != shape or weight.is_meta or not weight.is_floating_point():
         got = f"{type(weight).__name__} {list(weight.shape)} {weight.dtype} on {weight.device}"
-        return [f"kv_b_proj.weight must be a plain floating-point parameter {list(shape)}, got {got}; {other}"]
+        return [
+            f"kv_b_proj.weight must be a plain floating-point parameter {list(shape)}, got {got}; {other} "
+            "(a model for FSDP1 is attached before it is wrapped)"
+        ]
     added = [what for attribute, what in _BESIDE_WEIGHT if vars(linear).get(attribute)]
+    if _only_moves_inputs(linear):
+        added.remove(_OWN_FORWARD)
     if added:
         return [f"kv_b_proj must compute nothing beside its weight to be absorbed, got {', '.join(added)}; {other}"]
     return []
+
+
+def _only_moves_inputs(linear: nn.Linear) -> bool:
+    """Whether the module's replaced `forward` is that of accelerate, which brings inputs to the weight's device.
+
+    Under a `device_map` every module has one. It matters where it also loads an offloaded weight.
+    """
+    hook: Any = vars(linear).get("_hf_hook")
+    if type(hook).__name__ != "AlignDevicesHook" or hook.offload:
+        return False
+    own = vars(linear).get("_old_forward")
+    is_its_own = getattr(vars(linear).get("forward"), "__wrapped__", None) is own
+    return is_its_own and getattr(own, "__func__", None) is nn.Linear.forward
 
 
 def _keep_latent(layer: Any, kv_nope: torch.Tensor, k_rot: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -468,6 +468,21 @@ def test_a_rotary_table_that_spans_the_wrong_rows_is_refused() -> None:
         half.check_freqs(torch.zeros(3, 1, 8))
 
 
+def test_a_batch_of_gaps_alone_still_reads_its_table() -> None:
+    nothing, gaps = torch.zeros(3, dtype=torch.int32), torch.tensor([0, 4, 10], dtype=torch.int32)
+    packed = PackedSeq(
+        cu_seqlens_q=nothing,
+        cu_seqlens_kv=nothing,
+        max_seqlen_q=0,
+        max_seqlen_kv=0,
+        cu_seqlens_q_padded=gaps,
+        cu_seqlens_kv_padded=gaps,
+    )
+    plan = plan_positions(META, "thd", 10, packed)
+    assert (plan.rotary_len, plan.freqs_shape) == (1, (1, 1, 8))
+    assert plan.positions.tolist() == [0] * 10
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -95,6 +95,26 @@ def test_nothing_given_misses_everything() -> None:
             "factor of the rope scaling must be a number, got '40'",
         ),
         ({"rotary_scaling_factor": 40, "mscale_all_dim": "1"}, "mscale_all_dim of the rope scaling must be a number"),
+        ({"rope_parameters": "yarn"}, "rope_parameters must be a mapping or an object with attributes, got 'yarn'"),
+        (
+            {"rope_scaling": {"factor": 40, "mscale_all_dim": 0.7}},
+            "rope_scaling has mscale_all_dim=0.7 without rope_type; set it",
+        ),
+        (
+            {"rope_parameters": {"rope_type": "yarn", "mscale_all_dim": 0.7}},
+            "the rope scaling has mscale_all_dim=0.7 without factor; set it",
+        ),
+        ({"mscale_all_dim": 0.7}, "the rope scaling has mscale_all_dim=0.7 without rotary_scaling_factor; set it"),
+        (
+            {"rope_parameters": {"full_attention": {"rope_type": "yarn"}, "sliding_attention": {}}},
+            "rope_parameters has entries of its own for full_attention, sliding_attention; pass softmax_scale",
+        ),
+        ({"rope_factor": 40, "max_seq_len": 64}, "rope_factor needs original_seq_len, mscale beside it, as a number"),
+        (
+            {"softmax_scale": 24**-0.5, "rope_parameters": {"type": "yarn", "factor": 40, "mscale_all_dim": 0.7}},
+            "the source's own softmax scale is 0.204124",
+        ),
+        ({"scaling": math.inf}, "softmax_scale must be a finite float, got inf"),
     ],
 )
 def test_impossible_fields_are_refused(change: dict[str, Any], message: str) -> None:
@@ -140,12 +160,80 @@ def test_qk_head_dim_beside_qk_nope_head_dim_may_follow_either_convention(both: 
         ({**MEGATRON, "rotary_scaling_factor": 40, "mscale_all_dim": 0.7}, None),
         ({**MEGATRON, "rotary_scaling_factor": 40, "mscale_all_dim": 0.0}, 1.0),
         ({**MEGATRON, "rotary_scaling_factor": 1, "mscale_all_dim": 0.7}, 1.0),
+        ({**HUGGING_FACE, "rope_parameters": {}}, 1.0),
+        ({**HUGGING_FACE, "rope_factor": 40, "mscale": 0.7, "max_seq_len": 65, "original_seq_len": 64}, None),
+        ({**HUGGING_FACE, "rope_factor": 40, "mscale": 0.7, "max_seq_len": 64, "original_seq_len": 64}, 1.0),
     ],
 )
 def test_scale_is_that_of_the_trained_head_with_its_rope_scaling(config: dict[str, Any], mscale: float | None) -> None:
     mscale = 0.1 * 0.7 * math.log(40) + 1 if mscale is None else mscale
     assert resolve_layer_meta(config, form="absorbed").softmax_scale == pytest.approx(mscale**2 * 24**-0.5, rel=1e-14)
     assert resolve_layer_meta(config, form="absorbed", softmax_scale=0.3).softmax_scale == 0.3
+
+
+YARN = {"rope_type": "yarn", "factor": 40, "mscale_all_dim": 0.7}
+YARN_SCALE = (0.1 * 0.7 * math.log(40) + 1) ** 2 * 24**-0.5
+
+
+@pytest.mark.parametrize("name", ["scaling", "softmax_scale"])
+@pytest.mark.parametrize("heads", ["num_heads", "n_heads"])
+def test_an_attention_module_gives_its_own_heads_and_scale(name: str, heads: str) -> None:
+    widths = {field: value for field, value in HUGGING_FACE.items() if field != "num_attention_heads"} | {heads: 4}
+    module = SimpleNamespace(**widths, **{name: 0.3})
+    meta = resolve_layer_meta(module, form="absorbed")
+    assert (meta.heads, meta.softmax_scale) == (4, 0.3)
+    assert resolve_layer_meta(module, form="absorbed", softmax_scale=0.2).softmax_scale == 0.2
+
+
+def test_a_modules_scale_is_compared_with_its_configuration() -> None:
+    config = SimpleNamespace(rope_parameters=YARN)
+    derived = resolve_layer_meta(SimpleNamespace(**HUGGING_FACE, config=config), form="absorbed")
+    assert derived.softmax_scale == pytest.approx(YARN_SCALE, rel=1e-14)
+    own = SimpleNamespace(**HUGGING_FACE, config=config, scaling=float(torch.tensor(YARN_SCALE)))
+    assert resolve_layer_meta(own, form="absorbed").softmax_scale == own.scaling
+    own.scaling = 24**-0.5
+    with pytest.raises(MLAMetadataError, match=r"own softmax scale is 0\.2041.* give 0\.323.*pass the one"):
+        resolve_layer_meta(own, form="absorbed")
+    assert resolve_layer_meta(own, form="absorbed", softmax_scale=0.3).softmax_scale == 0.3
+
+
+def test_what_only_the_derivation_would_need_is_not_asked_of_a_source_with_a_scale() -> None:
+    source = SimpleNamespace(**HUGGING_FACE, scaling=0.3, config=SimpleNamespace(rope_parameters="yarn"))
+    assert resolve_layer_meta(source, form="absorbed").softmax_scale == 0.3
+
+
+class Heterogeneous(SimpleNamespace):
+    """A configuration whose `v_head_dim` is read layer by layer, as Hugging Face's are."""
+
+    is_heterogeneous = True
+
+    @property
+    def v_head_dim(self) -> int:
+        raise RuntimeError("'v_head_dim' is a per-layer attribute")
+
+
+def test_the_text_half_of_a_composite_configuration_is_read() -> None:
+    text = SimpleNamespace(**HUGGING_FACE)
+    methodical = SimpleNamespace(get_text_config=lambda: text, num_attention_heads=2)
+    for composite in (methodical, SimpleNamespace(text_config=text), {"text_config": HUGGING_FACE}):
+        assert resolve_layer_meta(composite, form="absorbed").heads == 4
+
+    def ambiguous() -> None:
+        raise ValueError("Multiple valid text configs were found")
+
+    with pytest.raises(MLAMetadataError, match="SimpleNamespace: Multiple valid text configs were found"):
+        resolve_layer_meta(SimpleNamespace(get_text_config=ambiguous), form="absorbed")
+
+
+def test_a_configuration_that_differs_from_layer_to_layer_is_read_for_one_layer() -> None:
+    fields = {name: value for name, value in HUGGING_FACE.items() if name != "v_head_dim"}
+    layers = [SimpleNamespace(**fields, v_head_dim=24), SimpleNamespace(**fields, v_head_dim=32)]
+    config = Heterogeneous(**fields, per_layer_config=layers)
+    assert resolve_layer_meta(config, form="absorbed", layer=1).v_head_dim == 32
+    with pytest.raises(MLAMetadataError, match=r"v_head_dim of Heterogeneous cannot be read .*pass layer="):
+        resolve_layer_meta(config, form="absorbed")
+    with pytest.raises(MLAMetadataError, match="Heterogeneous: list index out of range"):
+        resolve_layer_meta(config, form="absorbed", layer=2)
 
 
 def test_tensor_parallel_layers_give_their_local_heads() -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+import pickle
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +25,12 @@ from mla_ops.errors import (
 
 pytest.importorskip("megatron.core", reason="megatron-core is not installed: pip install 'mla_ops[megatron]'")
 from megatron.core.models.common.embeddings import rotary_pos_embedding
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec, get_gpt_layer_local_spec
 from megatron.core.transformer import multi_latent_attention
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlock
 from tiny_megatron import (
     BATCH,
     ROWS,
@@ -143,13 +146,14 @@ def test_tensor_and_sequence_parallel_ranks_equal_one(tmp_path: Path) -> None:
             torch.testing.assert_close(torch.cat(actual), expected, rtol=2e-5, atol=2e-5)
 
 
-def test_recomputing_the_core_attention_changes_nothing() -> None:
+@pytest.mark.parametrize("modules", [["core_attn"], ["core_attn", "mla_up_proj"]], ids=["core", "core-up-proj"])
+def test_recomputing_changes_nothing(modules: list[str]) -> None:
     hidden = hidden_states()
     plain = run(build(adapt_spec(layer_spec()), make_config()), hidden)
     with pytest.MonkeyPatch.context() as patch:  # Megatron's checkpoint saves the state of a CUDA generator
         patch.setattr("megatron.core.tensor_parallel.random._get_all_rng_states", lambda: ())
         patch.setattr("megatron.core.tensor_parallel.random._set_all_rng_states", lambda *states: None)
-        recomputed = make_config(recompute_granularity="selective", recompute_modules=["core_attn"])
+        recomputed = make_config(recompute_granularity="selective", recompute_modules=modules)
         assert_same(run(build(adapt_spec(layer_spec()), recomputed), hidden), plain)
 
 
@@ -202,6 +206,39 @@ def test_adapting_leaves_the_given_specification_alone() -> None:
     assert attention.params["attn_mask_type"] is AttnMaskType.causal
     again = adapt_spec(adapted)
     assert again.submodules.self_attention.module is adapted.submodules.self_attention.module
+
+
+def test_a_block_of_layers_is_adapted_layer_by_layer() -> None:
+    config = make_config(num_layers=2)
+    block = get_gpt_decoder_block_spec(config, use_transformer_engine=False)
+    whole = ModuleSpec(module=TransformerBlock, submodules=block)
+    for adapted in (adapt_spec(block), adapt_spec(whole).submodules):
+        assert adapted.layer_norm is block.layer_norm
+        assert len(adapted.layer_specs) == 2
+        for layer in adapted.layer_specs:
+            assert layer.submodules.self_attention.submodules.core_attention.module is SparseMLACoreAttention
+    assert block.layer_specs[0].submodules.self_attention.submodules.core_attention is DotProductAttention
+    causal = every_row_but(torch.zeros(ROWS, ROWS, dtype=torch.bool))[None, None]
+    (layer, _), hidden = adapt_spec(block).layer_specs, hidden_states()
+    assert_same(run(build(layer, config), hidden), run(build(dense_spec(), config), hidden, attention_mask=causal))
+
+
+def test_a_layer_of_a_block_that_is_not_mla_is_named_by_its_class_and_place() -> None:
+    block = get_gpt_decoder_block_spec(make_config(num_layers=2), use_transformer_engine=False)
+    dense = get_gpt_layer_local_spec()
+    with pytest.raises(MLAMetadataError) as info:
+        adapt_spec(replace(block, layer_specs=[block.layer_specs[0], dense]))
+    assert str(info.value).endswith(
+        "got ModuleSpec of SelfAttention at spec.layer_specs[1].submodules.self_attention; build it with "
+        "multi_latent_attention=True"
+    )
+
+
+def test_an_adapted_specification_and_its_layer_are_pickled() -> None:
+    spec = adapt_spec(layer_spec())
+    twin = pickle.loads(pickle.dumps(spec))
+    assert twin.submodules.self_attention.module is spec.submodules.self_attention.module
+    assert pickle.loads(pickle.dumps(build(twin, make_config()).self_attention.core_attention)).meta is not None
 
 
 def test_the_rotary_embedding_of_a_generic_builder_is_dropped() -> None:
@@ -264,6 +301,11 @@ def test_what_is_no_mla_layer_is_refused(make_spec: Any) -> None:
         (1, {"max_seqlen_q": 5}, "max_seqlen_q is 5 but the longest segment has 6 rows"),
         (1, {"cu_seqlens_q": torch.tensor([0, 4, 12])}, "cu_seqlens_q ends at 12 but query has 10 rows"),
         (1, {"cu_seqlens_q": torch.tensor([0, 12, 10])}, "cu_seqlens_q must start at 0 and never fall"),
+        (
+            1,
+            {"cu_seqlens_q": torch.tensor([0, 3, 8]), "cu_seqlens_q_padded": torch.tensor([0, 3, 10])},
+            r"max_seqlen_q is 6 and max_seqlen_kv is 6, but cu_seqlens_q_padded has 7 .* pass 7, the padded length",
+        ),
         (1, {"cu_seqlens_kv": None}, "cu_seqlens_kv must be an int32 or int64 tensor, got NoneType"),
     ],
 )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +14,7 @@ from mla_ops.adapters import megatron as adapter
 from mla_ops.adapters.megatron import adapt_spec, capabilities, enable_dsa_backend
 from mla_ops.errors import (
     MLALayoutError,
+    MLAMetadataError,
     UnsupportedBackendError,
 )
 from mla_ops.ops.sparse_attn.reference import sparse_attn_reference
@@ -120,6 +123,35 @@ def test_undoing_the_hook_restores_the_configuration_and_megatrons_table() -> No
         assert dsa_kernels.use_fused_dsa_kernels(second)  # the table still serves it
     assert second.dsa_kernel_backend == "none"
     assert before == dsa_kernels._BACKEND_MODULE_NAME_BY_BACKEND
+
+
+def stand_in_for_the_hook(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """Make the place that only a newer Megatron has."""
+    kernels = SimpleNamespace(_BACKEND_MODULE_NAME_BY_BACKEND={"tilelang": "a.module"})
+    monkeypatch.setattr(adapter, "capabilities", lambda: SimpleNamespace(dsa_hook=True))
+    monkeypatch.setattr(adapter, "_import", lambda module: kernels)
+    return kernels
+
+
+def test_what_is_no_configuration_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels = stand_in_for_the_hook(monkeypatch)
+    with pytest.raises(MLAMetadataError, match="config must be the MLATransformerConfig of the layers, got ModuleSpec"):
+        enable_dsa_backend(layer_spec())
+    assert set(kernels._BACKEND_MODULE_NAME_BY_BACKEND) == {"tilelang"}
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(range(3))), ids=str)
+def test_handles_on_one_configuration_are_undone_in_any_order(
+    order: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernels = stand_in_for_the_hook(monkeypatch)
+    config = SimpleNamespace(attention_backend="auto", dsa_kernel_backend="tilelang")
+    handles = [enable_dsa_backend(config) for _ in range(3)]
+    for done, handle in enumerate(order):
+        assert config.dsa_kernel_backend == "mla_ops", done
+        handles[handle]()
+    assert config.dsa_kernel_backend == "tilelang"
+    assert set(kernels._BACKEND_MODULE_NAME_BY_BACKEND) == {"tilelang"}
 
 
 @NEEDS_ABSORBED

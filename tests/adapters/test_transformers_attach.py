@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import subprocess
 import sys
 import warnings
@@ -141,6 +142,22 @@ def with_offloaded_up_projection() -> Any:
     return model
 
 
+def with_selection_as_a_mask() -> Any:
+    """A model whose layers turn their selection into a mask under every implementation."""
+    change = {"qk_rope_head_dim": 0, "index_kpool": 1, "layer_types": ["linear_attention", "indexed_attention"]}
+    return hub.Glm5NextTextModel(hub.Glm5NextTextConfig(**TINY | change))
+
+
+class Linear(nn.Linear):
+    """Like the layer of an adapter library: the name of torch's own, and more than its weight."""
+
+
+def with_adapted_up_projection() -> Any:
+    model = make_model()
+    attention_layer(model).kv_b_proj.__class__ = Linear
+    return model
+
+
 def with_hook(register: str) -> Any:
     model = make_model()
     getattr(attention_layer(model).kv_b_proj, register)(lambda *_: None)
@@ -164,11 +181,17 @@ def with_forward_of_its_own() -> Any:
             r"model\.layers\.0\.self_attn of DeepseekV3ForCausalLM is a DeepseekV3Attention without indexer",
         ),
         (lambda: attention_layer(make_model()), MLAMetadataError, "no PreTrainedModel in DeepseekV32Attention holds"),
+        (
+            with_selection_as_a_mask,
+            MLAMetadataError,
+            r"layers\.1\.self_attn of Glm5NextTextModel is a Glm5NextTextAttention, whose forward hands no indices",
+        ),
         (with_two_attachments, MLAMetadataError, "is attached already; undo that first"),
         (with_sliding_layer, UnsupportedFeatureError, r"layers\.1\.self_attn .* sliding_window=4: a window is no"),
         (lambda: make_model(attention_dropout=0.1).train(), UnsupportedFeatureError, "attention dropout of 0.1"),
         (lambda: make_model(output_attentions=True), UnsupportedFeatureError, "config.output_attentions: attention w"),
         (with_other_up_projection, UnsupportedFeatureError, r"layers\.1\.self_attn .* must be an nn\.Linear without b"),
+        (with_adapted_up_projection, UnsupportedFeatureError, r"got test_transformers_attach\.Linear; resolve that"),
         (with_biased_up_projection, UnsupportedFeatureError, "must be an nn.Linear without bias"),
         (with_integer_up_projection, UnsupportedFeatureError, "plain floating-point parameter .* got Parameter .*int8"),
         (with_offloaded_up_projection, UnsupportedFeatureError, "got Parameter .* on meta; resolve that"),
@@ -181,11 +204,13 @@ def with_forward_of_its_own() -> Any:
         "no-mla",
         "no-indexer",
         "no-model",
+        "no-indices",
         "attached",
         "sliding-window",
         "dropout",
         "attention-weights",
         "parametrized",
+        "adapted",
         "bias",
         "quantised",
         "offloaded",
@@ -201,6 +226,57 @@ def test_models_that_cannot_be_served_are_refused_on_attach(make: Any, error: ty
     with pytest.raises(error, match=message):
         adapter.attach(model)
     assert {name: set(vars(module)) for name, module in model.named_modules()} == before
+
+
+def test_what_is_no_module_is_refused() -> None:
+    for model, name in (("deepseek-ai/DeepSeek-V3.2", "str"), (make_model().config, "DeepseekV32Config")):
+        with pytest.raises(MLAMetadataError, match=f"model must be an nn.Module, got {name}; load it first"):
+            adapter.attach(model)
+
+
+def test_layers_that_inherit_or_wrap_a_forward_with_indices_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model()
+    attention = type(attention_layer(model))
+
+    class Traced(attention):
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            return super().forward(*args, **kwargs)
+
+    attention_layer(model, 0).__class__ = Traced
+    monkeypatch.setattr(attention, "forward", functools.wraps(attention.forward)(lambda *args, **kwargs: None))
+    adapter.attach(model)()
+
+
+def test_every_layers_device_is_asked_for_a_backend() -> None:
+    model = make_model()
+    attention_layer(model, 1).to("meta")
+    with pytest.raises(UnsupportedBackendError, match=r"in layer 1 on meta"):
+        adapter.attach(model, form="expanded")
+
+
+@pytest.mark.parametrize("form", FORMS)
+@torch.no_grad()
+def test_the_hooks_that_a_device_map_leaves_on_every_module_are_no_obstacle(form: Any) -> None:
+    accelerate = pytest.importorskip("accelerate", reason="device_map needs accelerate, which is not installed")
+    model, ids = make_model(), token_ids()
+    expected = model(ids).logits
+    places = ["model.embed_tokens", "model.rotary_emb", "model.layers.0", "model.layers.1", "model.norm", "lm_head"]
+    accelerate.dispatch_model(model, dict.fromkeys(places, "cpu"), main_device="cpu", force_hooks=True)
+    assert "forward" in vars(attention_layer(model).kv_b_proj)
+    with adapter.attach(model, form=form):
+        torch.testing.assert_close(model(ids).logits, expected, **CLOSE)
+
+
+@torch.no_grad()
+def test_an_offloaded_model_runs_expanded_on_the_device_that_its_weights_are_brought_to() -> None:
+    accelerate = pytest.importorskip("accelerate", reason="offloading needs accelerate, which is not installed")
+    model, ids = make_model(), token_ids()
+    expected = model(ids).logits
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    with pytest.raises(UnsupportedFeatureError, match=r"kv_b_proj.weight must be .* on meta; resolve that"):
+        adapter.attach(model)
+    with adapter.attach(model, form="expanded"):
+        torch.testing.assert_close(model(ids).logits, expected, **CLOSE)
 
 
 def test_a_backend_that_cannot_run_the_layers_is_refused_on_attach() -> None:
@@ -238,6 +314,7 @@ def test_arguments_that_cannot_be_honoured_are_refused(asked: dict[str, Any], me
 def test_arguments_that_change_nothing_are_taken() -> None:
     model, ids = make_model(), token_ids()
     harmless = {"output_hidden_states": True, "output_router_logits": True, "num_items_in_batch": 3}
+    harmless["cache_position"] = torch.arange(ROWS)
     with adapter.attach(model):
         output = model(ids, output_attentions=False, cu_seq_lens_q=None, use_cache=True, **harmless)
         assert torch.equal(output.logits, model(ids).logits)

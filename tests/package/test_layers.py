@@ -49,7 +49,7 @@ LAYERS: dict[str, set[str]] = {
     "lowering": {*GROUND, "ops", "registration"},
     "api": {*GROUND, "ops", "registration"},
     "distributed": {"wrappers", "errors", "ops", "registration", "api"},
-    "adapters": {"errors", "device", "dispatch", "ops", "api"},
+    "adapters": {"wrappers", "errors", "device", "dispatch", "ops", "api"},
     "testing": {"errors", "ops", "reference", "api"},
     # `tune` and `bench` launch kernels with configurations of their own, past dispatch.
     "bench": {"errors", "settings", "device", "ops", "api"},

@@ -11,19 +11,26 @@ Communication stays Megatron's: context parallelism is refused, and indexers are
 
 from __future__ import annotations
 
+import copyreg
 import importlib.util
 import inspect
+from abc import ABCMeta
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cache
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 
 from mla_ops.adapters.extras import Undo, import_extra, warn_if_untested
-from mla_ops.adapters.megatron.core_attention import IndexFn, SparseMLACoreAttention, packed_seq
+from mla_ops.adapters.megatron.core_attention import (
+    IndexFn,
+    SparseMLACoreAttention,
+    check_table,
+    packed_seq,
+)
 from mla_ops.adapters.seam import InvalidSlots, MLALayerMeta, normalize_call, plan_positions
 from mla_ops.api import sparse_attn
 from mla_ops.errors import MLALayoutError, MLAMetadataError, UnsupportedBackendError
@@ -43,7 +50,13 @@ TESTED_VERSIONS = ("0.16.1", "0.19")
 _DSA = "megatron.core.transformer.experimental_attention_variant"
 _TABLE = "_BACKEND_MODULE_NAME_BY_BACKEND"  # in its dsa_kernels; private, so `capabilities` looks for it
 _BACKEND_NAME = "mla_ops"
-_enabled: list[ExitStack] = []  # what `enable_dsa_backend` did and nobody has undone
+_enabled: list[_Enabled] = []  # what `enable_dsa_backend` did and nobody has undone, in this order
+
+
+@dataclass(eq=False)
+class _Enabled:
+    config: Any
+    previous: str  # its `dsa_kernel_backend` without this
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,22 +99,23 @@ def adapt_spec(
     backend: str = "auto",
     check_indices: bool = True,
 ) -> Any:
-    """Return a copy of an MLA layer's specification that attends sparsely through the operator.
+    """Return a copy of the specification of MLA layers that attend sparsely through the operator.
 
-    The layer built from it takes the place of the stock one, with its parameters and checkpoints. It also drops the
+    A layer built from it takes the place of the stock one, with its parameters and checkpoints. It also drops the
     `rotary_pos_emb` that generic builders hand every layer (MLA makes its own), takes a `pp_layer_offset` whether or
     not its class does, and refuses broken packed sequences before anything is rotated.
 
     Args:
-        spec: a `ModuleSpec` of a transformer layer, or of its MLA self-attention, from any of Megatron's spec
-            functions; not changed.
+        spec: a `ModuleSpec` of a transformer layer, of its MLA self-attention, or a block of such layers
+            (`TransformerBlockSubmodules`, or a `ModuleSpec` of one), from any of Megatron's spec functions; not
+            changed.
         index_fn: which keys each query reads; None is every earlier one. One serves all layers built from the copy.
         max_dense_rows: the longest sequence for which `index_fn` may be None.
         backend: which backend runs the operator; a named one never falls back.
         check_indices: in eager, raise on what `index_fn` and the packed sequence get wrong; it reads them on the host.
 
     Raises:
-        MLAMetadataError: `spec` is not that of an MLA layer, or has parameters its attention does not take.
+        MLAMetadataError: `spec` is not that of MLA layers, or has parameters their attention does not take.
         MissingExtraError: Megatron-Core cannot be imported.
     """
     module_spec = _import("megatron.core.transformer.spec_utils").ModuleSpec
@@ -112,19 +126,32 @@ def adapt_spec(
         "backend": backend,
         "check_indices": check_indices,
     }
-    core = module_spec(module=SparseMLACoreAttention, params=params)
+    return _adapt(spec, module_spec(module=SparseMLACoreAttention, params=params), "")
+
+
+def _adapt(spec: Any, core: Any, where: str) -> Any:
+    """Return a copy of `spec`, found at `where` in the caller's, that has `core` in each of its attentions."""
+    if getattr(spec, "layer_specs", None) is not None:
+        layers = [_adapt(layer, core, f"{where}.layer_specs[{i}]") for i, layer in enumerate(spec.layer_specs)]
+        return replace(spec, layer_specs=layers)
     parts: Any = getattr(spec, "submodules", None)
+    if getattr(parts, "layer_specs", None) is not None:
+        return replace(spec, submodules=_adapt(parts, core, f"{where}.submodules"))
     if hasattr(parts, "self_attention"):
-        return replace(spec, submodules=replace(parts, self_attention=_adapt_attention(parts.self_attention, core)))
-    return _adapt_attention(spec, core)
+        attention = _adapt(parts.self_attention, core, f"{where}.submodules.self_attention")
+        return replace(spec, submodules=replace(parts, self_attention=attention))
+    return _adapt_attention(spec, core, where)
 
 
-def _adapt_attention(spec: Any, core: Any) -> Any:
+def _adapt_attention(spec: Any, core: Any, where: str) -> Any:
     parts: Any = getattr(spec, "submodules", None)
     if not hasattr(parts, "linear_kv_down_proj") or not isinstance(spec.module, type):
+        module = getattr(spec, "module", None)
+        of = f" of {getattr(module, '__name__', module)}" if module is not None else ""
         raise MLAMetadataError(
-            "spec must be a ModuleSpec of a transformer layer with MLA self-attention, or of that attention, got "
-            f"{getattr(spec, 'module', spec)!r}; build it with multi_latent_attention=True"
+            "spec must be a ModuleSpec of a transformer layer with MLA self-attention, of that attention, or a block "
+            f"of such layers, got {type(spec).__name__}{of}{f' at spec{where}' * bool(where)}; build it with "
+            "multi_latent_attention=True"
         )
     bad = [name for name in spec.params if name != "pp_layer_offset" and not _takes(spec.module, name)]
     if bad:
@@ -173,7 +200,20 @@ class _Adapted(nn.Module):
                 batch=hidden_states.shape[1],
                 check=core.check_indices,
             )
+            if core.check_indices:
+                check_table(packed)
         return super().forward(hidden_states, attention_mask, packed_seq_params=packed_seq_params, **others)
+
+
+class _AdaptedType(ABCMeta):
+    """The class of the classes that `_adapted` makes, so that pickle makes them again: no module has them by name."""
+
+
+def _reduce(made: _AdaptedType) -> tuple[Any, ...]:
+    return _adapted, (made.__bases__[1],)
+
+
+copyreg.pickle(_AdaptedType, _reduce)
 
 
 @cache
@@ -181,7 +221,8 @@ def _adapted(attention: type[nn.Module]) -> type[nn.Module]:
     if issubclass(attention, _Adapted):
         return attention
     namespace = {"takes_pp_layer_offset": _takes(attention, "pp_layer_offset"), "__module__": __name__}
-    return type(f"Adapted{attention.__name__}", (_Adapted, attention), namespace)
+    made = _AdaptedType(f"Adapted{attention.__name__}", (_Adapted, attention), namespace)
+    return cast("type[nn.Module]", made)
 
 
 def enable_dsa_backend(config: Any) -> Undo:
@@ -202,6 +243,7 @@ def enable_dsa_backend(config: Any) -> Undo:
 
     Raises:
         UnsupportedBackendError: this version has no such place, or `config` tells Megatron not to ask.
+        MLAMetadataError: `config` is no such configuration.
         MissingExtraError: Megatron-Core cannot be imported.
     """
     offered = capabilities()
@@ -210,23 +252,30 @@ def enable_dsa_backend(config: Any) -> Undo:
             f"megatron-core {offered.version} has no place for a sparse attention kernel (0.19 does, on Python 3.12): "
             "its sparse attention is dense with a mask; use adapt_spec with an index_fn"
         )
+    if not hasattr(config, "dsa_kernel_backend"):
+        raise MLAMetadataError(f"config must be the MLATransformerConfig of the layers, got {type(config).__name__}")
     if getattr(config.attention_backend, "name", config.attention_backend) == "unfused":
         raise UnsupportedBackendError(
             "attention_backend is 'unfused', with which Megatron runs its dense path and asks for no kernel; set it to "
             "AttnBackend.auto"
         )
     table = getattr(_import(f"{_DSA}.dsa_kernels"), _TABLE)
-    undo = ExitStack()
-    undo.callback(_disable, undo, config, config.dsa_kernel_backend, table)
-    _enabled.append(undo)
+    enabled = _Enabled(config, config.dsa_kernel_backend)
+    _enabled.append(enabled)
     table[_BACKEND_NAME] = __name__
     config.dsa_kernel_backend = _BACKEND_NAME
+    undo = ExitStack()
+    undo.callback(_disable, enabled, table)
     return Undo(undo)
 
 
-def _disable(undo: ExitStack, config: Any, previous: str, table: dict[str, str]) -> None:
-    config.dsa_kernel_backend = previous
-    _enabled.remove(undo)
+def _disable(enabled: _Enabled, table: dict[str, str]) -> None:
+    later = [other for other in _enabled[_enabled.index(enabled) + 1 :] if other.config is enabled.config]
+    if later:  # what it found was this one's doing
+        later[0].previous = enabled.previous
+    else:
+        enabled.config.dsa_kernel_backend = enabled.previous
+    _enabled.remove(enabled)
     if not _enabled:  # the table serves all configurations
         del table[_BACKEND_NAME]
 

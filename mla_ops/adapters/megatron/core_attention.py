@@ -302,6 +302,23 @@ def packed_seq(params: Any) -> PackedSeq | None:
     )
 
 
+def check_table(packed: PackedSeq) -> None:
+    """Raise `MLALayoutError` if Megatron's rotary table is too short for the rows it rotates, those of gaps included.
+
+    It spans the longer maximum, and is cut for each segment's room. Reads values, so not while compiling or capturing.
+    """
+    if not is_readable(packed.cu_seqlens_q):
+        return
+    for name in ("cu_seqlens_q_padded", "cu_seqlens_kv_padded"):
+        bounds = getattr(packed, name)
+        longest = 0 if bounds is None else int(bounds.diff().max())
+        if longest > max(packed.max_seqlen_q, packed.max_seqlen_kv):
+            raise MLALayoutError(
+                f"max_seqlen_q is {packed.max_seqlen_q} and max_seqlen_kv is {packed.max_seqlen_kv}, but {name} has "
+                f"{longest} rows for a segment and Megatron rotates its gap too; pass {longest}, the padded length"
+            )
+
+
 def _resolve(
     config: Any,
     layer_number: int,

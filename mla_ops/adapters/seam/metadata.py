@@ -16,10 +16,11 @@ from mla_ops.errors import MLAMetadataError
 
 Form = Literal["absorbed", "expanded"]
 
-# Field -> its names outside, in order of preference. Hugging Face's `qk_head_dim` is nope + rope and Megatron's is nope
-# alone, so the pair of query widths is read by one convention as a whole (see `_width_names`).
+# Field -> its names outside, in order of preference; errors say the first. Hugging Face's `qk_head_dim` is nope +
+# rope and Megatron's is nope alone, so the pair of query widths is read by one convention as a whole (see
+# `_width_names`).
 _COMMON_NAMES: dict[str, tuple[str, ...]] = {
-    "heads": ("heads", "num_attention_heads"),
+    "heads": ("num_attention_heads", "heads", "num_heads", "n_heads"),  # a field's own name, modules', DeepSeek's code
     "kv_lora_rank": ("kv_lora_rank",),
     "v_head_dim": ("v_head_dim",),
 }
@@ -32,6 +33,7 @@ _MEGATRON_WIDTHS: dict[str, tuple[str, ...]] = {
     "qk_rope_head_dim": ("qk_pos_emb_head_dim",),
 }
 _TOPK_NAMES = ("topk", "index_topk", "dsa_indexer_topk")
+_SCALE_NAMES = ("softmax_scale", "scaling")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,17 +98,21 @@ def resolve_layer_meta(
     """Read a layer's metadata off `src`, whichever names it uses, or say at once everything that is missing or wrong.
 
     Args:
-        src: an `MLALayerMeta`, a mapping, or an object with attributes (a model configuration), in Hugging Face's
-            names (`qk_nope_head_dim`, `qk_rope_head_dim`, ...) or Megatron's (`qk_head_dim`, `qk_pos_emb_head_dim`,
-            ...). A value of None counts as missing.
+        src: an `MLALayerMeta`, a mapping, or an object with attributes (a model configuration, an attention module),
+            in Hugging Face's names (`qk_nope_head_dim`, `qk_rope_head_dim`, ...) or Megatron's (`qk_head_dim`,
+            `qk_pos_emb_head_dim`, ...). A value of None counts as missing. Of a composite configuration the text part
+            is read, of one that differs from layer to layer that of `layer`.
         form: which tensors the layer will hand over.
         heads_local: query heads on this rank under tensor parallelism; default: all of them.
-        softmax_scale: the layer's own scale if it has one. Default: `mscale^2 / sqrt(nope + rope)`, with the mscale of
-            the source's rope scaling (`rope_parameters` / `rope_scaling`, or Megatron's `mscale_all_dim`).
-        layer: the layer's number, for messages.
+        softmax_scale: the layer's own scale if it has one. Default: the source's own (`scaling` of an attention
+            module, or `softmax_scale`), else `mscale^2 / sqrt(nope + rope)` with the mscale of its rope scaling
+            (`rope_parameters` / `rope_scaling`, also of its `config`; Megatron's `mscale_all_dim`; DeepSeek's
+            `rope_factor` and `mscale`, which count beyond `original_seq_len`).
+        layer: the layer's number, from 0 in Hugging Face's configurations; for messages, and see `src`.
 
     Raises:
-        MLAMetadataError: fields are missing, impossible, or given under two names that contradict each other.
+        MLAMetadataError: fields are missing, impossible, or given under two names that contradict each other; the rope
+            scaling is not enough to know the scale, or contradicts the source's own.
     """
     if isinstance(src, MLALayerMeta):
         return replace(
@@ -116,22 +122,43 @@ def resolve_layer_meta(
             softmax_scale=src.softmax_scale if softmax_scale is None else softmax_scale,
             layer=src.layer if layer is None else layer,
         )
+    src = _part_of_layer(src, layer)
     source = type(src).__name__
     names = _COMMON_NAMES | _width_names(src)
     found: dict[str, Any] = {field: _first(src, aliases) for field, aliases in names.items()}
     if heads_local is not None:
         found["heads"] = heads_local
-    missing = tuple(names[field][-1] for field, value in found.items() if value is None)
+    missing = tuple(names[field][0] for field, value in found.items() if value is None)
     found = {field: value for field, value in found.items() if value is not None}
     found |= {"form": form, "topk": _first(src, _TOPK_NAMES)}
-    bad = _bad_fields(found | ({} if softmax_scale is None else {"softmax_scale": softmax_scale}))
-    bad += _contradictions(src) + (() if softmax_scale is not None else _bad_rope_scaling(src))
+    own_scale = _first(src, _SCALE_NAMES) if softmax_scale is None else softmax_scale
+    bad = _bad_fields(found | ({} if own_scale is None else {"softmax_scale": own_scale})) + _contradictions(src)
+    if softmax_scale is None:
+        mscale, unusable = _mscale(src)
+        if own_scale is None:
+            bad += unusable
+        elif mscale is not None and not (missing or bad or unusable):
+            bad += _contradicted_scale(own_scale, _scale(found, mscale))
     if missing or bad:
         raise _incomplete(source, layer, names, found, missing, bad)
-    if softmax_scale is None:
-        width = found["qk_nope_head_dim"] + found["qk_rope_head_dim"]
-        softmax_scale = _mscale(src) ** 2 / math.sqrt(width)
-    return MLALayerMeta(**found, softmax_scale=softmax_scale, layer=layer, source=source)
+    scale = _scale(found, mscale) if own_scale is None else own_scale
+    return MLALayerMeta(**found, softmax_scale=scale, layer=layer, source=source)
+
+
+def _part_of_layer(src: Any, layer: int | None) -> Any:
+    """Return the part of a configuration that describes this layer's attention."""
+    text_config = _get(src, "get_text_config")
+    nested = _get(src, "text_config")
+    try:
+        if callable(text_config):
+            src = text_config()  # itself, where it is not composite
+        elif nested is not None and _get(src, "kv_lora_rank") is None:
+            src = nested
+        if layer is not None and _get(src, "is_heterogeneous"):
+            src = src.per_layer_config[layer]
+    except (ValueError, IndexError) as error:  # several text parts; no such layer
+        raise MLAMetadataError(f"{type(src).__name__}: {error}", source=type(src).__name__) from error
+    return src
 
 
 def _width_names(src: Any) -> dict[str, tuple[str, ...]]:
@@ -175,30 +202,77 @@ def _contradictions(src: Any) -> tuple[str, ...]:
     return tuple(bad)
 
 
-def _rope_scaling(src: Any) -> dict[str, Any]:
-    """The factor and the mscale of the source's rope scaling, in this order, under its own names; None without."""
-    rope = _first(src, ("rope_parameters", "rope_scaling"))
-    if rope is None:
-        return {name: _get(src, name) for name in ("rotary_scaling_factor", "mscale_all_dim")}
-    if _first(rope, ("rope_type", "type")) in (None, "default"):
-        return {"factor": None, "mscale_all_dim": None}
-    return {name: _get(rope, name) for name in ("factor", "mscale_all_dim")}
+def _scale(found: Mapping[str, Any], mscale: float | None) -> float:
+    return (1.0 if mscale is None else mscale**2) / math.sqrt(found["qk_nope_head_dim"] + found["qk_rope_head_dim"])
 
 
-def _bad_rope_scaling(src: Any) -> tuple[str, ...]:
-    return tuple(
-        f"{name} of the rope scaling must be a number, got {value!r}"
-        for name, value in _rope_scaling(src).items()
-        if value is not None and not isinstance(value, Real)
+def _contradicted_scale(own: float, derived: float) -> tuple[str, ...]:
+    if math.isclose(own, derived, rel_tol=1e-6):  # a few fp32 roundings
+        return ()
+    return (
+        f"the source's own softmax scale is {own}, and its widths and rope scaling give {derived}; pass the one that "
+        "is meant as softmax_scale=",
     )
 
 
-def _mscale(src: Any) -> float:
-    """The attention factor of YaRN, as the frameworks compute it from their own configuration; 1.0 without scaling."""
-    factor, mscale = _rope_scaling(src).values()
-    if not mscale or factor is None or factor <= 1:
-        return 1.0
-    return float(0.1 * mscale * math.log(factor) + 1.0)
+def _mscale(src: Any) -> tuple[float | None, tuple[str, ...]]:
+    """Return YaRN's attention factor as the frameworks compute it, and why it can't be known.
+
+    It is 1.0 without scaling, and None where the source says nothing of rope.
+    """
+    scaling, unusable = _rope_scaling(src)
+    unusable += tuple(
+        f"{name} of the rope scaling must be a number, got {value!r}"
+        for name, value in scaling.items()
+        if value is not None and not isinstance(value, Real)
+    )
+    if unusable or not scaling:
+        return None, unusable
+    (factor_name, factor), (mscale_name, mscale) = scaling.items()
+    if not mscale:
+        return 1.0, ()
+    if factor is None:
+        return None, (
+            f"the rope scaling has {mscale_name}={mscale} without {factor_name}; set it, or pass softmax_scale",
+        )
+    return (1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0), ()
+
+
+def _rope_scaling(src: Any) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Return the factor and the mscale of the rope scaling under its own names, None without, and what is wrong.
+
+    Nothing of rope gives an empty dictionary.
+    """
+    none: dict[str, Any] = {"factor": None, "mscale_all_dim": None}
+    names = ("rope_parameters", "rope_scaling")
+    owners = (src, _get(src, "config"))  # a module's own configuration
+    entries = ((name, _get(owner, name)) for owner in owners for name in names)
+    name, entry = next((found for found in entries if found[1] is not None), ("", None))
+    if entry is None:
+        return _flat_rope_scaling(src)
+    if isinstance(entry, (str, Real, list, tuple)):
+        return none, (f"{name} must be a mapping or an object with attributes, got {entry!r}",)
+    kind, scaling = _first(entry, ("rope_type", "type")), {field: _get(entry, field) for field in none}
+    if kind is None and isinstance(entry, Mapping) and any(isinstance(part, Mapping) for part in entry.values()):
+        return none, (f"{name} has entries of its own for {', '.join(map(str, entry))}; pass softmax_scale",)
+    if kind is None and scaling["mscale_all_dim"]:
+        return none, (f"{name} has mscale_all_dim={scaling['mscale_all_dim']!r} without rope_type; set it",)
+    return (none if kind in (None, "default") else scaling), ()
+
+
+def _flat_rope_scaling(src: Any) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Do the same for those who keep it beside the widths: Megatron, and DeepSeek's own code."""
+    if _get(src, "rope_factor") is None:
+        scaling = {name: _get(src, name) for name in ("rotary_scaling_factor", "mscale_all_dim")}
+        return ({} if all(value is None for value in scaling.values()) else scaling), ()
+    scaling = {name: _get(src, name) for name in ("rope_factor", "mscale")}
+    lengths = {name: _get(src, name) for name in ("max_seq_len", "original_seq_len")}
+    needed = lengths | {"mscale": scaling["mscale"]}
+    absent = [name for name, value in needed.items() if not isinstance(value, Real)]
+    if absent:
+        return {}, (f"rope_factor needs {', '.join(absent)} beside it, as a number; or pass softmax_scale",)
+    is_longer = lengths["max_seq_len"] > lengths["original_seq_len"]
+    return (scaling if is_longer else dict.fromkeys(scaling)), ()
 
 
 def _incomplete(
@@ -211,8 +285,8 @@ def _incomplete(
 ) -> MLAMetadataError:
     parts = []
     if missing:
-        got = ", ".join(f"{names[field][-1]}={found[field]}" for field in names if field in found) or "none of the rest"
-        k_channels = " + ".join(names[field][-1] for field in ("qk_nope_head_dim", "qk_rope_head_dim"))
+        got = ", ".join(f"{names[field][0]}={found[field]}" for field in names if field in found) or "none of the rest"
+        k_channels = " + ".join(names[field][0] for field in ("qk_nope_head_dim", "qk_rope_head_dim"))
         parts.append(
             f"missing {', '.join(missing)}; got {got}. k_channels = {k_channels} and v_channels = v_head_dim cannot be "
             "derived without them: set them on the configuration, or pass an MLALayerMeta"
@@ -232,4 +306,14 @@ def _first(src: Any, names: tuple[str, ...]) -> Any:
 
 
 def _get(src: Any, name: str) -> Any:
-    return src.get(name) if isinstance(src, Mapping) else getattr(src, name, None)
+    if isinstance(src, Mapping):
+        return src.get(name)
+    try:
+        return getattr(src, name, None)
+    except Exception as error:  # a configuration may refuse to be asked, where layers differ for instance
+        source = type(src).__name__
+        raise MLAMetadataError(
+            f"{name} of {source} cannot be read ({type(error).__name__}: {error}); if it differs from layer to layer, "
+            "pass layer=",
+            source=source,
+        ) from error

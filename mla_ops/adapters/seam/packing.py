@@ -140,7 +140,7 @@ def plan_positions(
     Args:
         meta: the layer.
         layout: of its query.
-        rows: query rows on this rank; in "thd" those of the whole packed batch.
+        rows: query rows on this rank; in "thd" too, where `cp_size` times as many make the packed batch.
         packed: the packed batch, exactly when `layout` is "thd".
         batch: batch size of the hidden states.
         cp_size: ranks that share each sequence. A packed table spans the longest segment whatever `cp_size` is.
@@ -173,7 +173,7 @@ def plan_positions(
         )
     if check:
         packed.check(rows * cp_size)
-    rotary_len = max(packed.max_seqlen_q, packed.max_seqlen_kv)
+    rotary_len = max(packed.max_seqlen_q, packed.max_seqlen_kv, 1)  # a batch of gaps alone has rows to rotate too
     segment = positions = None
     if cp_size == 1:
         segment = packed.segment_of_row(rows)
