@@ -1,7 +1,8 @@
 """SparseMLA for PyTorch: `torch.ops.mla.sparse_attn`, token-level top-k sparse multi-head latent attention, any width.
 
 Importing this package registers the operators. It imports neither triton, Inductor nor any model framework. Its public
-modules (`mla_ops.adapters`, `distributed`, `lowering`, `reference`, `testing`) are imported when first named.
+modules (`mla_ops.adapters`, `distributed`, `lowering`, `reference`, `testing`) are imported when first named; in
+compiled code they must be imported before, because Dynamo finds nothing else.
 """
 
 # In a checkout this package's own folder lies on its path (see below), so a walk over its modules finds it again.

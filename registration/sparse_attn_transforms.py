@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import register_flop_formula
 
+from mla_ops.registration.flop_formulas import register_flop_formulas
 from mla_ops.registration.library import LIBRARY
 from mla_ops.registration.sparse_attn import SPARSE_ATTN, SPARSE_ATTN_BWD, SPARSE_ATTN_MAX_LOGITS
 from mla_ops.registration.transforms import autocast_kernel, vmap_by_folding, vmap_by_loop
@@ -99,6 +99,10 @@ def register() -> None:
     torch.library.register_vmap("mla::sparse_attn", _vmap_sparse_attn, lib=LIBRARY)
     torch.library.register_vmap("mla::sparse_attn_bwd", _vmap_sparse_attn_bwd, lib=LIBRARY)
     torch.library.register_vmap("mla::sparse_attn_max_logits", _vmap_sparse_attn_max_logits, lib=LIBRARY)
-    register_flop_formula(torch.ops.mla.sparse_attn)(sparse_attn_flops)
-    register_flop_formula(torch.ops.mla.sparse_attn_bwd)(sparse_attn_bwd_flops)
-    register_flop_formula(torch.ops.mla.sparse_attn_max_logits)(sparse_attn_max_logits_flops)
+    register_flop_formulas(
+        {
+            torch.ops.mla.sparse_attn: sparse_attn_flops,
+            torch.ops.mla.sparse_attn_bwd: sparse_attn_bwd_flops,
+            torch.ops.mla.sparse_attn_max_logits: sparse_attn_max_logits_flops,
+        }
+    )

@@ -94,6 +94,7 @@ OWNERS = {
 # Slow or optional: imported inside functions only, except by the kernels, which are themselves imported lazily.
 LAZY = (
     "triton",
+    "torch.utils.flop_counter",  # imports triton
     "torch._inductor",
     "torch._dynamo",
     "torch.distributed.tensor",
@@ -304,9 +305,9 @@ def test_import_is_light() -> None:
 import sys, mla_ops
 from mla_ops import *
 dir(mla_ops)
-heavy = ("torch._inductor", "torch._dynamo", "torch.distributed.tensor", "mla_ops.lowering", "mla_ops.testing",
-         "mla_ops.kernels", "mla_ops.cli", "mla_ops.bench", "mla_ops.adapters", "transformers", "megatron", "torchao",
-         "matplotlib", "registration", "lowering")
+heavy = ("triton", "torch._inductor", "torch._dynamo", "torch.distributed.tensor", "mla_ops.lowering",
+         "mla_ops.testing", "mla_ops.kernels", "mla_ops.cli", "mla_ops.bench", "mla_ops.adapters", "transformers",
+         "megatron", "torchao", "matplotlib", "registration", "lowering")
 print([m for m in sys.modules if any(m == h or m.startswith(h + ".") for h in heavy)])
 """
     assert run_python(program) == "[]"
