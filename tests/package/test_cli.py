@@ -98,6 +98,51 @@ def test_doctor_says_what_is_usable_and_why_not() -> None:
     assert "    triton: device is cpu, needs CUDA" in text
 
 
+@pytest.mark.parametrize(
+    ("variable", "value", "message"),
+    [
+        ("MLA_OPS_EAGER_WORKSPACE_MB", "abc", "MLA_OPS_EAGER_WORKSPACE_MB must be an integer >= 1, got 'abc'"),
+        ("MLA_OPS_EAGER_WORKSPACE_MB", "0", "eager_workspace_mb must be an integer >= 1, got 0"),
+        ("MLA_OPS_TUNED_ROWS", "/nowhere/rows.json", "tuned_rows must name a file that mla-ops tune wrote, got '/nowh"),
+        ("MLA_OPS_TUNED_ROWS", __file__, "tuned_rows must name a file that mla-ops tune wrote, got"),
+    ],
+)
+def test_doctor_says_which_setting_is_wrong(variable: str, value: str, message: str) -> None:
+    result = mla_ops("doctor", **{variable: value})
+    assert (result.returncode, result.stderr) == (1, "")
+    (line,) = [line for line in result.stdout.splitlines() if line.startswith("settings ")]
+    assert line.removeprefix("settings").strip().startswith(message)
+    assert "auto: eager" in result.stdout
+    report = json.loads(mla_ops("doctor", "--json", **{variable: value}).stdout)
+    assert report["settings_problem"].startswith(message)
+
+
+def test_a_wrong_setting_is_refused_by_its_first_use_and_not_at_import() -> None:
+    program = """
+import torch, mla_ops
+print("imported")
+q, kv, indices = torch.randn(4, 2, 8), torch.randn(4, 1, 8), torch.zeros(4, 1, 2, dtype=torch.int32)
+for _ in range(2):
+    try:
+        mla_ops.sparse_attn(q, kv, indices, d_v=4, softmax_scale=1.0)
+    except mla_ops.errors.InvalidSettingError as error:
+        print(error)
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, "MLA_OPS_EAGER_WORKSPACE_MB": "abc"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines() == [
+        "imported",
+        *["MLA_OPS_EAGER_WORKSPACE_MB must be an integer >= 1, got 'abc'"] * 2,
+    ]
+
+
 def test_doctor_without_triton_names_it(tmp_path: Path) -> None:
     program = """
 import sys
