@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -40,6 +42,30 @@ def test_package_list_names_every_folder() -> None:
     assert declared_packages() == packages_on_disk()
 
 
+def make(*args: str, **env: str) -> subprocess.CompletedProcess[str]:
+    # The suite's own `make test` would make this one a sub-make, which says so on stdout.
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
+    return subprocess.run(["make", *args], cwd=ROOT, env=inherited | env, capture_output=True, text=True, timeout=60)
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+def test_make_alone_lists_every_target() -> None:
+    result = make()
+    assert result.returncode == 0, result.stderr
+    (targets,) = re.findall(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
+    listed = [line.split(maxsplit=2) for line in result.stdout.splitlines()]
+    assert sorted(target for _, target, _ in listed) == sorted(targets.split())
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+def test_make_demo_says_what_an_environment_of_ones_own_lacks(tmp_path: Path) -> None:
+    (tmp_path / "tqdm.py").write_text("raise ImportError('blocked')")
+    result = make("demo", "ENV=active", f"BASE_PYTHON={sys.executable}", PYTHONPATH=str(tmp_path))
+    assert (result.returncode, result.stdout) == (2, "")
+    assert "the demo needs matplotlib and tqdm: " in result.stderr
+    assert "-m pip install matplotlib tqdm\n" in result.stderr
+
+
 def pip(*args: str) -> None:
     command = [sys.executable, "-m", "pip", *args, "--no-deps", "--no-build-isolation", "--quiet"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=300)
@@ -49,8 +75,6 @@ def pip(*args: str) -> None:
 @pytest.fixture(scope="module")
 def source_copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tracked sources in a folder of their own: building must not write into the checkout under test."""
-    import shutil
-
     target = tmp_path_factory.mktemp("source")
     for name in (*FOLDERS.values(), *BESIDE):
         shutil.copytree(ROOT / name, target / name, ignore=shutil.ignore_patterns("__pycache__"))
