@@ -1,6 +1,7 @@
 # Two commands are all a newcomer needs: `make demo` and `make test`. Each makes its own .venv and installs what it needs.
 #   BASE_PYTHON=python3.12 make test    use another interpreter for .venv
 #   make test ENV=active                use the active environment (torch already in it) instead of .venv
+# `make` alone lists the rest.
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 BASE_PYTHON ?= python3
@@ -18,9 +19,14 @@ TORCH := $(if $(shell command -v nvidia-smi),torch,torch==2.13.0 triton==3.7.1)
 
 COMPAT_TORCH := 2.11.0 2.14.1
 
-.PHONY: demo test test-megatron gpu-test memcheck bench compat lint clean
+.PHONY: help demo test test-megatron gpu-test memcheck bench compat lint clean
+
+help:  ## this list
+	@awk -F ':.*  ## ' '/^[a-z-]+:.*  ## / { printf "make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(READY)  ## train a small sparse-MLA language model on real text; writes mla-ops-demo/
+	@$(PYTHON) -c "import matplotlib, tqdm" 2>/dev/null || \
+	  { echo "the demo needs matplotlib and tqdm: $(PYTHON) -m pip install matplotlib tqdm" >&2; exit 2; }
 	$(PYTHON) -m mla_ops demo
 
 # One process per core, each with one thread; a file stays in one process, for the worlds of ranks it starts once.
@@ -75,5 +81,5 @@ lint: $(READY)  ## ruff, and mypy on the installed package (mypy cannot follow a
 	.venv-megatron/bin/python -m pip install --quiet --no-build-isolation --editable ".[test]"
 	touch $@
 
-clean:
+clean:  ## remove environments, builds and caches
 	rm -rf .venv .venv-megatron .venv-torch-* build dist *.egg-info mla-ops-demo .pytest_cache .mypy_cache .ruff_cache

@@ -1,13 +1,17 @@
 """SparseMLA for PyTorch: `torch.ops.mla.sparse_attn`, token-level top-k sparse multi-head latent attention, any width.
 
-Importing this package registers the operators. It imports neither triton, Inductor nor any model framework.
+Importing this package registers the operators. It imports neither triton, Inductor nor any model framework. Its public
+modules (`mla_ops.adapters`, `distributed`, `lowering`, `reference`, `testing`) are imported when first named; in
+compiled code they must be imported before, because Dynamo finds nothing else.
 """
 
 # In a checkout this package's own folder lies on its path (see below), so a walk over its modules finds it again.
 if __name__ != "mla_ops":
     raise ImportError(f"import mla_ops, not {__name__}: a second copy would register the operators twice")
 
+import importlib as _importlib
 from pathlib import Path as _Path
+from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
 
@@ -16,6 +20,7 @@ __version__ = "0.1.0"
 if not (_Path(__file__).parent / "registration").is_dir():
     __path__.append(str(_Path(__file__).parent.parent))
 
+from mla_ops import settings as settings
 from mla_ops.api import SparseAttnOutput, explain, sparse_attn, sparse_attn_max_logits, warmup
 from mla_ops.errors import (
     DoubleBackwardError,
@@ -31,6 +36,25 @@ from mla_ops.errors import (
 from mla_ops.ops.sparse_attn.backends import backend_names
 from mla_ops.registration import refuse_wrapper
 
+if TYPE_CHECKING:
+    from mla_ops import adapters as adapters
+    from mla_ops import distributed as distributed
+    from mla_ops import lowering as lowering
+    from mla_ops import reference as reference
+    from mla_ops import testing as testing
+else:  # hidden from type checkers, to which a module with __getattr__ has every name
+    _LAZY_MODULES = ("adapters", "distributed", "lowering", "reference", "testing")
+
+    def __getattr__(name: str) -> object:
+        if name in _LAZY_MODULES:
+            return _importlib.import_module(f"mla_ops.{name}")
+        raise AttributeError(f"module 'mla_ops' has no attribute {name!r}")
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *_LAZY_MODULES})
+
+
+# Without the modules imported on demand: a star import would import them all.
 __all__ = [
     "DoubleBackwardError",
     "ForwardModeError",

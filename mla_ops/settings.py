@@ -5,7 +5,9 @@
 | `MLA_OPS_EAGER_WORKSPACE_MB` | `eager_workspace_mb` | 8 | MiB of gathered rows and logits in a chunk (eager backend) |
 | `MLA_OPS_TUNED_ROWS` | `tuned_rows` | none | file of launch configurations that `mla-ops tune` wrote |
 
-`override()` replaces fields for one context (a thread or task), which is what tests and notebooks want.
+The environment is read when a setting is first needed, not at import, so a wrong variable is told by what needs it and
+by `mla-ops doctor`. `override()` replaces fields for one context (a thread or task), which is what tests and notebooks
+want.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 from mla_ops.errors import InvalidSettingError
@@ -37,6 +40,7 @@ class Settings:
             raise InvalidSettingError(f"tuned_rows must be a path as a string, got {self.tuned_rows!r}")
 
 
+@cache
 def _from_environment() -> Settings:
     settings = Settings(tuned_rows=os.environ.get("MLA_OPS_TUNED_ROWS", ""))
     text = os.environ.get("MLA_OPS_EAGER_WORKSPACE_MB")
@@ -49,13 +53,17 @@ def _from_environment() -> Settings:
     return replace(settings, eager_workspace_mb=value)
 
 
-# Frozen, so one object may be every context's default.
-_current: ContextVar[Settings] = ContextVar("mla_ops_settings", default=_from_environment())  # noqa: B039
+# None: the environment's settings are in force.
+_current: ContextVar[Settings | None] = ContextVar("mla_ops_settings", default=None)
 
 
 def current() -> Settings:
-    """Return the settings of this context: the environment at import, or the innermost `override`."""
-    return _current.get()
+    """Return the settings of this context: those of the innermost `override`, else the environment's.
+
+    Raises:
+        InvalidSettingError: an environment variable has a value that its setting cannot take.
+    """
+    return _current.get() or _from_environment()
 
 
 @contextmanager
@@ -65,9 +73,10 @@ def override(**fields: Any) -> Iterator[Settings]:
     unknown = sorted(set(fields) - set(known))
     if unknown:
         raise InvalidSettingError(f"unknown setting {', '.join(unknown)}; expected one of {', '.join(known)}")
-    token = _current.set(replace(_current.get(), **fields))
+    settings = replace(current(), **fields)
+    token = _current.set(settings)
     try:
-        yield _current.get()
+        yield settings
     finally:
         _current.reset(token)
 

@@ -12,7 +12,6 @@ import uuid
 from collections.abc import Iterator
 from functools import cache
 from importlib.resources.abc import Traversable
-from pathlib import Path
 
 import torch.compiler.config
 

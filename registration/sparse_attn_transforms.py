@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch.utils.flop_counter import register_flop_formula
 
+from mla_ops.registration.flop_formulas import register_flop_formulas
 from mla_ops.registration.library import LIBRARY
 from mla_ops.registration.sparse_attn import (
     SPARSE_ATTN,
@@ -143,6 +143,10 @@ def register() -> None:
     torch.library.register_vmap("mla::sparse_attn", _vmap_sparse_attn, lib=LIBRARY)
     torch.library.register_vmap("mla::sparse_attn_bwd", _vmap_sparse_attn_bwd, lib=LIBRARY)
     torch.library.register_vmap("mla::sparse_attn_max_logits", _vmap_sparse_attn_max_logits, lib=LIBRARY)
-    register_flop_formula(torch.ops.mla.sparse_attn)(sparse_attn_flops)
-    register_flop_formula(torch.ops.mla.sparse_attn_bwd)(sparse_attn_bwd_flops)
-    register_flop_formula(torch.ops.mla.sparse_attn_max_logits)(sparse_attn_max_logits_flops)
+    register_flop_formulas(
+        {
+            torch.ops.mla.sparse_attn: sparse_attn_flops,
+            torch.ops.mla.sparse_attn_bwd: sparse_attn_bwd_flops,
+            torch.ops.mla.sparse_attn_max_logits: sparse_attn_max_logits_flops,
+        }
+    )

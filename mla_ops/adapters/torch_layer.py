@@ -6,6 +6,8 @@ and only what the attention returns is projected up (`project_v`). No head's key
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import nn
 
@@ -84,12 +86,15 @@ class MLASparseAttention(nn.Module):
         meta: the layer, in the absorbed form, with one KV group and an even `qk_rope_head_dim`.
         q_lora_rank: rank of the queries' own bottleneck; None for a full-rank projection.
         rope_theta: the base of the rotary frequencies.
+        norm_eps: what the norms add to the mean square; None for torch's choice, the epsilon of the input's dtype.
         backend: which backend runs the operator; a named one never falls back.
         check_indices: in eager, raise on an index that names no row of its sequence. That reads the indices on the
             host, once a call; without it such a slot counts as "no key", as it always does in compiled code.
+        device: where the parameters are made; on "meta", `to_empty` and each module's `reset_parameters` fill them.
+        dtype: of the parameters.
 
     Raises:
-        MLAMetadataError: `meta` describes another kind of layer.
+        MLAMetadataError: `meta` is no `MLALayerMeta`, or describes another kind of layer.
     """
 
     def __init__(
@@ -99,10 +104,18 @@ class MLASparseAttention(nn.Module):
         *,
         q_lora_rank: int | None = None,
         rope_theta: float = 10000.0,
+        norm_eps: float | None = None,
         backend: str = "auto",
         check_indices: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        if not isinstance(meta, MLALayerMeta):
+            raise MLAMetadataError(
+                f"MLASparseAttention: meta must be an MLALayerMeta, got {type(meta).__name__}; use "
+                "resolve_layer_meta(..., form='absorbed') of mla_ops.adapters.seam, which reads mappings and configs"
+            )
         bad = []
         if meta.form != "absorbed":
             bad.append(f"form must be 'absorbed', got {meta.form!r}")
@@ -118,20 +131,36 @@ class MLASparseAttention(nn.Module):
         self.check_indices = check_indices
         rank = meta.kv_lora_rank
         q_width = meta.heads * meta.k_channels
+        linear = partial(nn.Linear, bias=False, device=device, dtype=dtype)
+        norm = partial(nn.RMSNorm, eps=norm_eps, device=device, dtype=dtype)
         self.q_proj: nn.Module
         if q_lora_rank is None:
-            self.q_proj = nn.Linear(hidden_size, q_width, bias=False)
+            self.q_proj = linear(hidden_size, q_width)
         else:
             self.q_proj = nn.Sequential(
-                nn.Linear(hidden_size, q_lora_rank, bias=False),
-                nn.RMSNorm(q_lora_rank),
-                nn.Linear(q_lora_rank, q_width, bias=False),
+                linear(hidden_size, q_lora_rank), norm(q_lora_rank), linear(q_lora_rank, q_width)
             )
-        self.kv_proj = nn.Linear(hidden_size, meta.d_total, bias=False)
-        self.kv_norm = nn.RMSNorm(rank)
-        self.w_uk = nn.Parameter(torch.randn(meta.heads, meta.qk_nope_head_dim, rank) * rank**-0.5)
-        self.w_uv = nn.Parameter(torch.randn(meta.heads, meta.v_head_dim, rank) * rank**-0.5)
-        self.out_proj = nn.Linear(meta.heads * meta.v_head_dim, hidden_size, bias=False)
+        self.kv_proj = linear(hidden_size, meta.d_total)
+        self.kv_norm = norm(rank)
+        self.w_uk = nn.Parameter(torch.empty(meta.heads, meta.qk_nope_head_dim, rank, device=device, dtype=dtype))
+        self.w_uv = nn.Parameter(torch.empty(meta.heads, meta.v_head_dim, rank, device=device, dtype=dtype))
+        self.out_proj = linear(meta.heads * meta.v_head_dim, hidden_size)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw `w_uk` and `w_uv`, the parameters that are this module's own; its submodules draw theirs."""
+        for weight in (self.w_uk, self.w_uv):
+            nn.init.normal_(weight, std=weight.shape[-1] ** -0.5)
+
+    def extra_repr(self) -> str:
+        """Return what the printed submodules do not tell."""
+        meta = self.meta
+        return (
+            f"heads={meta.heads}, kv_lora_rank={meta.kv_lora_rank}, qk_nope_head_dim={meta.qk_nope_head_dim}, "
+            f"qk_rope_head_dim={meta.qk_rope_head_dim}, v_head_dim={meta.v_head_dim}, "
+            f"softmax_scale={meta.softmax_scale:.6g}, rope_theta={self.rope_theta:g}, backend={self.backend!r}, "
+            f"check_indices={self.check_indices}"
+        )
 
     def forward(
         self,

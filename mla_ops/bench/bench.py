@@ -22,6 +22,7 @@ import torch
 from mla_ops.bench.peers import Attention, flash_libraries, flash_peers, gather, ours, plain_peers
 from mla_ops.bench.plots import plot_sweeps
 from mla_ops.bench.provenance import write
+from mla_ops.bench.requirements import require_writable
 from mla_ops.bench.shapes import SHAPES, SOFTMAX_SCALE, SWEEPS, Shape
 from mla_ops.device import pick_device
 from mla_ops.errors import UnsupportedProblemError
@@ -37,6 +38,7 @@ def run_bench(arguments: argparse.Namespace) -> int:
     device = pick_device("auto")
     if device.type != "cuda":
         raise UnsupportedProblemError("mla-ops bench needs a CUDA device, none was found; the CPU has nothing to time")
+    require_writable(arguments.out / "results.json")
     wanted, folder = arguments.peers, arguments.flash_libraries
     libraries = flash_libraries(folder) if folder and "flash" in wanted else []
     matmul = _matmul_flops_per_s()

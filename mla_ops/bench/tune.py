@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
+import signal
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
@@ -18,7 +19,7 @@ from typing import TypeVar
 import torch
 
 from mla_ops.bench.provenance import header
-from mla_ops.bench.requirements import require
+from mla_ops.bench.requirements import require, require_writable
 from mla_ops.bench.shapes import Shape, check_sizes
 from mla_ops.device import DeviceTraits, pick_device, traits_of
 from mla_ops.errors import UnsupportedProblemError
@@ -47,6 +48,9 @@ def run_tune(arguments: argparse.Namespace) -> int:
             "mla-ops tune measures on a CUDA device, none was found; run it on the GPU to tune for"
         )
     traits, out = traits_of(device), arguments.out
+    require_writable(out)
+    if out.exists():
+        read_rows(out)
     shape = Shape(
         B=arguments.batch, Sq=arguments.seq_q, Skv=arguments.seq_kv, H=arguments.heads,
         d_total=arguments.d_total, d_v=arguments.d_v, topk=arguments.topk,
@@ -127,7 +131,13 @@ def _compile_all(shape: Shape, configs: list[FwdConfig | BwdConfig], jobs: int) 
     compiled = set()
 
     with (
-        ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool,
+        # An interrupt is the parent's to tell; the processes end with their present configuration.
+        ProcessPoolExecutor(
+            jobs,
+            mp_context=multiprocessing.get_context("spawn"),
+            initializer=signal.signal,
+            initargs=(signal.SIGINT, signal.SIG_IGN),
+        ) as pool,
         tqdm(total=len(configs), desc="compile", unit="config", dynamic_ncols=True) as progress,
     ):
         for config, failure in zip(configs, pool.map(_compile, [(shape, c) for c in configs]), strict=True):

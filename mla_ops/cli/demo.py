@@ -21,7 +21,7 @@ from torch import Tensor
 
 from mla_ops.bench.peers import Attention, masked_sdpa, ours
 from mla_ops.bench.provenance import header
-from mla_ops.bench.requirements import require
+from mla_ops.bench.requirements import require, require_writable
 from mla_ops.bench.shapes import SHAPES
 from mla_ops.cli.model import LanguageModel, ModelConfig
 from mla_ops.device import pick_device, traits_of
@@ -29,6 +29,7 @@ from mla_ops.ops.sparse_attn.backends import select
 from mla_ops.ops.sparse_attn.call import SparseAttnProblem
 from mla_ops.settings import cxx_compiler
 
+REPORT, PLOT = "report.json", "loss.png"
 SEQUENCE_LENGTHS = (128, 256)
 BATCH = 8
 LEARNING_RATE = 3e-3
@@ -44,7 +45,7 @@ class Run:
     losses: list[float] = field(default_factory=list)
     index_losses: list[float] = field(default_factory=list)
     first_step_seconds: float = 0.0  # compilation included
-    tokens_per_second: float = 0.0  # of the steps after the first
+    tokens_per_second: float | None = None  # of the steps after the first
 
     @property
     def final_loss(self) -> float:
@@ -58,6 +59,8 @@ def run_demo(*, out: Path, steps: int, device: str, seed: int) -> int:
     for module in ("tqdm", "matplotlib"):
         require(module, "mla-ops demo")
     target = pick_device(device)
+    for path in (out / REPORT, out / PLOT):
+        require_writable(path)
     compiler = _compile_backend(target)
     config = ModelConfig()
     op_backend = _operator_backend(config, target)
@@ -79,7 +82,7 @@ def run_demo(*, out: Path, steps: int, device: str, seed: int) -> int:
         "graphs": graphs,
         "graph_breaks": graph_breaks,
         "recompiles": graphs - 1,
-        "sequence_lengths": list(SEQUENCE_LENGTHS),
+        "sequence_lengths": sorted({_length(step, steps) for step in range(steps)}),
         "steps": steps,
         "config": asdict(config),
         "validation_loss": _validate(model, validation, target),
@@ -88,10 +91,10 @@ def run_demo(*, out: Path, steps: int, device: str, seed: int) -> int:
         "over_dense_attention": _speed_over_dense_attention() if target.type == "cuda" else None,
         "sample": _sample(model, b"import os\n\nclass ", 200, target, seed),
     }
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
-    _plot(compiled, eager, out / "loss.png")
-    _print_report(report, out)
+    _print_report(report)
+    (out / REPORT).write_text(json.dumps(report, indent=2) + "\n")
+    _plot(compiled, eager, out / PLOT)
+    print(f"wrote {out / REPORT} and {out / PLOT}")
     return 0
 
 
@@ -142,11 +145,16 @@ def _train(
     return run, model
 
 
+def _length(step: int, steps: int) -> int:
+    """Return the sequence length of a step: the shorter one in the first half."""
+    return SEQUENCE_LENGTHS[0] if step < (steps + 1) // 2 else SEQUENCE_LENGTHS[1]
+
+
 def _batches(text: Tensor, steps: int, seed: int) -> Iterator[Tensor]:
-    """Yield `[BATCH, length + 1]` windows, the first half of the steps at the shorter length."""
+    """Yield `[BATCH, length + 1]` windows."""
     generator = torch.Generator().manual_seed(seed)
     for step in range(steps):
-        length = SEQUENCE_LENGTHS[0] if step < (steps + 1) // 2 else SEQUENCE_LENGTHS[1]
+        length = _length(step, steps)
         starts = torch.randint(0, len(text) - length - 1, (BATCH,), generator=generator).tolist()
         yield torch.stack([text[start : start + length + 1] for start in starts]).long()
 
@@ -254,24 +262,29 @@ def _plot(compiled: Run, eager: Run, path: Path) -> None:
     pyplot.close(figure)
 
 
-def _print_report(report: dict[str, Any], out: Path) -> None:
+def _print_report(report: dict[str, Any]) -> None:
     compiled, eager = report["runs"]["compiled"], report["runs"]["eager"]
     lengths = " and ".join(map(str, report["sequence_lengths"]))
+    plural = "s" if len(report["sequence_lengths"]) > 1 else ""
     print(f"\n{'':10}{'first loss':>12}{'final loss':>12}{'tokens/s':>12}{'first step':>12}")
     for name, run in (("compiled", compiled), ("eager", eager)):
+        rate = "-" if run["tokens_per_second"] is None else f"{run['tokens_per_second']:,.0f}"
         print(
-            f"{name:10}{run['losses'][0]:12.3f}{run['final_loss']:12.3f}{run['tokens_per_second']:12,.0f}"
-            f"{run['first_step_seconds']:10.1f} s"
+            f"{name:10}{run['losses'][0]:12.3f}{run['final_loss']:12.3f}{rate:>12}{run['first_step_seconds']:10.1f} s"
         )
     print(f"largest difference between the two loss curves: {report['largest_loss_difference']:.1e}")
     print(f"validation loss of the compiled run: {report['validation_loss']:.3f} nats per byte")
     print(
-        f"graphs: {report['graphs']}, graph breaks: {report['graph_breaks']}, recompiles over sequence lengths "
+        f"graphs: {report['graphs']}, graph breaks: {report['graph_breaks']}, recompiles over sequence length{plural} "
         f"{lengths}: {report['recompiles']}"
     )
     if report["over_dense_attention"] is not None:
         dense = report["over_dense_attention"]
         sizes = ", ".join(f"{name}={size}" for name, size in dense["shape"].items())
         print(f"attention alone, forward + backward: {dense['speed_up']:.1f}x dense attention under a mask ({sizes})")
-    print(f"sampled text:\n{'-' * 72}\n{report['sample']}\n{'-' * 72}")
-    print(f"wrote {out / 'report.json'} and {out / 'loss.png'}")
+    print(f"sampled text:\n{'-' * 72}\n{_visible(report['sample'])}\n{'-' * 72}")
+
+
+def _visible(text: str) -> str:
+    """Return `text` with all that a terminal would obey, other than a new line, written as an escape."""
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)

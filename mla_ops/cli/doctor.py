@@ -13,8 +13,10 @@ import torch
 import mla_ops
 from mla_ops import settings
 from mla_ops.device import devices, traits_of
+from mla_ops.errors import InvalidSettingError
 from mla_ops.ops.sparse_attn.backends import backend_names, select
 from mla_ops.ops.sparse_attn.call import SparseAttnProblem
+from mla_ops.ops.sparse_attn.configs.tuned import read_rows
 
 # What is asked of every backend on every device: training at the widths of a small and of a large model.
 PROBES = (
@@ -24,13 +26,15 @@ PROBES = (
 
 
 def run_doctor(*, as_json: bool) -> int:
-    """Print the report; the exit status is 0 when `backend="auto"` runs every probe on every device, else 1."""
+    """Print the report; the exit status is 1 if a setting is wrong or `backend="auto"` fails on a probe, else 0."""
     report = _report()
     print(json.dumps(report, indent=2) if as_json else _text(report))
-    return 0 if all(probe["auto"] for device in report["devices"] for probe in device["probes"]) else 1
+    is_served = all(probe["auto"] for device in report["devices"] for probe in device["probes"])
+    return 0 if is_served and report["settings_problem"] is None else 1
 
 
 def _report() -> dict[str, Any]:
+    in_force, problem = _settings()
     return {
         "versions": {
             "mla_ops": mla_ops.__version__,
@@ -40,9 +44,22 @@ def _report() -> dict[str, Any]:
             "cuda": torch.version.cuda,
         },
         "cxx_compiler": settings.cxx_compiler(),
-        "settings": asdict(settings.current()),
+        "settings": in_force,
+        "settings_problem": problem,
         "devices": [_device_report(device) for device in devices()],
     }
+
+
+def _settings() -> tuple[dict[str, Any] | None, str | None]:
+    """Return the settings in force, None if they can't be read, and what is wrong with them, if anything."""
+    in_force = None
+    try:
+        in_force = asdict(settings.current())
+        if in_force["tuned_rows"]:
+            read_rows(in_force["tuned_rows"])
+    except InvalidSettingError as error:
+        return in_force, str(error)
+    return in_force, None
 
 
 def _device_report(device: torch.device) -> dict[str, Any]:
@@ -71,6 +88,8 @@ def _version(package: str) -> str | None:
 def _text(report: dict[str, Any]) -> str:
     lines = [f"{name:14}{version or 'not installed'}" for name, version in report["versions"].items()]
     lines.append(f"{'C++ compiler':14}{report['cxx_compiler'] or 'not found: torch.compile on the CPU needs one'}")
+    if report["settings_problem"] is not None:
+        lines.append(f"{'settings':14}{report['settings_problem']}")
     for device in report["devices"]:
         lines += ["", f"{device['device']}: {device['traits']}"]
         for probe in device["probes"]:

@@ -3,27 +3,51 @@
 from __future__ import annotations
 
 import argparse
+import io
+import os
+import signal
 import sys
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
+from mla_ops import __version__
 from mla_ops.bench.peers import PEERS
 from mla_ops.bench.shapes import SHAPES, SWEEPS
 from mla_ops.errors import MlaOpsError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit status; errors of this package and of files print as a line and return 2."""
-    arguments = _parser().parse_args(argv)
+    """Run one command and return its exit status.
+
+    Errors of this package and of files print as a line and return 2. An interrupt returns 130 and a reader that is
+    gone 141, as a shell has it for processes that SIGINT and SIGPIPE end.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # what a terminal's encoding lacks is written as an escape
     try:
-        return int(arguments.run(arguments))
+        return _run(argv)
+    except KeyboardInterrupt:
+        print("mla-ops: interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
+    except BrokenPipeError:  # whoever read stdout is gone; what it still holds must not be tried again at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except (MlaOpsError, OSError) as error:
         print(f"mla-ops: {type(error).__name__}: {error}", file=sys.stderr)
         return 2
 
 
+def _run(argv: Sequence[str] | None) -> int:
+    try:
+        arguments = _parser().parse_args(argv)
+        return int(arguments.run(arguments))
+    finally:
+        sys.stdout.flush()  # here a reader that is gone can be handled, at the interpreter's end it can't
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="mla-ops", description="Sparse MLA for PyTorch, any d_total / d_v.")
+    parser.add_argument("--version", action="version", version=f"mla-ops {__version__}")
     commands = parser.add_subparsers(required=True, metavar="command")
 
     demo = commands.add_parser(
@@ -31,8 +55,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     demo.add_argument("--out", type=Path, default=Path("mla-ops-demo"), help="folder for report.json and loss.png")
     demo.add_argument("--steps", type=_positive, default=240, help="training steps of each run (default 240)")
-    demo.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    demo.add_argument("--seed", type=int, default=0)
+    demo.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto is CUDA if there is any")
+    demo.add_argument("--seed", type=int, default=0, help="of the weights, the batches and the sample (default 0)")
     demo.set_defaults(run=_demo)
 
     doctor = commands.add_parser("doctor", help="say what this machine has and which backends run on it")
@@ -52,30 +76,37 @@ def _parser() -> argparse.ArgumentParser:
     bench.set_defaults(run=_bench)
 
     tune = commands.add_parser("tune", help="find the fastest launch configurations of one problem on this GPU")
-    for size in ("d-total", "d-v", "heads", "topk"):
-        tune.add_argument(f"--{size}", type=_positive, required=True)
-    tune.add_argument("--batch", type=_positive, default=1)
-    tune.add_argument("--seq-q", type=_positive, default=4096)
-    tune.add_argument("--seq-kv", type=_positive, default=8192)
+    _add_widths(tune)
+    _add_lengths(tune)
     tune.add_argument("--out", type=Path, default=Path("mla-ops-tuned.json"), help="file of rows; others in it stay")
-    tune.add_argument("--jobs", type=_positive, default=8, help="processes that compile")
+    tune.add_argument("--jobs", type=_positive, default=8, help="processes that compile (default 8)")
     tune.set_defaults(run=_tune)
 
     explain = commands.add_parser("explain", help="say which backend runs a problem on this machine, and why")
-    explain.add_argument("--d-total", type=_positive, required=True)
-    explain.add_argument("--d-v", type=_positive, required=True)
-    explain.add_argument("--topk", type=_positive, required=True)
-    explain.add_argument("--heads", type=_positive, required=True)
-    explain.add_argument("--kv-group", type=_positive, default=1)
-    explain.add_argument("--batch", type=_positive, default=1)
-    explain.add_argument("--seq-q", type=_positive, default=4096)
-    explain.add_argument("--seq-kv", type=_positive, default=8192)
-    explain.add_argument("--dtype", choices=("bf16", "fp16", "fp32", "fp64"), default="bf16")
+    _add_widths(explain)
+    explain.add_argument("--kv-group", type=_positive, default=1, help="KV heads (default 1, as in MLA)")
+    _add_lengths(explain)
+    explain.add_argument("--dtype", choices=("bf16", "fp16", "fp32", "fp64"), default="bf16", help="default bf16")
     explain.add_argument("--inference", action="store_true", help="no gradient needed")
-    explain.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    explain.add_argument("--backend", default="auto")
+    explain.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto is CUDA if there is any"
+    )
+    explain.add_argument("--backend", default="auto", help="a named one never falls back (default auto)")
     explain.set_defaults(run=_explain)
     return parser
+
+
+def _add_widths(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--d-total", type=_positive, required=True, help="width of a query and of a KV row")
+    command.add_argument("--d-v", type=_positive, required=True, help="leading channels of a row that are its value")
+    command.add_argument("--heads", type=_positive, required=True, help="query heads")
+    command.add_argument("--topk", type=_positive, required=True, help="selected rows per query")
+
+
+def _add_lengths(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--batch", type=_positive, default=1, help="sequences (default 1)")
+    command.add_argument("--seq-q", type=_positive, default=4096, help="queries of a sequence (default 4096)")
+    command.add_argument("--seq-kv", type=_positive, default=8192, help="KV rows of a sequence (default 8192)")
 
 
 def _demo(arguments: argparse.Namespace) -> int:
@@ -122,7 +153,10 @@ def _names(known: Collection[str]) -> Callable[[str], list[str]]:
 
 
 def _positive(text: str) -> int:
-    value = int(text)
+    try:
+        value = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be an integer of at least 1, got {text!r}") from None
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
     return value

@@ -51,7 +51,9 @@ class Indexer(nn.Module):
         score = torch.einsum("bsht,bsh->bst", match, self.head_weight(x))  # [B, S, S]
         position = torch.arange(x.shape[1], device=x.device)
         score = score.masked_fill(position[None, :] > position[:, None], -torch.inf)  # causal
-        best, indices = score.topk(self.config.topk, dim=-1)
+        # A branch, which costs a compiled graph a guard; min() would make topk a symbol there.
+        topk = self.config.topk if x.shape[1] >= self.config.topk else x.shape[1]
+        best, indices = score.topk(topk, dim=-1)
         indices = indices.masked_fill(best == -torch.inf, -1)
         return indices.to(torch.int32).unsqueeze(2), best.log_softmax(dim=-1)
 

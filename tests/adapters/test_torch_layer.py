@@ -11,6 +11,7 @@ import torch
 
 from mla_ops.adapters.seam import PackedSeq, resolve_layer_meta
 from mla_ops.adapters.torch_layer import MLASparseAttention, absorb_q, project_v, rotate
+from mla_ops.cli.model import LanguageModel, ModelConfig
 from mla_ops.errors import MLALayoutError, MLAMetadataError, UnsupportedProblemError
 from mla_ops.testing import assert_within_budget
 
@@ -271,6 +272,61 @@ def test_bf16_positions_do_not_collapse() -> None:
 def test_other_kinds_of_layer_are_refused(change: dict[str, Any], message: str) -> None:
     with pytest.raises(MLAMetadataError, match=message):
         MLASparseAttention(HIDDEN, replace(META, **change))
+
+
+def test_metadata_of_another_type_is_refused_with_the_way_to_make_it() -> None:
+    for meta in ({"heads": 4}, None, 4):
+        with pytest.raises(MLAMetadataError, match=r"use resolve_layer_meta\(\.\.\., form='absorbed'\)") as info:
+            MLASparseAttention(128, meta)
+        assert f"meta must be an MLALayerMeta, got {type(meta).__name__}; " in str(info.value)
+
+
+@pytest.mark.parametrize("q_lora_rank", [None, 20])
+def test_device_dtype_and_norm_eps_reach_every_part(q_lora_rank: int | None) -> None:
+    options = {"q_lora_rank": q_lora_rank, "norm_eps": 1e-3}
+    layer = MLASparseAttention(HIDDEN, META, device="meta", dtype=torch.bfloat16, **options)
+    assert {(p.device.type, p.dtype) for p in layer.parameters()} == {("meta", torch.bfloat16)}
+    norms = [module for module in layer.modules() if isinstance(module, torch.nn.RMSNorm)]
+    assert [norm.eps for norm in norms] == [1e-3] * (1 if q_lora_rank is None else 2)
+
+
+def test_a_model_built_on_meta_is_initialised_like_one_built_on_the_cpu() -> None:
+    config = ModelConfig()
+    with torch.device("meta"):
+        model = LanguageModel(config)
+    model.to_empty(device="cpu")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(torch.nan)
+    for module in model.modules():
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    for (name, parameter), expected in zip(
+        model.named_parameters(), LanguageModel(config).state_dict().values(), strict=True
+    ):
+        assert not parameter.isnan().any(), name
+        # The fewest elements are 128 of a bias: their deviation is known to 1 in sqrt(2 * 128) = 16.
+        torch.testing.assert_close(parameter.std(), expected.std(), rtol=0.25, atol=0.0, msg=name)
+    loss, index_loss = model.losses(torch.randint(0, config.vocab_size, (1, 65)))
+    assert torch.isfinite(loss + index_loss)
+
+
+def test_resetting_draws_the_modules_own_weights_only() -> None:
+    layer = make_layer()
+    before = {name: value.clone() for name, value in layer.state_dict().items()}
+    layer.reset_parameters()
+    changed = {name for name, value in layer.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed == {"w_uk", "w_uv"}
+    for weight in (layer.w_uk, layer.w_uv):  # 3072 and 4608 draws
+        assert weight.std().item() == pytest.approx(META.kv_lora_rank**-0.5, rel=0.1)
+
+
+def test_the_printed_layer_tells_its_widths_and_options() -> None:
+    text = repr(make_layer(backend="eager", rope_theta=500.0))
+    for part in ("heads=4, kv_lora_rank=48, qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=24", "theta=500,"):
+        assert part in text
+    assert f"softmax_scale={24**-0.5:.6g}, " in text
+    assert "backend='eager', check_indices=True" in text
 
 
 @pytest.mark.parametrize("shape", [(), (5,), (1,), (2, 5), (3, 6), (1, 2, 6)], ids=str)

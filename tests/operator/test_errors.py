@@ -68,8 +68,15 @@ TENSOR_RULES = [
     bad({"q": lambda a: a["q"][0, 0]}, r"q must be \[batch, seq_q, heads, d_total\] or .*got shape \[4, 24\]"),
     bad({"q": lambda a: a["q"][None]}, r"q must be \[batch, .*got shape \[1, 2, 5, 4, 24\]"),
     bad({"kv": lambda a: a["kv"][0]}, r"kv must have 4 dimensions, \[batch, seq_kv, kv_group, d_total\], got shape"),
-    bad({"kv": lambda a: a["kv"][:, :, 0]}, r"kv must have 4 dimensions, .*got shape \[2, 11, 24\]"),
-    bad({"indices": lambda a: a["indices"][:, :, 0]}, r"indices must have 4 dimensions, .*got shape \[2, 5, 6\]"),
+    bad(
+        {"kv": lambda a: a["kv"][:, :, 0]},
+        r"kv must have 4 dimensions, .*got shape \[2, 11, 24\]; if kv_group is what it lacks, use kv.unsqueeze\(-2\)",
+    ),
+    bad(
+        {"indices": lambda a: a["indices"][:, :, 0]},
+        r"indices must have 4 dimensions, .*got shape \[2, 5, 6\]; if kv_group .* use indices.unsqueeze\(-2\)",
+    ),
+    bad({"indices": lambda a: a["indices"][0, 0]}, r"indices must have 4 dimensions, .*got shape \[2, 6\]$"),
     bad({"topk_length": lambda a: a["topk_length"][0]}, r"topk_length must have 2 dimensions, .*got shape \[5\]"),
     bad({"attn_sink": lambda a: a["attn_sink"][None]}, r"attn_sink must be \[heads\], got shape \[1, 4\]"),
     bad({"q": lambda a: a["q"].int()}, r"q must be bfloat16, float16, float32 or float64, got int32"),
@@ -82,6 +89,22 @@ TENSOR_RULES = [
         {"kv": lambda a: a["kv"].to(torch.float8_e5m2)},
         r"kv must have the dtype of q .*got float8_e5m2; dequantise it with its scales",
     ),
+    bad(
+        {"kv": lambda a: a["kv"].to(torch.int8)},
+        r"kv must have the dtype of q \(float32\), got int8; dequantise it with its scales",
+    ),
+    bad({"kv": lambda a: a["kv"].int()}, r"kv must have the dtype of q \(float32\), got int32; use kv.to\(q.dtype\)"),
+    bad({"kv": lambda a: a["kv"] > 0}, r"kv must have the dtype of q \(float32\), got bool; use kv.to\(q.dtype\)"),
+    bad(
+        {"kv": lambda a: a["indices"], "indices": lambda a: a["kv"]},
+        r"kv must have the dtype of q .*got int32; kv and indices look swapped, the order is q, kv, indices",
+    ),
+    bad(
+        {"q": lambda a: a["indices"], "indices": lambda a: a["q"]},
+        r"q must be bfloat16, .*got int32; q and indices look swapped, the order is q, kv, indices",
+    ),
+    bad({"q": lambda a: a["q"].long()}, r"q must be bfloat16, .*got int64; use q.to\(kv.dtype\)"),
+    bad({"q": lambda a: a["q"].to(torch.uint8)}, r"q must be bfloat16, .*got uint8; quantised inputs have no fused"),
     bad({"indices": lambda a: a["indices"].float()}, r"indices must be int32 or int64, got float32; use indices.to"),
     bad(
         {"indices": lambda a: a["indices"].float().requires_grad_()},
@@ -145,7 +168,10 @@ TYPE_RULES = [
     bad({"d_v": lambda a: True}, r"d_v must be an int, got bool"),
     bad({"d_v": lambda a: "16"}, r"d_v must be an int, got str"),
     bad({"softmax_scale": lambda a: "0.1"}, r"softmax_scale must be a float, got str"),
-    bad({"softmax_scale": lambda a: None}, r"softmax_scale must be a float, got NoneType"),
+    bad(
+        {"softmax_scale": lambda a: None},
+        r"softmax_scale must be a float, got NoneType; .*: pass \(qk_nope_head_dim \+ qk_rope_head_dim\) \*\* -0.5",
+    ),
     bad({"softmax_scale": lambda a: torch.tensor(0.1)}, r"softmax_scale must be a float, got Tensor"),
     bad({"backend": lambda a: None}, r"backend must be a string, got NoneType"),
 ]

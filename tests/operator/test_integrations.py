@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -51,6 +53,21 @@ def test_flops_of_vmap_are_those_of_its_elements(in_dims: tuple[int | None, ...]
     with FlopCounterMode(display=False) as counter:
         torch.vmap(lambda *tensors: torch.ops.mla.sparse_attn(*tensors, 16, 0.5)[0], in_dims)(*args)
     assert counter.get_total_flops() == 3 * 2 * 2 * 5 * 4 * 6 * (24 + 16)
+
+
+@pytest.mark.parametrize("first", ["mla_ops", "torch.utils.flop_counter"])
+def test_formulas_wait_for_the_counter_whichever_is_imported_first(first: str) -> None:
+    program = f"""
+import {first}
+import torch, mla_ops, torch.utils.flop_counter
+q, kv, indices = torch.randn(5, 4, 24), torch.randn(11, 1, 24), torch.zeros(5, 1, 6, dtype=torch.int32)
+with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
+    mla_ops.sparse_attn(q, kv, indices, d_v=16, softmax_scale=1.0)
+print(counter.get_total_flops())
+"""
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False)
+    assert result.returncode == 0, result.stderr
+    assert int(result.stdout) == 2 * 5 * 4 * 6 * (24 + 16)
 
 
 def test_flops_of_max_logits() -> None:

@@ -15,19 +15,21 @@ from typing import Any
 import pytest
 import torch
 
-from mla_ops.bench import bench, peers
+from mla_ops.bench import bench, peers, tune
 from mla_ops.bench.plots import plot_sweeps
 from mla_ops.bench.provenance import write
 from mla_ops.bench.shapes import SHAPES, SOFTMAX_SCALE, SWEEPS, Shape
 from mla_ops.bench.tune import backward_candidates, forward_candidates
+from mla_ops.cli.main import _parser
 from mla_ops.device import DeviceTraits
-from mla_ops.errors import InvalidInputError
+from mla_ops.errors import InvalidInputError, InvalidSettingError
 from mla_ops.ops.sparse_attn.configs.launch import bwd_smem_bytes, fwd_smem_bytes
 from mla_ops.ops.sparse_attn.configs.lookup import key_of
 from mla_ops.ops.sparse_attn.reference import sparse_attn_reference
 
 ROOT = Path(__file__).parents[2]
 H100 = DeviceTraits(type="cuda", arch=90, smem_bytes=232448, num_sms=132, name="NVIDIA H100 80GB HBM3")
+SIZES = "--d-total 128 --d-v 64 --heads 28 --topk 256"
 
 
 @pytest.mark.parametrize("peer", [peers.ours, peers.gather, peers.masked_sdpa, peers.flex])
@@ -112,6 +114,58 @@ def test_what_cannot_be_measured_is_refused(arguments: str, message: str) -> Non
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 2
     assert re.search(re.escape(message), result.stderr)
+
+
+@pytest.mark.parametrize(
+    ("command", "out", "error", "message"),
+    [
+        ("bench", "a-file", InvalidInputError, "--out must be where results.json can be written, got "),
+        (
+            f"tune {SIZES}",
+            "a-file/below.json",
+            InvalidInputError,
+            "--out must be where below.json can be written, got ",
+        ),
+        (f"tune {SIZES}", "", InvalidInputError, "Is a directory"),
+        (f"tune {SIZES}", "a-file", InvalidSettingError, "must name a file that mla-ops tune wrote, got "),
+    ],
+)
+def test_where_results_cannot_go_is_refused_before_the_work(
+    command: str, out: str, error: type[Exception], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def work(*_: object) -> None:
+        pytest.fail("the work began")
+
+    (tmp_path / "a-file").write_text("kept")
+    monkeypatch.setattr(bench, "_matmul_flops_per_s", work)
+    monkeypatch.setattr(tune, "_compile_all", work)
+    monkeypatch.setattr(tune, "traits_of", lambda device: H100)
+    for module in (bench, tune):
+        monkeypatch.setattr(module, "pick_device", lambda name: torch.device("cuda"))
+    arguments = _parser().parse_args([*command.split(), "--out", str(tmp_path / out)])
+    with pytest.raises(error, match=message):
+        arguments.run(arguments)
+    assert (tmp_path / "a-file").read_text() == "kept"
+
+
+def test_an_interrupt_is_not_told_by_the_processes_that_compile(tmp_path: Path) -> None:
+    program = """
+import os, signal, sys, time
+from mla_ops.bench import tune
+
+def compile_one(task):
+    os.kill(os.getpid(), signal.SIGINT)
+    return None
+
+if __name__ == "__main__":
+    tune._compile = compile_one
+    print(len(tune._compile_all(None, ["a", "b"], 1)))
+"""
+    (tmp_path / "program.py").write_text(program)  # a file, because spawned processes read it again
+    command = [sys.executable, str(tmp_path / "program.py")]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    result = subprocess.run(command, capture_output=True, text=True, timeout=100, env=environment, check=False)
+    assert (result.returncode, result.stdout) == (0, "2\n"), result.stderr
 
 
 @pytest.mark.gpu

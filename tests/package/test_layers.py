@@ -95,6 +95,7 @@ OWNERS = {
 # Slow or optional: imported inside functions only, except by the kernels, which are themselves imported lazily.
 LAZY = (
     "triton",
+    "torch.utils.flop_counter",  # imports triton
     "torch._inductor",
     "torch._dynamo",
     "torch.distributed.tensor",
@@ -303,12 +304,42 @@ def run_python(program: str, cwd: Path = ROOT) -> str:
 def test_import_is_light() -> None:
     program = """
 import sys, mla_ops
-heavy = ("torch._inductor", "torch._dynamo", "torch.distributed.tensor", "mla_ops.lowering", "mla_ops.testing",
-         "mla_ops.kernels", "mla_ops.cli", "mla_ops.bench", "mla_ops.adapters", "transformers", "megatron", "torchao",
-         "matplotlib", "registration", "lowering")
+from mla_ops import *
+dir(mla_ops)
+heavy = ("triton", "torch._inductor", "torch._dynamo", "torch.distributed.tensor", "mla_ops.lowering",
+         "mla_ops.testing", "mla_ops.kernels", "mla_ops.cli", "mla_ops.bench", "mla_ops.adapters", "transformers",
+         "megatron", "torchao", "matplotlib", "registration", "lowering")
 print([m for m in sys.modules if any(m == h or m.startswith(h + ".") for h in heavy)])
 """
     assert run_python(program) == "[]"
+
+
+@pytest.mark.parametrize(
+    ("package", "modules"),
+    [
+        ("mla_ops", ["adapters", "distributed", "lowering", "reference", "settings", "testing"]),
+        (
+            "mla_ops.adapters",
+            ["flash_mla", "megatron", "quantized", "seam", "torch_layer", "transformers"],
+        ),
+    ],
+)
+def test_public_modules_are_attributes(package: str, modules: list[str]) -> None:
+    program = f"""
+import sys, mla_ops
+before = [m for m in {modules} if m in dir({package})]
+print(before, [getattr({package}, m).__name__ for m in {modules}], hasattr({package}, "nothing"))
+"""
+    assert run_python(program) == f"{modules} {[f'{package}.{module}' for module in modules]} False"
+
+
+def test_a_switch_is_reached_without_another_import() -> None:
+    program = """
+import mla_ops
+mla_ops.lowering.disable()
+print(mla_ops.lowering.is_enabled())
+"""
+    assert run_python(program) == "False"
 
 
 def test_import_and_use_without_triton() -> None:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
+import shutil
 import subprocess
 import sys
+import tarfile
 import tomllib
 import zipfile
 from pathlib import Path
@@ -15,6 +18,9 @@ import mla_ops
 
 ROOT = Path(__file__).parents[2]
 FOLDERS = {"mla_ops": "mla_ops", "mla_ops.registration": "registration", "mla_ops.lowering": "lowering"}
+# What a source distribution holds beside them; of benchmarks/ not the results.
+BESIDE = ("tests", "docs", "examples", "benchmarks")
+FILES = ("pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "CHANGELOG.md", "CONTRIBUTING.md", "Makefile")
 # -P-like isolation is not used: the checkout's own `mla_ops` winning over an install is the case under test.
 PROBE = "import mla_ops.registration, mla_ops.lowering; print(mla_ops.registration.__file__)"
 
@@ -36,6 +42,30 @@ def test_package_list_names_every_folder() -> None:
     assert declared_packages() == packages_on_disk()
 
 
+def make(*args: str, **env: str) -> subprocess.CompletedProcess[str]:
+    # The suite's own `make test` would make this one a sub-make, which says so on stdout.
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
+    return subprocess.run(["make", *args], cwd=ROOT, env=inherited | env, capture_output=True, text=True, timeout=60)
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+def test_make_alone_lists_every_target() -> None:
+    result = make()
+    assert result.returncode == 0, result.stderr
+    (targets,) = re.findall(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
+    listed = [line.split(maxsplit=2) for line in result.stdout.splitlines()]
+    assert sorted(target for _, target, _ in listed) == sorted(targets.split())
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+def test_make_demo_says_what_an_environment_of_ones_own_lacks(tmp_path: Path) -> None:
+    (tmp_path / "tqdm.py").write_text("raise ImportError('blocked')")
+    result = make("demo", "ENV=active", f"BASE_PYTHON={sys.executable}", PYTHONPATH=str(tmp_path))
+    assert (result.returncode, result.stdout) == (2, "")
+    assert "the demo needs matplotlib and tqdm: " in result.stderr
+    assert "-m pip install matplotlib tqdm\n" in result.stderr
+
+
 def pip(*args: str) -> None:
     command = [sys.executable, "-m", "pip", *args, "--no-deps", "--no-build-isolation", "--quiet"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=300)
@@ -45,14 +75,44 @@ def pip(*args: str) -> None:
 @pytest.fixture(scope="module")
 def source_copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tracked sources in a folder of their own: building must not write into the checkout under test."""
-    import shutil
-
     target = tmp_path_factory.mktemp("source")
-    for name in ("mla_ops", "registration", "lowering"):
+    for name in (*FOLDERS.values(), *BESIDE):
         shutil.copytree(ROOT / name, target / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+    for name in FILES:
         shutil.copy(ROOT / name, target / name)
     return target
+
+
+@pytest.fixture(scope="module")
+def unpacked_sdist(source_copy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sdist")
+    command = [sys.executable, "-m", "build", "--sdist", "--no-isolation", "--outdir", str(folder), str(source_copy)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    (path,) = folder.glob("*.tar.gz")
+    with tarfile.open(path) as archive:
+        archive.extractall(folder, filter="data")
+    return folder / path.name.removesuffix(".tar.gz")
+
+
+def test_sdist_holds_the_sources_and_what_their_tests_need(unpacked_sdist: Path) -> None:
+    expected = set(FILES)
+    for folder in (*FOLDERS.values(), *BESIDE):
+        expected |= {path.relative_to(ROOT).as_posix() for path in (ROOT / folder).rglob("*") if path.is_file()}
+    expected = {name for name in expected if "__pycache__" not in name and "benchmarks/results/" not in name}
+    names = {path.relative_to(unpacked_sdist).as_posix() for path in unpacked_sdist.rglob("*") if path.is_file()}
+    assert expected <= names
+    made = {name for name in names - expected if name.startswith(("mla_ops.egg-info/", "."))}
+    assert names - expected - made == {"PKG-INFO", "setup.cfg"}
+
+
+@pytest.mark.slow
+def test_the_tests_of_an_sdist_collect(unpacked_sdist: Path) -> None:
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider"]
+    result = subprocess.run(command, cwd=unpacked_sdist, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stdout[-2000:]
+    for name in ("operator/test_contract.py", "adapters/test_megatron.py", "package/test_packaging.py"):
+        assert f"tests/{name}::" in result.stdout
 
 
 @pytest.fixture(scope="module")
@@ -128,3 +188,9 @@ def test_editable_install_serves_the_subpackages(mode: str, from_root: bool, sou
     assert result.returncode == 0, result.stderr
     # A strict install serves a tree of links: only the link's target is the source file.
     assert Path(result.stdout.strip()).resolve() == (source_copy / "registration/__init__.py").resolve()
+    if mode == "strict":
+        # Type checkers run nothing: they find what lies as files below a path that a .pth file names.
+        (pth,) = site.glob("__editable__*.pth")
+        tree = Path(pth.read_text().strip()) / "mla_ops"
+        for name in ("py.typed", "registration/__init__.py", "lowering/__init__.py"):
+            assert (tree / name).is_file(), name

@@ -54,6 +54,11 @@ def check_argument_types(
             )
     if isinstance(d_v, bool) or not isinstance(d_v, (int, torch.SymInt)):
         raise InvalidInputError(f"d_v must be an int, got {type(d_v).__name__}; use int(d_v)")
+    if softmax_scale is None:
+        raise InvalidInputError(
+            "softmax_scale must be a float, got NoneType; it has no default because d_total is wider than the trained "
+            "head: pass (qk_nope_head_dim + qk_rope_head_dim) ** -0.5, times what rope scaling adds"
+        )
     if isinstance(softmax_scale, bool) or not isinstance(softmax_scale, (int, float, torch.SymFloat, torch.SymInt)):
         raise InvalidInputError(
             f"softmax_scale must be a float, got {type(softmax_scale).__name__}; it is a constant, use float(...)"
@@ -81,13 +86,14 @@ def check_inputs(call: SparseAttnCall, *, head_shards: int = 1) -> None:
         raise InvalidInputError(f"attn_sink must be [heads], got {_shape(attn_sink)}")
 
     if q.dtype not in _FLOAT_DTYPES:
-        raise InvalidInputError(
-            f"q must be bfloat16, float16, float32 or float64, got {_dtype(q)}; quantised inputs have no fused path "
-            "yet: dequantise them yourself"
-        )
+        fix = "quantised inputs have no fused path yet: dequantise them yourself"
+        if not _is_quantised(q.dtype):
+            fix = _swapped("q", q, indices) or "use q.to(kv.dtype)"
+        raise InvalidInputError(f"q must be bfloat16, float16, float32 or float64, got {_dtype(q)}; {fix}")
     if kv.dtype != q.dtype:
-        is_float = kv.dtype in _FLOAT_DTYPES
-        fix = "use kv.to(q.dtype)" if is_float else "dequantise it with its scales, a cast would drop them"
+        fix = "dequantise it with its scales, a cast would drop them"
+        if not _is_quantised(kv.dtype):
+            fix = _swapped("kv", kv, indices) or "use kv.to(q.dtype)"
         raise InvalidInputError(f"kv must have the dtype of q ({_dtype(q)}), got {_dtype(kv)}; {fix}")
     if indices.dtype not in _INDEX_DTYPES:
         raise InvalidInputError(f"indices must be int32 or int64, got {_dtype(indices)}; use indices.to(torch.int32)")
@@ -161,7 +167,21 @@ def _check_storage(**tensors: torch.Tensor | None) -> None:
 
 def _check_rank(name: str, tensor: torch.Tensor, rank: int, expected: str) -> None:
     if tensor.dim() != rank:
-        raise InvalidInputError(f"{name} must have {rank} dimensions, {expected}, got {_shape(tensor)}")
+        # [batch, seq_q, topk] is what an indexer returns, and a cache of latent rows has no groups either.
+        may_lack_group = "kv_group" in expected and tensor.dim() == rank - 1
+        fix = f"; if kv_group is what it lacks, use {name}.unsqueeze(-2)" if may_lack_group else ""
+        raise InvalidInputError(f"{name} must have {rank} dimensions, {expected}, got {_shape(tensor)}{fix}")
+
+
+def _is_quantised(dtype: torch.dtype) -> bool:
+    """Whether numbers of `dtype` may stand for others, with scales: int8, uint8 and every 8-bit float."""
+    return dtype.itemsize == 1 and dtype != torch.bool
+
+
+def _swapped(name: str, tensor: torch.Tensor, indices: torch.Tensor) -> str | None:
+    if tensor.dtype in _INDEX_DTYPES and indices.dtype in _FLOAT_DTYPES:
+        return f"{name} and indices look swapped, the order is q, kv, indices"
+    return None
 
 
 def _require_size(name: str, tensor: torch.Tensor, dim: int, size: int, source: str) -> None:
