@@ -23,9 +23,10 @@ COMPAT_TORCH := 2.11.0 2.14.1
 demo: $(READY)  ## train a small sparse-MLA language model on real text; writes mla-ops-demo/
 	$(PYTHON) -m mla_ops demo
 
-# One process per core, each with one thread; a file stays in one process, for the worlds of ranks it starts once.
+# One process per core, each with one thread; a file stays in one process, for the worlds of ranks it starts once. Files in
+# their own order: by number of tests, the longest, of the interpreter, would come last and alone.
 test: $(READY)  ## the CPU suite
-	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -m "not gpu" -n auto --dist loadfile
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -m "not gpu" -n auto --dist loadfile --no-loadscope-reorder
 
 # Newer Megatron-Core needs Python 3.12; on 3.11, `make test` runs the same file against the last line that takes it.
 MEGATRON_PYTHON ?= python3.12
