@@ -29,9 +29,10 @@ demo: $(READY)  ## train a small sparse-MLA language model on real text; writes 
 	  { echo "the demo needs matplotlib and tqdm: $(PYTHON) -m pip install matplotlib tqdm" >&2; exit 2; }
 	$(PYTHON) -m mla_ops demo
 
-# One process per core, each with one thread; a file stays in one process, for the worlds of ranks it starts once.
+# One process per core, each with one thread; a file stays in one process, for the worlds of ranks it starts once. Files in
+# their own order: by number of tests, the longest, of the interpreter, would come last and alone.
 test: $(READY)  ## the CPU suite
-	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -m "not gpu" -n auto --dist loadfile
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -m "not gpu" -n auto --dist loadfile --no-loadscope-reorder
 
 # Newer Megatron-Core needs Python 3.12; on 3.11, `make test` runs the same file against the last line that takes it.
 MEGATRON_PYTHON ?= python3.12

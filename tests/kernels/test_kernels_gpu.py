@@ -33,7 +33,10 @@ TRAITS = DeviceTraits(type="cuda", arch=90, smem_bytes=232448, num_sms=132, l2_b
 pytestmark = [pytest.mark.usefixtures("poisoned_memory")] + ([] if INTERPRETED else [pytest.mark.gpu])
 on_gpu_only = pytest.mark.skipif(INTERPRETED, reason="too large for the interpreter")
 
-SMALL = Case(d_total=128, d_v=64, topk=20, heads=6, kv_group=2, seq_q=4, seq_kv=24)
+SMALL = Case(d_total=128, d_v=64, topk=20, heads=6, kv_group=2, seq_q=3, seq_kv=24)
+# A sum in order takes a program for every key and 64 channels, in every chunk of queries: few of both, so that tests of
+# many chunks take the interpreter seconds.
+FEW_KEYS = replace(SMALL, d_total=40, d_v=24, seq_kv=6, seq_q=4)
 Named = dict[str, torch.Tensor]
 Launch = tuple[str, dict[str, Any]]  # a kernel's name and its arguments
 
@@ -64,6 +67,13 @@ def backward_of(
 
 def check(inputs: Inputs, *, fwd: Any = None, bwd: Any = None, **uses: bool) -> Named:
     actual = {**run(inputs, fwd=fwd, bwd=bwd, **uses), "max_logits": max_logits_of(inputs, **(fwd or {}))}
+    assert_matches_oracle(actual, inputs, **uses)
+    return actual
+
+
+def check_gradients(inputs: Inputs, results: Results, *, bwd: Any = None, **uses: bool) -> Named:
+    """Hold the backward of a forward's results against the oracle, with them and without the largest logits."""
+    actual = {**results._asdict(), **backward_of(inputs, results, bwd=bwd, **uses)}
     assert_matches_oracle(actual, inputs, **uses)
     return actual
 
@@ -132,11 +142,11 @@ def test_optional_arguments(index_dtype: torch.dtype, use: str) -> None:
 
 
 def test_lengths_of_64_bits_are_clamped_before_they_are_narrowed() -> None:
-    inputs = make_inputs(SMALL, torch.float32, DEVICE, invalid=False)
+    inputs = make_inputs(replace(SMALL, seq_q=4), torch.float32, DEVICE, invalid=False)
     lengths = torch.tensor([-(2**40) + 5, 2**40 + 5, 5, -(2**31)], device=DEVICE).expand(inputs.q.shape[:2])
     check(replace(inputs, topk_length=lengths))
     with deterministic_algorithms():
-        check(replace(inputs, topk_length=lengths))
+        check_gradients(replace(inputs, topk_length=lengths), forward(replace(inputs, topk_length=lengths)))
 
 
 @pytest.mark.parametrize("scale", [0.0, -0.7])
@@ -155,7 +165,8 @@ def test_infinite_sinks() -> None:
 
 @pytest.mark.parametrize(("dout", "dlse"), [(True, False), (False, True)])
 def test_one_gradient_missing(dout: bool, dlse: bool) -> None:
-    check(make_inputs(SMALL, torch.float32, DEVICE, attn_sink=True), use_dout=dout, use_dlse=dlse)
+    inputs = make_inputs(SMALL, torch.float32, DEVICE, attn_sink=True)
+    check_gradients(inputs, forward_of(inputs), use_dout=dout, use_dlse=dlse)
 
 
 def test_needs_flags_skip_one_gradient_and_leave_the_other_unchanged() -> None:
@@ -273,10 +284,12 @@ def test_empty_and_single_sizes(sizes: dict[str, Any], deterministic: bool) -> N
 @pytest.mark.parametrize("d_v", [64, 33, 144, 288])  # the merge takes 128 channels at a time: of several heads, or less
 @pytest.mark.parametrize("num_splits", [2, 3, 10])  # and 8 splits
 def test_split_slots_merge_to_the_same_result(num_splits: int, d_v: int) -> None:
-    case = replace(SMALL, topk=150, d_total=d_v + 16, d_v=d_v)
+    case = replace(SMALL, topk=150, d_total=d_v + 16, d_v=d_v, batch=None)
     inputs = make_inputs(case, torch.float32, DEVICE, topk_length=True, attn_sink=True)
     config = FwdConfig(block_h=16, block_k=16, max_chunk=64, num_warps=4, num_stages=2)
-    check(inputs, fwd={"num_splits": num_splits, "config": config})
+    fwd = {"num_splits": num_splits, "config": config}
+    out, lse = backend.launch_forward(*inputs.args, traits=TRAITS, **fwd)
+    assert_matches_oracle({"out": out, "lse": lse, "max_logits": max_logits_of(inputs, **fwd)}, inputs)
 
 
 @pytest.mark.parametrize("batch", [None, 3])
@@ -298,7 +311,7 @@ def test_dkv_in_key_order(launch_rows: int, batch: int | None, monkeypatch: pyte
         add_in_key_order(call, run_and_note, *args)
 
     monkeypatch.setattr(backward, "add_in_key_order", add_and_note)
-    check(inputs)
+    check_gradients(inputs, forward_of(inputs))
     rows = inputs.q.shape[:-2].numel()
     assert [row for some in launched for row in some] == list(range(rows))
     assert len(launched) == -(-rows // launch_rows)
@@ -329,20 +342,18 @@ BWD_CONFIGS = {
 @pytest.mark.parametrize("configs", BWD_CONFIGS.values(), ids=BWD_CONFIGS)
 def test_backward_configurations_sum_head_blocks(configs: tuple[BwdConfig, ...], deterministic: bool) -> None:
     inputs = make_inputs(MANY_HEADS, torch.float32, DEVICE, attn_sink=True)
-    if deterministic:
-        with deterministic_algorithms():
-            check(inputs, bwd={"configs": configs})
-    else:
-        check(inputs, bwd={"configs": configs})
+    with deterministic_algorithms() if deterministic else nullcontext():
+        check_gradients(inputs, forward_of(inputs), bwd={"configs": configs})
 
 
-@pytest.mark.parametrize("workspace_bytes", [1, 1 << 15, 1 << 17, 1 << 30])
+# A query of FEW_KEYS stores 6400 bytes: chunks of one query, of two, of one batch element and of all of them.
+@pytest.mark.parametrize("workspace_bytes", [1, 1 << 14, 1 << 15, 1 << 30])
 def test_deterministic_dkv_in_chunks(workspace_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(deterministic, "WORKSPACE_BYTES", workspace_bytes)
-    inputs = make_inputs(SMALL, torch.float32, DEVICE, topk_length=True, attn_sink=True, index_dtype=torch.int64)
+    inputs = make_inputs(FEW_KEYS, torch.float32, DEVICE, topk_length=True, attn_sink=True, index_dtype=torch.int64)
+    results = forward_of(inputs)
     with deterministic_algorithms():
-        results = check(inputs)
-        assert_same(run(inputs), results, atomics=False)
+        assert_same(backward_of(inputs, results), check_gradients(inputs, results), atomics=False)
 
 
 @pytest.mark.parametrize(
@@ -378,32 +389,33 @@ def test_slabs_have_whole_chunks_and_a_bounded_number_of_keys(
     )
 
 
-@pytest.mark.parametrize("batch", [None, 3])
+@pytest.mark.parametrize("batch", [None, 2])
 def test_deterministic_dkv_sorted_slab_by_slab(batch: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    case = replace(SMALL, batch=batch, seq_q=7)
+    case = replace(FEW_KEYS, batch=batch, seq_q=5)
     inputs = make_inputs(case, torch.float32, DEVICE, topk_length=True, attn_sink=True)
     row_bytes = 4 * case.topk * case.kv_group * case.d_total
+    results = forward_of(inputs)
     with deterministic_algorithms():
-        whole = check(inputs)
-        for workspace_rows, counters in ((2, 1), (2, 100), (7, 50), (1, 1)):
+        whole = check_gradients(inputs, results)
+        for workspace_rows, counters in ((2, 1), (2, 25), (5, 13), (1, 1)):
             monkeypatch.setattr(deterministic, "WORKSPACE_BYTES", workspace_rows * row_bytes)
             monkeypatch.setattr(deterministic, "COUNTERS", counters)
-            results = check(inputs)
-            assert_same({name: results[name] for name in ("out", "lse", "dq", "dsink")}, whole, atomics=False)
+            cut = check_gradients(inputs, results)
+            assert_same({name: cut[name] for name in ("dq", "dsink")}, whole, atomics=False)
 
 
-@pytest.mark.parametrize("counters", [1, 200, 1 << 22])
-@pytest.mark.parametrize("workspace_bytes", [1 << 15, 1 << 30])
+@pytest.mark.parametrize("counters", [1, 50, 1 << 22])
+@pytest.mark.parametrize("workspace_bytes", [1, 1 << 30])
 def test_deterministic_dkv_of_repeated_keys_in_blocks_of_any_size(
     workspace_bytes: int, counters: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(deterministic, "WORKSPACE_BYTES", workspace_bytes)
     monkeypatch.setattr(deterministic, "COUNTERS", counters)
-    inputs = make_inputs(replace(SMALL, topk=40), torch.float32, DEVICE, topk_length=True)
+    inputs = make_inputs(replace(FEW_KEYS, topk=40), torch.float32, DEVICE, topk_length=True)
     inputs.indices[..., ::3] = 5  # many slots of each query name one key
+    results = forward_of(inputs)
     with deterministic_algorithms():
-        results = check(inputs)
-        assert_same(run(inputs), results, atomics=False)
+        assert_same(backward_of(inputs, results), check_gradients(inputs, results), atomics=False)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -1,4 +1,4 @@
-"""The command line as a user meets it: real processes, a real (short) training run."""
+"""The command line as a user meets it: its words and exit statuses, and a real (short) training run."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -20,28 +21,27 @@ from mla_ops.cli import demo as demo_module
 from mla_ops.cli import main as main_module
 from mla_ops.cli.model import LanguageModel, ModelConfig
 
+ROOT = Path(__file__).parents[2]
+Result = subprocess.CompletedProcess[str]
+Command = Callable[..., Result]
 
-def mla_ops(*args: str, **env: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "mla_ops", *args],
-        env={**os.environ, **env},
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
+
+def mla_ops(*args: str) -> Result:
+    """Run a command in a process of its own."""
+    command = [sys.executable, "-m", "mla_ops", *args]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="asks for a CUDA device where there is none")
 @pytest.mark.parametrize("command", ["demo", "explain --d-total 8 --d-v 5 --topk 4 --heads 2"])
-def test_a_device_that_is_not_there_is_refused_in_a_line(command: str) -> None:
-    result = mla_ops(*command.split(), "--device", "cuda")
+def test_a_device_that_is_not_there_is_refused_in_a_line(command: str, mla_ops_here: Command) -> None:
+    result = mla_ops_here(*command.split(), "--device", "cuda")
     assert (result.returncode, result.stdout) == (2, "")
     assert result.stderr.startswith("mla-ops: UnsupportedProblemError: device must be one that torch sees, got cuda")
     assert result.stderr.count("\n") == 1
 
 
-def check_demo(folder: Path, result: subprocess.CompletedProcess[str], compiler: str, steps: int) -> None:
+def check_demo(folder: Path, result: Result, compiler: str, steps: int) -> None:
     assert result.returncode == 0, result.stderr
     report = json.loads((folder / "report.json").read_text())
     assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
@@ -61,20 +61,29 @@ def check_demo(folder: Path, result: subprocess.CompletedProcess[str], compiler:
 
 
 @pytest.mark.slow
-def test_demo_through_inductor(tmp_path: Path) -> None:
-    result = mla_ops("demo", "--steps", "6", "--out", str(tmp_path), "--device", "cpu")
+@pytest.mark.usefixtures("fresh_dynamo")
+def test_demo_through_inductor(tmp_path: Path, mla_ops_here: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    # One layer instead of two: most of the test's time is the C++ compiler's.
+    monkeypatch.setattr("mla_ops.cli.demo.ModelConfig", partial(ModelConfig, num_layers=1))
+    result = mla_ops_here("demo", "--steps", "6", "--out", str(tmp_path), "--device", "cpu")
     check_demo(tmp_path, result, "inductor", 6)
 
 
-def test_demo_without_a_compiler_says_so(tmp_path: Path) -> None:
-    result = mla_ops("demo", "--steps", "6", "--out", str(tmp_path), "--device", "cpu", CXX="/nonexistent/c++")
+@pytest.mark.usefixtures("fresh_dynamo")
+def test_demo_without_a_compiler_says_so(
+    tmp_path: Path, mla_ops_here: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CXX", "/nonexistent/c++")
+    result = mla_ops_here("demo", "--steps", "6", "--out", str(tmp_path), "--device", "cpu")
     check_demo(tmp_path, result, "aot_eager", 6)
     assert "no C++ compiler found" in result.stdout
 
 
-def test_demo_without_its_extra_names_the_pip_line(tmp_path: Path) -> None:
-    (tmp_path / "tqdm.py").write_text("raise ImportError('blocked')")
-    result = mla_ops("demo", "--out", str(tmp_path / "out"), PYTHONPATH=str(tmp_path))
+def test_demo_without_its_extra_names_the_pip_line(
+    tmp_path: Path, mla_ops_here: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "tqdm", None)  # an import of it fails
+    result = mla_ops_here("demo", "--out", str(tmp_path / "out"))
     assert result.returncode == 2
     assert "needs tqdm, which is not installed; pip install 'mla_ops[demo]'" in result.stderr
     assert not (tmp_path / "out").exists()
@@ -225,15 +234,15 @@ def test_version() -> None:
 SIZES = ("--d-total", "128", "--d-v", "64", "--topk", "256", "--heads", "28", "--device", "cpu")
 
 
-def test_explain_prints_the_decision() -> None:
-    result = mla_ops("explain", *SIZES)
+def test_explain_prints_the_decision(mla_ops_here: Command) -> None:
+    result = mla_ops_here("explain", *SIZES)
     assert result.returncode == 0
     assert result.stdout.startswith("backend 'eager' (backend=\"auto\") for mla::sparse_attn on cpu\n")
     assert "d_total=128 d_v=64 heads=28 kv_group=1 topk=256 bf16" in result.stdout
 
 
-def test_doctor_says_what_is_usable_and_why_not() -> None:
-    result = mla_ops("doctor", "--json")
+def test_doctor_says_what_is_usable_and_why_not(mla_ops_here: Command) -> None:
+    result = mla_ops_here("doctor", "--json")
     report = json.loads(result.stdout)
     assert report["versions"]["torch"] == torch.__version__
     cpu = report["devices"][0]
@@ -242,7 +251,7 @@ def test_doctor_says_what_is_usable_and_why_not() -> None:
         assert probe["auto"] == "eager"
         assert probe["backends"]["eager"] == []
         assert "device is cpu, needs CUDA; move the tensors to a GPU" in probe["backends"]["triton"]
-    text = mla_ops("doctor").stdout
+    text = mla_ops_here("doctor").stdout
     assert f"torch         {torch.__version__}" in text
     assert "    triton: device is cpu, needs CUDA" in text
 
@@ -320,11 +329,17 @@ raise SystemExit(doctor.run_doctor(as_json=False))
         ((*SIZES, "--heads", "abc"), "argument --heads: must be an integer of at least 1, got 'abc'"),
     ],
 )
-def test_bad_arguments_end_in_one_line(args: tuple[str, ...], message: str) -> None:
-    result = mla_ops("explain", *args)
+def test_bad_arguments_end_in_one_line(args: tuple[str, ...], message: str, mla_ops_here: Command) -> None:
+    result = mla_ops_here("explain", *args)
     assert result.returncode == 2
     assert message in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_a_process_prints_and_ends_as_the_function_does(mla_ops_here: Command) -> None:
+    arguments = ("explain", *SIZES, "--d-v", "129")
+    process, function = mla_ops(*arguments), mla_ops_here(*arguments)
+    assert (process.returncode, process.stdout, process.stderr) == (2, "", function.stderr)
 
 
 # The demo's model

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import ast
 import compileall
+import json
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -301,17 +303,52 @@ def run_python(program: str, cwd: Path = ROOT) -> str:
     return result.stdout.strip()
 
 
-def test_import_is_light() -> None:
-    program = """
-import sys, mla_ops
+# What `import mla_ops` does in a new process whose working directory is a checkout; one process for all its tests.
+IN_A_CHECKOUT = """
+import json, sys
+import torch.compiler.config as config
+config.cache_key_tag = "mine"
+import mla_ops
 from mla_ops import *
 dir(mla_ops)
 heavy = ("triton", "torch._inductor", "torch._dynamo", "torch.distributed.tensor", "mla_ops.lowering",
-         "mla_ops.testing", "mla_ops.kernels", "mla_ops.cli", "mla_ops.bench", "mla_ops.adapters", "transformers",
-         "megatron", "torchao", "matplotlib", "registration", "lowering")
-print([m for m in sys.modules if any(m == h or m.startswith(h + ".") for h in heavy)])
+         "mla_ops.testing", "mla_ops.kernels", "mla_ops.cli", "mla_ops.bench", "mla_ops.adapters", "transformers", "megatron", "torchao",
+         "matplotlib", "registration", "lowering")
+outcomes = {"heavy": [m for m in sys.modules if any(m == h or m.startswith(h + ".") for h in heavy)]}
+
+from mla_ops.registration.cache_key import fingerprint, tag_compile_caches
+tag_compile_caches()
+outcomes |= {"tag": config.cache_key_tag, "fingerprints": [fingerprint()]}
+for file in ("mla_ops/ops/sparse_attn/eager.py", "registration/sparse_attn.py", "lowering/__init__.py"):
+    with open(file, "a") as source:
+        source.write("\\n# changed\\n")
+    fingerprint.cache_clear()
+    outcomes["fingerprints"].append(fingerprint())
+
+for folder in ("registration", "lowering"):
+    try:
+        __import__(folder)
+    except ImportError as error:
+        outcomes[folder] = str(error)
+
+# The package's own folder lies on its path; TORCH_LOGS="mla_ops" walks it while torch is imported.
+import pkgutil
+walk = pkgutil.walk_packages(mla_ops.__path__, "mla_ops.", onerror=lambda name: None)
+outcomes["walked"] = [module.name for module in walk]
+print(json.dumps(outcomes))
 """
-    assert run_python(program) == "[]"
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    checkout = tmp_path_factory.mktemp("checkout")
+    for folder in ("mla_ops", "registration", "lowering"):
+        shutil.copytree(ROOT / folder, checkout / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    return json.loads(run_python(IN_A_CHECKOUT, checkout))
+
+
+def test_import_is_light(outcomes: dict[str, Any]) -> None:
+    assert outcomes["heavy"] == []
 
 
 @pytest.mark.parametrize(
@@ -356,49 +393,34 @@ print(bool(inputs.kv.grad.abs().sum() > 0))
 
 
 @pytest.mark.parametrize("folder", ["registration", "lowering"])
-def test_outside_folders_have_one_import_name(folder: str) -> None:
-    program = f"""
-import mla_ops
-try:
-    import {folder}
-except ImportError as error:
-    print(error)
-"""
-    assert run_python(program).startswith(f"import mla_ops.{folder}, not {folder}: ")
+def test_outside_folders_have_one_import_name(folder: str, outcomes: dict[str, Any]) -> None:
+    assert outcomes[folder].startswith(f"import mla_ops.{folder}, not {folder}: ")
 
 
-def test_cache_tag_is_appended_once() -> None:
-    program = """
-import torch.compiler.config as config
-config.cache_key_tag = "mine"
-import mla_ops
-from mla_ops.registration.cache_key import fingerprint, tag_compile_caches
-tag_compile_caches()
-assert config.cache_key_tag == f"mine;{fingerprint()}", config.cache_key_tag
-print(fingerprint())
-"""
-    assert run_python(program).startswith("mla_ops=")
+def test_cache_tag_is_appended_once(outcomes: dict[str, Any]) -> None:
+    fingerprint = outcomes["fingerprints"][0]
+    assert fingerprint.startswith("mla_ops=")
+    assert outcomes["tag"] == f"mine;{fingerprint}"
 
 
-def test_fingerprint_sees_every_source(tmp_path: Path) -> None:
+def test_fingerprint_sees_every_source(outcomes: dict[str, Any]) -> None:
+    assert len(outcomes["fingerprints"]) == len(set(outcomes["fingerprints"])) == 4
+
+
+def test_fingerprint_sees_where_a_source_lies(tmp_path: Path) -> None:
     for folder in ("mla_ops", "registration", "lowering"):
         shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
     program = "from mla_ops.registration.cache_key import fingerprint; print(fingerprint())"
-    prints = {run_python(program, tmp_path)}
-    for source in ("mla_ops/ops/sparse_attn/eager.py", "registration/sparse_attn.py", "lowering/__init__.py"):
-        (tmp_path / source).write_text((tmp_path / source).read_text() + "\n# changed\n")
-        prints.add(run_python(program, tmp_path))
-    assert len(prints) == 4
     # Two files of one name in folders of one name that change places are another package.
     for room, content in (("a", "x = 1"), ("b", "x = 2")):
         (tmp_path / "mla_ops/ops" / room / "kernels").mkdir(parents=True)
         (tmp_path / "mla_ops/ops" / room / "kernels/forward.py").write_text(content)
-    prints.add(run_python(program, tmp_path))
+    prints = {run_python(program, tmp_path)}
     (tmp_path / "mla_ops/ops/a").rename(tmp_path / "mla_ops/ops/c")
     (tmp_path / "mla_ops/ops/b").rename(tmp_path / "mla_ops/ops/a")
     (tmp_path / "mla_ops/ops/c").rename(tmp_path / "mla_ops/ops/b")
     prints.add(run_python(program, tmp_path))
-    assert len(prints) == 6
+    assert len(prints) == 2
 
 
 @pytest.mark.parametrize("kind", ["compiled", "zip", "frozen"])
@@ -430,11 +452,6 @@ def test_fingerprint_of_an_install_without_sources_in_a_folder(kind: str, tmp_pa
     assert len(prints) == (4 if kind == "frozen" else 2)
 
 
-def test_a_walk_over_the_packages_modules_ends() -> None:
-    # In a checkout the package's own folder lies on its path; TORCH_LOGS="mla_ops" walks it while torch is imported.
-    program = """
-import pkgutil, mla_ops
-names = [module.name for module in pkgutil.walk_packages(mla_ops.__path__, "mla_ops.", onerror=lambda name: None)]
-print(max(name.count("mla_ops") for name in names), "mla_ops.lowering.sparse_attn_choices" in names)
-"""
-    assert run_python(program) == "2 True"
+def test_a_walk_over_the_packages_modules_ends(outcomes: dict[str, Any]) -> None:
+    assert max(name.count("mla_ops") for name in outcomes["walked"]) == 2
+    assert "mla_ops.lowering.sparse_attn_choices" in outcomes["walked"]

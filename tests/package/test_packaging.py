@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -21,8 +22,6 @@ FOLDERS = {"mla_ops": "mla_ops", "mla_ops.registration": "registration", "mla_op
 # What a source distribution holds beside them; of benchmarks/ not the results.
 BESIDE = ("tests", "docs", "examples", "benchmarks")
 FILES = ("pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "CHANGELOG.md", "CONTRIBUTING.md", "Makefile")
-# -P-like isolation is not used: the checkout's own `mla_ops` winning over an install is the case under test.
-PROBE = "import mla_ops.registration, mla_ops.lowering; print(mla_ops.registration.__file__)"
 
 
 def declared_packages() -> set[str]:
@@ -139,58 +138,77 @@ def test_wheel_holds_every_source_file_and_nothing_else(wheel: Path) -> None:
     assert "mla-ops = mla_ops.cli.main:main" in entry_points
 
 
-def probe(cwd: Path, path: str | None = None) -> Path:
-    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | ({"PYTHONPATH": path} if path else {})
-    # -S leaves out the environment's own (editable) install of this package; torch comes back by hand.
-    site = f"import sys; sys.path += {[p for p in sys.path if p.endswith('site-packages')]!r}; "
-    command = [sys.executable, "-S", "-c", site + PROBE]
-    result = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=120)
+# Imports this package once for each way to find it, in forks that share the seconds that importing torch takes. The
+# environment's own (editable) install of this package is left out by -S; torch comes back by hand.
+PROBES = """
+import importlib, json, os, site, sys
+sys.path += [path for path in json.loads(sys.argv[1]) if path.endswith("site-packages")]
+import torch
+for cwd, first, is_site in json.loads(sys.argv[2]):
+    if os.fork() == 0:
+        os.chdir(cwd)
+        if first:
+            sys.path.insert(0, first)  # in front, because the environment's install has a finder module of that name
+        if is_site:
+            site.addsitedir(first)
+        importlib.invalidate_caches()
+        import mla_ops.registration, mla_ops.lowering
+        print(mla_ops.registration.__file__, flush=True)
+        os._exit(0)
+    _, status = os.wait()
+    assert status == 0, (cwd, first)
+"""
+
+
+@pytest.fixture(scope="module")
+def served(wheel: Path, source_copy: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Path]:
+    """Which file is `mla_ops.registration`, by how the package was installed and where Python was started."""
+    elsewhere, site = tmp_path_factory.mktemp("elsewhere"), tmp_path_factory.mktemp("site")
+    pip("install", str(wheel), "--target", str(site))
+    ways = {("wheel", "elsewhere"): (elsewhere, site, False), ("checkout", "from-root"): (source_copy, "", False)}
+    sites = {("wheel", "site"): site}
+    for mode in ("lenient", "strict"):
+        prefix = tmp_path_factory.mktemp(mode)
+        pip(
+            "install",
+            "--ignore-installed",  # else pip uninstalls the environment's own mla_ops first
+            "--editable",
+            str(source_copy),
+            "--config-settings",
+            f"editable_mode={mode}",
+            "--prefix",
+            str(prefix),
+        )
+        (packages,) = prefix.rglob("site-packages")
+        sites[mode, "site"] = packages
+        ways |= {(mode, "elsewhere"): (elsewhere, packages, True), (mode, "from-root"): (source_copy, packages, True)}
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    arguments = [json.dumps(sys.path), json.dumps([[str(cwd), str(first), last] for cwd, first, last in ways.values()])]
+    command = [sys.executable, "-S", "-c", PROBES, *arguments]
+    result = subprocess.run(command, cwd=elsewhere, env=env, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
-    return Path(result.stdout.strip().splitlines()[-1])
+    found = {way: Path(line) for way, line in zip(ways, result.stdout.splitlines(), strict=True)}
+    return found | sites
 
 
-def test_wheel_serves_the_subpackages(wheel: Path, tmp_path: Path) -> None:
-    pip("install", str(wheel), "--target", str(tmp_path / "site"))
-    (tmp_path / "elsewhere").mkdir()
-    found = probe(tmp_path / "elsewhere", str(tmp_path / "site"))
-    assert found == tmp_path / "site/mla_ops/registration/__init__.py"
+def test_wheel_serves_the_subpackages(served: dict[tuple[str, str], Path]) -> None:
+    assert served["wheel", "elsewhere"] == served["wheel", "site"] / "mla_ops/registration/__init__.py"
 
 
-def test_plain_checkout_serves_the_subpackages(source_copy: Path) -> None:
-    assert probe(source_copy).resolve() == (source_copy / "registration/__init__.py").resolve()
+def test_plain_checkout_serves_the_subpackages(served: dict[tuple[str, str], Path], source_copy: Path) -> None:
+    assert served["checkout", "from-root"].resolve() == (source_copy / "registration/__init__.py").resolve()
 
 
 @pytest.mark.parametrize("mode", ["lenient", "strict"])
-@pytest.mark.parametrize("from_root", [False, True], ids=["elsewhere", "from-root"])
-def test_editable_install_serves_the_subpackages(mode: str, from_root: bool, source_copy: Path, tmp_path: Path) -> None:
-    pip(
-        "install",
-        "--ignore-installed",  # else pip uninstalls the environment's own mla_ops first
-        "--editable",
-        str(source_copy),
-        "--config-settings",
-        f"editable_mode={mode}",
-        "--prefix",
-        str(tmp_path),
-    )
-    (site,) = tmp_path.rglob("site-packages")
-    (tmp_path / "elsewhere").mkdir()
-    # In front, because the environment's install has a finder module of the same name.
-    program = f"import site; sys.path.insert(0, {str(site)!r}); site.addsitedir({str(site)!r}); {PROBE}"
-    torch_site = [p for p in sys.path if p.endswith("site-packages")]
-    result = subprocess.run(
-        [sys.executable, "-S", "-c", f"import sys; sys.path += {torch_site!r}; {program}"],
-        cwd=source_copy if from_root else tmp_path / "elsewhere",
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert result.returncode == 0, result.stderr
+@pytest.mark.parametrize("start", ["elsewhere", "from-root"])
+def test_editable_install_serves_the_subpackages(
+    mode: str, start: str, served: dict[tuple[str, str], Path], source_copy: Path
+) -> None:
     # A strict install serves a tree of links: only the link's target is the source file.
-    assert Path(result.stdout.strip()).resolve() == (source_copy / "registration/__init__.py").resolve()
+    assert served[mode, start].resolve() == (source_copy / "registration/__init__.py").resolve()
     if mode == "strict":
         # Type checkers run nothing: they find what lies as files below a path that a .pth file names.
-        (pth,) = site.glob("__editable__*.pth")
+        (pth,) = served["strict", "site"].glob("__editable__*.pth")
         tree = Path(pth.read_text().strip()) / "mla_ops"
         for name in ("py.typed", "registration/__init__.py", "lowering/__init__.py"):
             assert (tree / name).is_file(), name
