@@ -146,7 +146,7 @@ def test_lengths_of_64_bits_are_clamped_before_they_are_narrowed() -> None:
     lengths = torch.tensor([-(2**40) + 5, 2**40 + 5, 5, -(2**31)], device=DEVICE).expand(inputs.q.shape[:2])
     check(replace(inputs, topk_length=lengths))
     with deterministic_algorithms():
-        check_gradients(replace(inputs, topk_length=lengths), forward(replace(inputs, topk_length=lengths)))
+        check_gradients(cut := replace(inputs, topk_length=lengths), forward_of(cut))
 
 
 @pytest.mark.parametrize("scale", [0.0, -0.7])
@@ -288,7 +288,7 @@ def test_split_slots_merge_to_the_same_result(num_splits: int, d_v: int) -> None
     inputs = make_inputs(case, torch.float32, DEVICE, topk_length=True, attn_sink=True)
     config = FwdConfig(block_h=16, block_k=16, max_chunk=64, num_warps=4, num_stages=2)
     fwd = {"num_splits": num_splits, "config": config}
-    out, lse = backend.launch_forward(*inputs.args, traits=TRAITS, **fwd)
+    out, lse = forward_of(inputs, **fwd)
     assert_matches_oracle({"out": out, "lse": lse, "max_logits": max_logits_of(inputs, **fwd)}, inputs)
 
 

@@ -195,10 +195,14 @@ def compile_backward(
     return compile_kernel(_sparse_attn_bwd_kernel, arch, constants, launch_options(config), element, rows)
 
 
+def hopper_key(d_total: int, d_v: int) -> ConfigKey:
+    return ConfigKey(90, SMEM_BYTES[90], 64, d_total, d_v, 2)
+
+
 def compile_hopper(heads: int, d_total: int, d_v: int, element: str = "bf16", **constants: Any) -> Compiled:
     from mla_ops.ops.sparse_attn.kernels.hopper_forward import _sparse_attn_fwd_hopper_kernel
 
-    config = hopper_config(ConfigKey(90, SMEM_BYTES[90], 64, d_total, d_v, 2))
+    config = hopper_config(hopper_key(d_total, d_v))
     constants = {
         "HEADS": heads, "KV_GROUP": 1, "D_TOTAL": d_total, "D_V": d_v,
         "LEFT": config.left, "RIGHT": config.right, "TAIL": config.tail, "PAIRS": config.pairs,
@@ -213,7 +217,7 @@ def compile_hopper_backward(
 ) -> Compiled:
     from mla_ops.ops.sparse_attn.kernels.hopper_backward import _sparse_attn_bwd_hopper_kernel
 
-    config = hopper_backward_config(ConfigKey(90, SMEM_BYTES[90], 64, d_total, d_v, 2))
+    config = hopper_backward_config(hopper_key(d_total, d_v))
     constants = {
         "HEADS": heads, "KV_GROUP": 1, "D_TOTAL": d_total, "D_V": d_v,
         "WIDTH": config.half_value, "HALF_TAIL": config.half_tail, **({} if is_placed else {"places_ptr": None}),
@@ -361,7 +365,7 @@ def hopper_widths(find: Callable[..., object]) -> list[Any]:
     """
     covered: dict[object, list[tuple[int, int]]] = {}
     for d_total, d_v in ((d_v + tail, d_v) for d_v in (256, 320, 384, 448, 512) for tail in (0, 32, 64, 128)):
-        covered.setdefault(find(90, SMEM_BYTES[90], d_total, d_v, 2), []).append((d_total, d_v))
+        covered.setdefault(find(hopper_key(d_total, d_v)), []).append((d_total, d_v))
     assert covered.pop(None) == [(640, 512)]
     every_run = ((576, 512), (512, 512), (320, 256))
     return [
@@ -380,7 +384,7 @@ def test_the_launcher_counts_the_heads_that_a_hopper_kernel_takes() -> None:
 @pytest.mark.parametrize(("d_total", "d_v"), hopper_widths(hopper_config))
 def test_hopper_forward_fits_and_its_products_are_wgmma(d_total: int, d_v: int) -> None:
     compiled = compile_hopper(128, d_total, d_v)
-    config = hopper_config(ConfigKey(90, SMEM_BYTES[90], 64, d_total, d_v, 2))
+    config = hopper_config(hopper_key(d_total, d_v))
     assert compiled.shared_bytes <= hopper_smem_bytes(config)
     # 16 warps start at 128 registers; what more than that a role needs, `setmaxnreg` gives it.
     assert compiled.registers == 128
@@ -426,9 +430,7 @@ def test_hopper_copies_are_published_after_the_fence_of_every_thread() -> None:
 @pytest.mark.parametrize(("d_total", "d_v"), hopper_widths(hopper_backward_config))
 def test_hopper_backward_fits_and_spills_no_accumulator(d_total: int, d_v: int) -> None:
     compiled = compile_hopper_backward(128, d_total, d_v)
-    assert compiled.shared_bytes <= hopper_bwd_smem_bytes(
-        hopper_backward_config(ConfigKey(90, SMEM_BYTES[90], 64, d_total, d_v, 2))
-    )
+    assert compiled.shared_bytes <= hopper_bwd_smem_bytes(hopper_backward_config(hopper_key(d_total, d_v)))
     assert compiled.registers == 168  # of 12 warps that start; what a role needs more, `setmaxnreg` gives it
     assert compiled.stack_bytes <= 64  # pointers and counts, no accumulators
     assert compiled.count(r"wgmma\.mma_async") > 0

@@ -312,8 +312,8 @@ import mla_ops
 from mla_ops import *
 dir(mla_ops)
 heavy = ("triton", "torch._inductor", "torch._dynamo", "torch.distributed.tensor", "mla_ops.lowering",
-         "mla_ops.testing", "mla_ops.kernels", "mla_ops.cli", "mla_ops.bench", "mla_ops.adapters", "transformers", "megatron", "torchao",
-         "matplotlib", "registration", "lowering")
+         "mla_ops.testing", "mla_ops.kernels", "mla_ops.cli", "mla_ops.bench", "mla_ops.adapters",
+         "transformers", "megatron", "torchao", "matplotlib", "registration", "lowering")
 outcomes = {"heavy": [m for m in sys.modules if any(m == h or m.startswith(h + ".") for h in heavy)]}
 
 from mla_ops.registration.cache_key import fingerprint, tag_compile_caches
