@@ -19,7 +19,7 @@ TORCH := $(if $(shell command -v nvidia-smi),torch,torch==2.13.0 triton==3.7.1)
 
 COMPAT_TORCH := 2.11.0 2.14.1
 
-.PHONY: help demo test test-megatron gpu-test memcheck bench compat lint clean
+.PHONY: help demo test test-megatron gpu-test gpu2-test memcheck bench compat lint clean
 
 help:  ## this list
 	@awk -F ':.*  ## ' '/^[a-z-]+:.*  ## / { printf "make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -40,7 +40,10 @@ test-megatron: .venv-megatron/ready  ## the Megatron adapter against megatron-co
 	.venv-megatron/bin/python -m pytest tests/adapters/test_megatron*.py "tests/package/test_docs.py::test_every_python_block_of_a_page_runs[megatron]"
 
 gpu-test: $(READY)  ## the whole contract on a CUDA device
-	$(PYTHON) -m pytest -m gpu
+	$(PYTHON) -m pytest -m "gpu and not gpu2"
+
+gpu2-test: $(READY)  ## what takes two CUDA devices in one process
+	$(PYTHON) -m pytest -m gpu2
 
 # Compiled first: under the sanitizer ptxas would take minutes. Only kernels of this package are checked.
 MEMCHECK = -m gpu -q tests/kernels/test_kernels_gpu.py tests/kernels/test_hopper_*gpu.py \
@@ -60,9 +63,8 @@ compat:  ## the lowering's code generation on the oldest and the newest torch, e
 	  $$env/bin/python -m pytest tests/lowering/test_lowering.py tests/lowering/test_lowering_code.py; \
 	done
 
-lint: $(READY)  ## ruff, and mypy on the installed package (mypy cannot follow an editable install's finder)
-	$(PYTHON) -m ruff check .
-	$(PYTHON) -m ruff format --check .
+lint: $(READY)  ## every rule of pre-commit, and mypy on the installed package (mypy cannot follow an editable install's finder)
+	$(PYTHON) -m pre_commit run --all-files --show-diff-on-failure
 	site=$$(mktemp -d) && trap 'rm -rf "$$site"' EXIT && root=$$PWD && \
 	  case $(PYTHON) in /*) python=$(PYTHON);; */*) python=$$root/$(PYTHON);; *) python=$(PYTHON);; esac && \
 	  "$$python" -m pip install --quiet --no-deps --no-build-isolation --target "$$site" . && \
