@@ -125,7 +125,8 @@ def sparse_attn_max_logits(
         `-inf` for a query without a valid slot; NaN where the logit of a valid slot is NaN.
 
     Raises:
-        InvalidInputError, UnknownBackendError, UnsupportedProblemError: as `sparse_attn` would.
+        InvalidInputError, UnknownBackendError, UnsupportedProblemError, UnsupportedShardingError: as `sparse_attn`
+            would.
     """
     check_argument_types(q, kv, indices, d_v, softmax_scale, topk_length, None, backend)
     if is_dtensor(q) and not torch.compiler.is_compiling():  # as in `sparse_attn`

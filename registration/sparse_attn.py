@@ -260,9 +260,8 @@ def _sparse_attn(
 
 
 def _sparse_attn_bwd(keys: torch._C.DispatchKeySet, *arguments: Any) -> Any:
-    tensors = [argument for argument in arguments if isinstance(argument, torch.Tensor)]
-    _refuse_forward_mode(*tensors)
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+    _refuse_forward_mode(*arguments)
+    if torch.is_grad_enabled() and any(isinstance(a, torch.Tensor) and a.requires_grad for a in arguments):
         return _record(_SparseAttnBwd, keys, arguments)
     return _below_autograd(SPARSE_ATTN_BWD, keys, *arguments)
 
@@ -289,12 +288,12 @@ def _below_autograd(op: torch._ops.OpOverload, keys: torch._C.DispatchKeySet, *a
         return op.redispatch(keys & torch._C._after_autograd_keyset, *arguments)
 
 
-def _refuse_forward_mode(*tensors: torch.Tensor | None) -> None:
+def _refuse_forward_mode(*arguments: Any) -> None:
     # Without this the tangents end here, and torch takes the derivative for zero.
     if forward_ad._current_level < 0:
         return
-    for tensor in tensors:
-        if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:
+    for argument in arguments:
+        if isinstance(argument, torch.Tensor) and forward_ad.unpack_dual(argument).tangent is not None:
             raise ForwardModeError(
                 "mla::sparse_attn is differentiable in reverse mode, an argument with a forward-mode tangent arrived; "
                 "use backward() or torch.autograd.grad, or compute with mla_ops.reference.sparse_attn_reference"
