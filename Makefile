@@ -22,7 +22,7 @@ COMPAT_TORCH := 2.11.0 2.14.1
 .PHONY: help demo test test-megatron gpu-test gpu2-test memcheck bench compat lint clean
 
 help:  ## this list
-	@awk -F ':.*  ## ' '/^[a-z-]+:.*  ## / { printf "make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*  ## ' '/^[a-z0-9-]+:.*  ## / { printf "make %-15s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(READY)  ## train a small sparse-MLA language model on real text; writes mla-ops-demo/
 	@$(PYTHON) -c "import matplotlib, tqdm" 2>/dev/null || \

@@ -132,7 +132,7 @@ def sparse_attn_max_logits(
     if is_dtensor(q) and not torch.compiler.is_compiling():  # as in `sparse_attn`
         check_backend_name(backend)
         q, kv = cast_by_autocast(q, kv)
-        check_inputs(q, kv, indices, d_v, softmax_scale, topk_length, None)
+        check_inputs(SparseAttnCall(q, kv, indices, d_v, softmax_scale, topk_length))
     max_logits: torch.Tensor = SPARSE_ATTN_MAX_LOGITS(q, kv, indices, d_v, softmax_scale, topk_length, backend)
     return max_logits
 

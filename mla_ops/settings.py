@@ -99,7 +99,7 @@ _NOTHING_TO_DO = nullcontext()
 
 def use(settings: Settings) -> AbstractContextManager[None]:
     """Put settings in force that were current elsewhere, in the thread of a forward, say, inside a `with` block."""
-    return _NOTHING_TO_DO if settings is _current.get() else _InForce(settings)
+    return _NOTHING_TO_DO if settings is current() else _InForce(settings)
 
 
 def cxx_compiler() -> str | None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import runpy
 import threading
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -249,12 +248,12 @@ def test_unknown_setting_is_refused() -> None:
 @pytest.mark.parametrize(("text", "outcome"), [("3", "3"), ("none", "got 'none'"), ("0", "got 0")])
 def test_environment_variable(text: str, outcome: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLA_OPS_EAGER_WORKSPACE_MB", text)
-    load = partial(runpy.run_path, settings.__file__)  # as a new process would import it
+    loaded = runpy.run_path(settings.__file__)  # as a new process would import it
     if text == "3":
-        assert str(load()["current"]().eager_workspace_mb) == outcome
+        assert str(loaded["current"]().eager_workspace_mb) == outcome
     else:
         with pytest.raises(InvalidSettingError, match=outcome):
-            load()
+            loaded["current"]()
 
 
 # Decisions that are kept
@@ -431,7 +430,7 @@ def test_a_deterministic_backward_takes_it_too() -> None:
 def test_a_tuned_row_never_chooses_between_kernel_sets(tmp_path: Path) -> None:
     pytest.importorskip("triton", reason="triton is not installed")
     fwd = FwdConfig(block_h=32, block_k=64, max_chunk=64, num_warps=4, num_stages=2)
-    bwd = (BwdConfig(block_h=32, block_k=32, max_chunk=64, num_warps=4, num_stages=3),)
+    bwd = (BwdConfig(block_h=32, block_k=32, max_chunk=64, num_warps=4, num_stages=1),)
     path = tuned_file(tmp_path / "rows.json", d_total=576, d_v=512, heads=64, fwd=fwd, bwd=bwd)
     problem = SparseAttnProblem(
         d_total=576, d_v=512, topk=2048, heads=64, kv_group=1, dtype=torch.bfloat16, needs_grad=True

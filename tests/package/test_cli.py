@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mla_ops import __version__
+from mla_ops import __version__, settings
 from mla_ops.cli import demo as demo_module
 from mla_ops.cli import main as main_module
 from mla_ops.cli.model import LanguageModel, ModelConfig
@@ -265,13 +265,17 @@ def test_doctor_says_what_is_usable_and_why_not(mla_ops_here: Command) -> None:
         ("MLA_OPS_TUNED_ROWS", __file__, "tuned_rows must name a file that mla-ops tune wrote, got"),
     ],
 )
-def test_doctor_says_which_setting_is_wrong(variable: str, value: str, message: str) -> None:
-    result = mla_ops("doctor", **{variable: value})
+def test_doctor_says_which_setting_is_wrong(
+    variable: str, value: str, message: str, mla_ops_here: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(variable, value)
+    monkeypatch.setattr(settings, "_from_environment", settings._from_environment.__wrapped__)  # read it again
+    result = mla_ops_here("doctor")
     assert (result.returncode, result.stderr) == (1, "")
     (line,) = [line for line in result.stdout.splitlines() if line.startswith("settings ")]
     assert line.removeprefix("settings").strip().startswith(message)
     assert "auto: eager" in result.stdout
-    report = json.loads(mla_ops("doctor", "--json", **{variable: value}).stdout)
+    report = json.loads(mla_ops_here("doctor", "--json").stdout)
     assert report["settings_problem"].startswith(message)
 
 

@@ -11,7 +11,7 @@ import torch
 from mla_ops import dispatch
 from mla_ops.device import DeviceTraits, traits_of
 from mla_ops.dispatch import AUTO
-from mla_ops.launching import Facts, facts
+from mla_ops.launching import facts
 from mla_ops.ops.sparse_attn.backend import Backend
 from mla_ops.ops.sparse_attn.call import (
     Gradients,
@@ -74,12 +74,30 @@ def plan_of(
     """
     q, kv, indices, d_v, softmax_scale, topk_length, attn_sink = call
     key: tuple[object, ...] = (
-        *(side, backend, d_v, softmax_scale, needs_grad, current().tuned_rows),
-        *(facts(q), facts(kv), facts(indices)),
-        *(None if topk_length is None else facts(topk_length), None if attn_sink is None else facts(attn_sink)),
+        side,
+        backend,
+        d_v,
+        softmax_scale,
+        needs_grad,
+        current().tuned_rows,
+        facts(q),
+        facts(kv),
+        facts(indices),
+        None if topk_length is None else facts(topk_length),
+        None if attn_sink is None else facts(attn_sink),
     )
-    if side == "backward":
-        key += (wanted, torch.are_deterministic_algorithms_enabled(), *_facts_of(results), *_facts_of(gradients))
+    if results is not None and gradients is not None:
+        (out, lse), (dout, dlse) = results, gradients
+        key += (
+            wanted,
+            torch.are_deterministic_algorithms_enabled(),
+            facts(out),
+            facts(lse),
+            None if dout is None else facts(dout),
+            None if dlse is None else facts(dlse),
+        )
+    elif side == "backward":
+        key += (torch.are_deterministic_algorithms_enabled(),)
     plan = _plans.get(key)
     if plan is None:
         check_inputs(call)
@@ -94,10 +112,6 @@ def plan_of(
             _plans.clear()
         _plans[key] = plan
     return plan
-
-
-def _facts_of(tensors: Results | Gradients | None) -> tuple[Facts | None, ...]:
-    return () if tensors is None else tuple(None if tensor is None else facts(tensor) for tensor in tensors)
 
 
 def backend_names() -> tuple[str, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -12,7 +12,7 @@ from mla_ops.launching import LaunchRecord, aligned_like_contiguous, contiguous,
 from mla_ops.ops.sparse_attn.call import Gradients, Hints, Results, SparseAttnCall, SparseAttnProblem, Wanted
 from mla_ops.ops.sparse_attn.configs.launch import program_count, wave_programs
 from mla_ops.ops.sparse_attn.triton.deterministic import dkv_in_query_order
-from mla_ops.ops.sparse_attn.triton.forward import as_read, readable
+from mla_ops.ops.sparse_attn.triton.forward import as_read, is_readable, readable
 from mla_ops.ops.sparse_attn.triton.kernel_sets import Choice, choose
 from mla_ops.ops.sparse_attn.triton.key_order import add_in_key_order, rows_per_launch
 from mla_ops.ops.sparse_attn.triton.launch import Into, Wrap, as_it_is
@@ -23,11 +23,12 @@ class BackwardPlan(NamedTuple):
     """What sizes, strides and settings decide about a backward."""
 
     choice: Choice  # its configuration holds one for each pass
-    traits: DeviceTraits
+    launches: tuple[Any, ...]  # what the kernels made of the sizes, for each pass
     records: tuple[LaunchRecord, ...]  # of the passes
     is_deterministic: bool  # dkv is summed in the order of the queries
+    wave_programs: int  # programs of the pass of dkv that run at a time
     launch_rows: int | None  # queries of a launch where atomics go through the keys in order
-    use_int64_offsets: bool
+    is_readable: bool  # kernels read the tensors of a call as they come
 
 
 def plan_backward(
@@ -45,7 +46,8 @@ def plan_backward(
     `use_int64_offsets` a guard is added. A trace does not go through the keys in order, because lengths decide how
     often that launches.
     """
-    device, call = call.q.device, as_read(call)
+    device, comes_readable = call.q.device, is_readable(call)
+    call = as_read(call)
     is_deterministic = wanted.dkv and torch.are_deterministic_algorithms_enabled()
     if choice is None:
         problem, hints = SparseAttnProblem.of(call, needs_grad=True), Hints.of(call)
@@ -60,13 +62,16 @@ def plan_backward(
         launch_rows = rows_per_launch(choice.config[-1], problem, hints, traits)
     q = call.q
     kernel = ("backward", q.shape[-1], call.d_v, q.shape[-2], call.kv.shape[-2], q.dtype, call.indices.dtype)
+    if use_int64_offsets is None:
+        use_int64_offsets = needs_int64_offsets(call)
     return BackwardPlan(
         choice,
-        traits,
+        launches=tuple(choice.kernels.plan_backward(call, config, use_int64_offsets) for config in choice.config),
         records=tuple(launch_record(device, *kernel, config) for config in choice.config),
         is_deterministic=is_deterministic,
+        wave_programs=wave_programs(choice.config[-1], traits.num_sms),
         launch_rows=launch_rows,
-        use_int64_offsets=needs_int64_offsets(call) if use_int64_offsets is None else use_int64_offsets,
+        is_readable=comes_readable,
     )
 
 
@@ -99,19 +104,20 @@ def launch_backward(
         return _zeros(call, results, wanted)
     is_traced = wrap is not as_it_is
     kernels, configs, _ = plan.choice
-    call = kernels.prepared(readable(call))
-    results = Results(results.out.contiguous(), results.lse.contiguous())
+    call = kernels.prepared(call if plan.is_readable else readable(call))
+    out, lse = results[0].contiguous(), results[1].contiguous()
+    results = Results(out, lse)
     dout, dlse = gradients
     gradients = Gradients(None if dout is None else aligned_like_contiguous(dout), contiguous(dlse))
     q, kv = call.q, call.kv
     rows = call.rows
 
     def run(number: int, into: Into, call: SparseAttnCall = call) -> None:
-        kernels.run_backward(call, results, gradients, into, configs[number], plan.use_int64_offsets, wrap)
+        kernels.run_backward(call, results, gradients, into, plan.launches[number], wrap)
         plan.records[number].is_warm |= not is_traced
 
     dq = unfilled(q.shape, q.dtype, q, is_traced=is_traced) if wanted.dq else None
-    dsink = None if call.attn_sink is None else unfilled(results.lse.shape, torch.float32, q, is_traced=is_traced)
+    dsink = None if call.attn_sink is None else unfilled(lse.shape, torch.float32, q, is_traced=is_traced)
     dkv = None
     # What the pass of dkv computes besides it: dq and dsink, unless they have a pass of their own.
     others = (dq, dsink)
@@ -127,7 +133,7 @@ def launch_backward(
                 call,
                 lambda partial, *where: run(-1, Into(others[0], partial, others[1], *where)),
                 head_blocks,
-                wave_programs(config, plan.traits.num_sms),
+                plan.wave_programs,
                 wrap,
             )
         else:
@@ -143,7 +149,7 @@ def launch_backward(
     return (
         q.new_empty(0) if dq is None else dq,
         kv.new_empty(0) if dkv is None else dkv.to(kv.dtype),
-        results.lse.new_empty(0) if dsink is None else dsink.view(-1, q.shape[-2]).sum(0),
+        lse.new_empty(0) if dsink is None else dsink.view(-1, q.shape[-2]).sum(0),
     )
 
 

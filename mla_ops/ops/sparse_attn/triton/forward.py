@@ -25,6 +25,7 @@ class ForwardPlan(NamedTuple):
     out_shape: tuple[int, ...]  # as plain tuples: torch takes 0.4 us longer to read a torch.Size
     lse_shape: tuple[int, ...]
     is_empty: bool  # no queries or no heads: nothing is launched
+    is_readable: bool  # kernels read the tensors of a call as they come
 
 
 def plan_forward(
@@ -41,7 +42,8 @@ def plan_forward(
     In a trace sizes and strides may be symbolic: `call` must be `readable` then, `choice` and `num_splits` be given,
     and without `use_int64_offsets` a guard is added.
     """
-    device, call = call.q.device, as_read(call)
+    device, comes_readable = call.q.device, is_readable(call)
+    call = as_read(call)
     if choice is None:
         problem, hints = SparseAttnProblem.of(call), Hints.of(call)
         choice = choose("max_logits" if max_logits_only else "forward", problem, hints, traits)
@@ -57,6 +59,7 @@ def plan_forward(
         out_shape=(*q.shape[:-1], call.d_v),
         lse_shape=(*q.shape[:-1],),
         is_empty=bool(q.numel() == 0),
+        is_readable=comes_readable,
     )
 
 
@@ -79,7 +82,8 @@ def launch_forward(call: SparseAttnCall, plan: ForwardPlan, *, wrap: Wrap = as_i
     out = unfilled(plan.out_shape, q.dtype, q, is_traced=is_traced)
     lse = unfilled(plan.lse_shape, torch.float32, q, is_traced=is_traced)
     if not plan.is_empty:
-        plan.kernels.run_forward(readable(call), out, lse, plan.launch, wrap)
+        call = call if plan.is_readable else readable(call)
+        plan.kernels.run_forward(call, out, lse, plan.launch, wrap)
         plan.record.is_warm |= not is_traced
     return Results(out, lse)
 
@@ -90,7 +94,15 @@ def launch_max_logits(call: SparseAttnCall, plan: ForwardPlan) -> torch.Tensor:
     if plan.is_empty:
         return max_logits
     plan.record.is_warm = True
-    return plan.kernels.run_forward(readable(call), None, max_logits, plan.launch, as_it_is)
+    call = call if plan.is_readable else readable(call)
+    return plan.kernels.run_forward(call, None, max_logits, plan.launch, as_it_is)
+
+
+def is_readable(call: SparseAttnCall) -> bool:
+    """Return whether `readable(call)` copies nothing."""
+    q, kv, indices, _, _, topk_length, attn_sink = call
+    has_unit_strides = all(tensor.stride(-1) == 1 for tensor in (q, kv, indices))
+    return has_unit_strides and all(t is None or t.is_contiguous() for t in (topk_length, attn_sink))
 
 
 def as_read(call: SparseAttnCall) -> SparseAttnCall:

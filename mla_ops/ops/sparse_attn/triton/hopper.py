@@ -133,6 +133,10 @@ class HopperKernels:
         )  # fmt: skip
         return lse
 
+    def plan_backward(self, call: SparseAttnCall, config: HopperBwdConfig, use_int64_offsets: bool) -> HopperBwdConfig:
+        """Return the configuration; offsets are of 64 bits in any case."""
+        return config
+
     def prepared(self, call: SparseAttnCall) -> SparseAttnCall:
         """Return `call` with rows of q and kv that asynchronous copies can begin at."""
         return call._replace(q=with_aligned_rows(call.q), kv=with_aligned_rows(call.kv))
@@ -143,11 +147,10 @@ class HopperKernels:
         results: Results,
         gradients: Gradients,
         into: Into,
-        config: HopperBwdConfig,
-        use_int64_offsets: bool,
+        plan: HopperBwdConfig,
         wrap: Wrap,
     ) -> None:
-        """Run the warp-specialised backward, whose offsets are of 64 bits in any case."""
+        """Run the warp-specialised backward."""
         from mla_ops.ops.sparse_attn.kernels.hopper_backward import _sparse_attn_bwd_hopper_kernel
 
         q, kv, indices, d_v, softmax_scale, topk_length, attn_sink = call
@@ -155,12 +158,12 @@ class HopperKernels:
         seq_q, heads, d_total = q.shape[-3:]
         seq_kv, kv_group = kv.shape[-3:-1]
         do_strides = (0, 0, 0) if dout is None else outer_strides(dout.stride())
-        first_item = program_count(first_row, heads, kv_group, config.block_h)
-        _sparse_attn_bwd_hopper_kernel[(program_count(num_rows, heads, kv_group, config.block_h),)](
+        first_item = program_count(first_row, heads, kv_group, plan.block_h)
+        _sparse_attn_bwd_hopper_kernel[(program_count(num_rows, heads, kv_group, plan.block_h),)](
             q, *outer_strides(q.stride()), kv, *outer_strides(kv.stride()), indices, *outer_strides(indices.stride()),
             topk_length, attn_sink, out, lse, dout, *do_strides, dlse, dq, dkv, dsink, places,
             softmax_scale, first_item, seq_q, seq_kv, indices.shape[-1],
-            heads, kv_group, d_total, d_v, config.half_value, config.half_tail,
+            heads, kv_group, d_total, d_v, plan.half_value, plan.half_tail,
             num_warps=4,
         )  # fmt: skip
 

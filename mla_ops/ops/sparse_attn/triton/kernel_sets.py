@@ -57,6 +57,10 @@ class KernelSet(Protocol):
         """Write `out` and `lse` and return `lse`; without `out`, return the largest logits instead of `lse`."""
         ...
 
+    def plan_backward(self, call: SparseAttnCall, config: Any, use_int64_offsets: bool) -> Any:
+        """Return what sizes and strides decide about a pass of a backward with `config`."""
+        ...
+
     def prepared(self, call: SparseAttnCall) -> SparseAttnCall:
         """Return a call whose q and kv `run_backward` can read."""
         ...
@@ -67,11 +71,10 @@ class KernelSet(Protocol):
         results: Results,
         gradients: Gradients,
         into: Into,
-        config: Any,
-        use_int64_offsets: bool,
+        plan: Any,
         wrap: Wrap,
     ) -> None:
-        """Write `into`, with one of the configurations of a backward.
+        """Write `into`, in one pass of a backward.
 
         The rows of `dout` are as aligned as those of a contiguous tensor; `out`, `lse` and `dlse` are contiguous.
         """

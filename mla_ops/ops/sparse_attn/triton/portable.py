@@ -43,6 +43,18 @@ class PortableForward(NamedTuple):
     options: dict[str, int]
 
 
+class PortableBackward(NamedTuple):
+    """What sizes and strides decide about launches of the backward kernel for one pass."""
+
+    programs_per_row: int
+    q_strides: tuple[int, int, int]
+    kv_strides: tuple[int, int, int]
+    constants: tuple[int, ...]  # of the kernel, from HEADS to STRIDE_ALIGN
+    use_int64_offsets: bool
+    orders: tuple[bool, bool]  # IS_KEY_MAJOR, IS_AHEAD
+    options: dict[str, int]
+
+
 class PortableKernels:
     """See the module's docstring, and `KernelSet` for the methods."""
 
@@ -143,6 +155,26 @@ class PortableKernels:
         )  # fmt: skip
         return lse
 
+    def plan_backward(self, call: SparseAttnCall, config: BwdConfig, use_int64_offsets: bool) -> PortableBackward:
+        """Plan launches of the backward kernel for one pass. Sizes and strides may be symbolic."""
+        q, kv, d_v = call.q, call.kv, call.d_v
+        heads, d_total = q.shape[-2:]
+        kv_group = kv.shape[-2]
+        q_strides, kv_strides = outer_strides(q.stride()), outer_strides(kv.stride())
+        return PortableBackward(
+            programs_per_row=program_count(1, heads, kv_group, config.block_h),
+            q_strides=q_strides,
+            kv_strides=kv_strides,
+            constants=(
+                *(heads, kv_group, d_total, d_v, config.block_h, config.block_k),
+                *chunk_widths(d_total, d_v, config.max_chunk),
+                alignment((*q_strides, *kv_strides)),
+            ),
+            use_int64_offsets=use_int64_offsets,
+            orders=(config.is_key_major, config.is_ahead),
+            options=launch_options(config),
+        )
+
     def prepared(self, call: SparseAttnCall) -> SparseAttnCall:
         """Return `call` as it is: its inner strides are 1."""
         return call
@@ -153,27 +185,20 @@ class PortableKernels:
         results: Results,
         gradients: Gradients,
         into: Into,
-        config: BwdConfig,
-        use_int64_offsets: bool,
+        plan: PortableBackward,
         wrap: Wrap,
     ) -> None:
         """Run the backward kernel."""
-        q, kv, indices, d_v, softmax_scale, topk_length, attn_sink = call
+        q, kv, indices, _, softmax_scale, topk_length, attn_sink = call
         (out, lse), (dout, dlse), (dq, dkv, dsink, places, first_row, num_rows) = results, gradients, into
-        seq_q, heads, d_total = q.shape[-3:]
-        seq_kv, kv_group = kv.shape[-3:-1]
-        strides = (*outer_strides(q.stride()), *outer_strides(kv.stride()))
         do_strides = (0, 0, 0) if dout is None else outer_strides(dout.stride())
         has_far_places = places is not None and dkv is not None and dkv.numel() >= INT32_OFFSETS
-        wrap(_backward_kernel())[(program_count(num_rows, heads, kv_group, config.block_h),)](
-            q, *strides[:3], kv, *strides[3:], indices, *outer_strides(indices.stride()),
+        wrap(_backward_kernel())[(num_rows * plan.programs_per_row,)](
+            q, *plan.q_strides, kv, *plan.kv_strides, indices, *outer_strides(indices.stride()),
             topk_length, attn_sink, out, lse, dout, *do_strides, dlse, dq, dkv, dsink, places,
-            softmax_scale, first_row, seq_q, seq_kv, indices.shape[-1],
-            heads, kv_group, d_total, d_v,
-            config.block_h, config.block_k, *chunk_widths(d_total, d_v, config.max_chunk),
-            alignment(strides), use_int64_offsets or has_far_places, _input_precision(q),
-            config.is_key_major, config.is_ahead,
-            **launch_options(config),
+            softmax_scale, first_row, q.shape[-3], kv.shape[-3], indices.shape[-1],
+            *plan.constants, plan.use_int64_offsets or has_far_places, _input_precision(q), *plan.orders,
+            **plan.options,
         )  # fmt: skip
 
 
