@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
-import time
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -28,23 +28,18 @@ TIMEOUT_SECONDS = 300
 
 @cache
 def outcomes(size: int) -> dict[str, str | None]:
-    """Start `size` processes, and return what failed in each check, or None."""
+    """Start a world of `size` ranks, and return what failed in each check, or None."""
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
     with TemporaryDirectory() as folder:
-        logs = [Path(folder, f"rank{rank}.log") for rank in range(size)]
-        processes = []
-        for rank, log in enumerate(logs):
-            command = [sys.executable, str(ROOT / "tests/support/distributed_checks.py"), str(rank), str(size), folder]
-            with log.open("w") as output:
-                processes.append(subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=env, cwd=ROOT))
-        deadline = time.monotonic() + TIMEOUT_SECONDS
+        command = [sys.executable, str(ROOT / "tests/support/distributed_checks.py"), str(size), folder]
+        world = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=env, cwd=ROOT, start_new_session=True)
         try:
-            codes = [process.wait(timeout=max(deadline - time.monotonic(), 0)) for process in processes]
-        finally:
-            for process in processes:
-                process.kill()
-        texts = "\n".join(log.read_text() for log in logs)
-        assert codes == [0] * size, texts
+            _, error = world.communicate(timeout=TIMEOUT_SECONDS)
+        except subprocess.TimeoutExpired:
+            os.killpg(world.pid, signal.SIGKILL)  # the ranks too
+            error = f"not done after {TIMEOUT_SECONDS} s"
+        texts = "\n".join(log.read_text() for log in sorted(Path(folder).glob("*.log")))
+        assert world.wait() == 0, error + texts
         return json.loads(Path(folder, "results.json").read_text())
 
 
@@ -58,7 +53,7 @@ def test_ranks(size: int, name: str) -> None:
 @pytest.mark.slow
 def test_benchmark_runs_at_toy_sizes() -> None:
     command = [sys.executable, str(ROOT / "benchmarks/distributed.py"), "NAM28"]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
     result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=TIMEOUT_SECONDS)
     assert result.returncode == 0, result.stderr
     rows = [line.split()[:2] for line in result.stdout.splitlines() if "efficiency" in line]

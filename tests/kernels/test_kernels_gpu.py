@@ -285,7 +285,9 @@ def test_empty_and_single_sizes(sizes: dict[str, Any], deterministic: bool) -> N
 @pytest.mark.parametrize("num_splits", [2, 3, 10])  # and 8 splits
 def test_split_slots_merge_to_the_same_result(num_splits: int, d_v: int) -> None:
     case = replace(SMALL, topk=150, d_total=d_v + 16, d_v=d_v, batch=None)
-    inputs = make_inputs(case, torch.float32, DEVICE, topk_length=True, attn_sink=True)
+    inputs = make_inputs(case, torch.float32, DEVICE, attn_sink=True)
+    lengths = torch.tensor([50, case.topk, case.topk - 11], device=DEVICE)  # the last splits are not empty
+    inputs = replace(inputs, topk_length=lengths)
     config = FwdConfig(block_h=16, block_k=16, max_chunk=64, num_warps=4, num_stages=2)
     fwd = {"num_splits": num_splits, "config": config}
     out, lse = forward_of(inputs, **fwd)

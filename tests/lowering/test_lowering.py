@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -286,16 +287,9 @@ def test_graphs_compiled_while_disabled_call_the_operator(said: Callable[[str], 
     assert backend.is_inlined()
 
 
-def test_enabling_installs_at_once_for_programs_that_are_not_traced_any_more() -> None:
+def test_enabling_installs_at_once_for_programs_that_are_not_traced_any_more(switched: dict[str, Any]) -> None:
     # What is packaged after torch.export.load: its operators are in the graph, and no fake of ours runs again.
-    program = """
-import mla_ops.lowering
-mla_ops.lowering.enable()
-import torch._inductor.lowering as inductor
-assert torch.ops.mla.sparse_attn.default in inductor.lowerings
-assert torch.ops.mla.sparse_attn_bwd.default in inductor.lowerings
-"""
-    run_python("import torch\n" + program)
+    assert switched["lowered"] == [True, True]
 
 
 def run_python(program: str, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -310,6 +304,29 @@ def run_python(program: str, cwd: Path = ROOT, **environment: str) -> subprocess
     )
     assert result.returncode == 0, result.stderr
     return result
+
+
+@pytest.fixture(scope="module")
+def switched() -> dict[str, Any]:
+    """What the switch does in a process that has traced nothing."""
+    program = """
+import json, threading, torch, torch.compiler.config as config, mla_ops
+from mla_ops import lowering
+from mla_ops.registration.cache_key import fingerprint
+tags = []
+def note_tag():
+    thread = threading.Thread(target=lambda: tags.append(config.cache_key_tag))
+    thread.start(); thread.join()
+note_tag()
+lowering.disable()
+note_tag()
+lowering.enable()
+import torch._inductor.lowering as inductor
+operators = (torch.ops.mla.sparse_attn.default, torch.ops.mla.sparse_attn_bwd.default)
+lowered = [operator in inductor.lowerings for operator in operators]
+print(json.dumps({"tags": tags, "fingerprint": fingerprint(), "lowered": lowered}))
+"""
+    return json.loads(run_python(program).stdout)
 
 
 COMPILE_ON_CPU = """
@@ -339,9 +356,8 @@ print(texts[0])
     assert "tested with torch >= 2.11, < 2.15 and this is 2.99.0" in run_python(program).stdout
 
 
-def test_torch_logs_shows_what_the_lowering_decides() -> None:
-    shown = run_python(COMPILE_ON_CPU, TORCH_LOGS="mla_ops").stderr
-    assert "mla.sparse_attn.default stays an extern call" in shown
+def test_torch_logs_shows_what_the_lowering_decides(cold_and_warm: list[subprocess.CompletedProcess[str]]) -> None:
+    assert "mla.sparse_attn.default stays an extern call" in cold_and_warm[0].stderr
 
 
 # Caches
@@ -359,22 +375,9 @@ def test_the_cache_tag_says_whether_kernels_are_inlined() -> None:
     assert config.cache_key_tag.endswith(fingerprint())
 
 
-def test_the_cache_tag_is_seen_by_threads_that_did_not_import() -> None:
+def test_the_cache_tag_is_seen_by_threads_that_did_not_import(switched: dict[str, Any]) -> None:
     # A thread of autograd's compiles the backward of CUDA tensors, and settings belong to threads since torch 2.13.
-    program = """
-import threading, torch.compiler.config as config, mla_ops
-from mla_ops import lowering
-from mla_ops.registration.cache_key import fingerprint
-def check(expected):
-    found = []
-    thread = threading.Thread(target=lambda: found.append(config.cache_key_tag))
-    thread.start(); thread.join()
-    assert found == [expected], (found, expected)
-check(fingerprint())
-lowering.disable()
-check(fingerprint() + "-extern")
-"""
-    run_python(program)
+    assert switched["tags"] == [switched["fingerprint"], switched["fingerprint"] + "-extern"]
 
 
 def test_a_tag_set_later_is_kept_and_completed_by_the_next_trace() -> None:
@@ -387,10 +390,13 @@ def test_a_tag_set_later_is_kept_and_completed_by_the_next_trace() -> None:
         assert config.cache_key_tag == f"mine;{fingerprint()}"
 
 
-def test_a_changed_kernel_is_not_served_from_the_cache(tmp_path: Path) -> None:
-    tree = tmp_path / "tree"
-    for folder in ("mla_ops", "registration", "lowering"):
-        shutil.copytree(ROOT / folder, tree / folder, ignore=shutil.ignore_patterns("__pycache__"))
+@pytest.fixture(scope="module")
+def cold_and_warm(tmp_path_factory: pytest.TempPathFactory) -> list[subprocess.CompletedProcess[str]]:
+    """A graph compiled in three processes with one cache: cold with the log shown, warm, and after a kernel changed."""
+    folder = tmp_path_factory.mktemp("cached")
+    tree = folder / "tree"
+    for name in ("mla_ops", "registration", "lowering"):
+        shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
     program = f"""
 {COMPILE_ON_CPU}
 import mla_ops.registration, mla_ops.lowering
@@ -399,15 +405,15 @@ from torch._dynamo.utils import counters
 print(counters["inductor"]["fxgraph_cache_hit"], counters["aot_autograd"]["autograd_cache_hit"])
 """
 
-    def hits() -> str:
-        cache = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"), "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "0"}
-        return run_python(program, tree, **cache).stdout.strip()
-
-    assert hits() == "0 0"
-    assert hits() == "1 1"
+    cache = {"TORCHINDUCTOR_CACHE_DIR": str(folder / "cache"), "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "0"}
+    runs = [run_python(program, tree, **cache, TORCH_LOGS="mla_ops"), run_python(program, tree, **cache)]
     kernel = tree / "mla_ops/ops/sparse_attn/kernels/forward.py"
     kernel.write_text(kernel.read_text() + "\n# changed\n")
-    assert hits() == "0 0"
+    return [*runs, run_python(program, tree, **cache)]
+
+
+def test_a_changed_kernel_is_not_served_from_the_cache(cold_and_warm: list[subprocess.CompletedProcess[str]]) -> None:
+    assert [run.stdout.strip() for run in cold_and_warm] == ["0 0", "1 1", "0 0"]
 
 
 # Choices

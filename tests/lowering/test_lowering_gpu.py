@@ -196,7 +196,7 @@ print(torch.equal(compiled, inputs.q.grad), float(compiled.float().abs().sum()))
 
     is_eager, before = run()
     assert is_eager == "True"
-    kernel = tree / "mla_ops/kernels/backward.py"
+    kernel = tree / "mla_ops/ops/sparse_attn/kernels/backward.py"
     source = kernel.read_text()
     changed = source.replace("weights * dlogits * softmax_scale", "weights * dlogits * softmax_scale * 2.0")
     assert changed != source

@@ -1,6 +1,6 @@
 """What the ranks of a process group check together, one process per rank; test_distributed.py starts them.
 
-distributed_checks.py RANK WORLD_SIZE FOLDER     joins through FOLDER/store, writes FOLDER/results.json
+distributed_checks.py WORLD_SIZE FOLDER     ranks join through FOLDER/store; writes FOLDER/results.json and FOLDER/*.log
 
 Every check is a function of the rank's `World`. Ranks agree on each check's outcome before the next one starts, so a
 failure on one rank is everybody's; a check that leaves ranks waiting for one another fails by the group's timeout.
@@ -19,6 +19,7 @@ import distributed_sharding  # noqa: F401
 import distributed_training  # noqa: F401
 import torch
 import torch.distributed as dist
+import torch.multiprocessing
 from distributed_world import CHECKS, TIMEOUT, World
 
 __all__ = ["CHECKS"]
@@ -40,8 +41,10 @@ def run_checks(world: World) -> dict[str, str | None]:
     return outcomes
 
 
-def main() -> None:
-    rank, size, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
+def run_rank(rank: int, size: int, folder: Path) -> None:
+    log = os.open(folder / f"rank{rank}.log", os.O_WRONLY | os.O_CREAT)
+    for stream in (1, 2):
+        os.dup2(log, stream)
     torch.set_num_threads(1)
     store = dist.FileStore(str(folder / "store"), size)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=TIMEOUT)
@@ -54,6 +57,20 @@ def main() -> None:
     # Past Python's finalization: DTensor's caches keep gloo's threads alive that long, and one of them that then frees
     # a tensor waits for a lock it cannot have, and aborts the process ("terminate called without an active exception").
     os._exit(0)
+
+
+def main() -> None:
+    """Fork the ranks, which spares each the seconds that importing torch takes; nothing has started a thread yet."""
+    size, folder = int(sys.argv[1]), Path(sys.argv[2])
+    fork = torch.multiprocessing.get_context("fork")
+    ranks = [fork.Process(target=run_rank, args=(rank, size, folder), daemon=True) for rank in range(size)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join()
+    codes = [process.exitcode for process in ranks]
+    if any(codes):
+        sys.exit(f"ranks ended with {codes}")
 
 
 if __name__ == "__main__":

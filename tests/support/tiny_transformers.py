@@ -73,6 +73,8 @@ FORMS = ("absorbed", "expanded")
 def make_model(name: str = "DeepseekV32", **config: Any) -> Any:
     torch.manual_seed(0)
     fields = TINY | MODELS.get(name, {}) | config
+    if not hasattr(hub, f"{name}Config"):
+        pytest.skip(f"transformers {hub.__version__} has no {name}; the extra asks for 5.23 or later")
     if name == "MistralLarge4":
         text = hub.MistralLarge4TextConfig(**fields)
         both = hub.MistralLarge4Config(text_config=text, vision_config=TINY_VISION)
