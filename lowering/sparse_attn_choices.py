@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 
 from mla_ops.device import DeviceTraits, traits_of
-from mla_ops.launching import on_device
+from mla_ops.launching import launch_on
 from mla_ops.lowering import inductor_compat as inductor
 from mla_ops.ops.sparse_attn.call import Gradients, Hints, SparseAttnCall, SparseAttnProblem, Wanted
 from mla_ops.ops.sparse_attn.configs.launch import BwdConfig, FwdConfig, program_count
@@ -106,8 +106,11 @@ def _fastest(
         return candidates[0]
     from triton.testing import do_bench
 
-    with inductor.real_tensors(), on_device(device):
+    def time_all() -> dict[_Choice, float]:
         launch = prepare()
-        times = {choice: do_bench(lambda: launch(choice), return_mode="median") for choice in candidates}  # noqa: B023
+        return {choice: do_bench(lambda: launch(choice), return_mode="median") for choice in candidates}  # noqa: B023
+
+    with inductor.real_tensors():
+        times = launch_on(device, time_all)
     _log.info("timed, in ms: %s", times)
     return min(times, key=times.__getitem__)

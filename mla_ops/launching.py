@@ -2,34 +2,38 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable
 from math import gcd
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from mla_ops.device import is_current, is_readable
 
-# Everything of a tensor but its values and its address: shape, strides, dtype, device with its index, layout.
+# Everything of a tensor but its values and its address: shape, strides (else layout), dtype, device with its index.
 Facts = tuple[object, ...]
 
-_NO_GUARD = nullcontext()
+_Result = TypeVar("_Result")
 
 
 def facts(tensor: torch.Tensor) -> Facts:
-    """Return what plans are looked up by; a tensor that is not strided has no strides to ask for."""
-    layout = tensor.layout
-    strides = tensor.stride() if layout is torch.strided else None
-    return tensor.shape, strides, tensor.dtype, tensor.device, layout
+    """Return what plans are looked up by."""
+    try:
+        return tensor.shape, tensor.stride(), tensor.dtype, tensor.device
+    except RuntimeError:  # a sparse tensor has no strides to ask for
+        return tensor.shape, tensor.layout, tensor.dtype, tensor.device
 
 
-def on_device(device: torch.device) -> AbstractContextManager[Any]:
-    """Return a context in which kernels are launched on `device`, the device of the tensors of a call.
+def launch_on(device: torch.device, launch: Callable[..., _Result], *arguments: Any) -> _Result:
+    """Call `launch(*arguments)` with `device`, the device of the tensors of a call, as the current one.
 
     Triton launches on the current device, which need not be that of the tensors: `device_map="auto"` and pipeline
     stages in one process spread a model over devices and switch to none of them.
     """
-    return _NO_GUARD if is_current(device) else torch.cuda.device(device)
+    if is_current(device):
+        return launch(*arguments)
+    with torch.cuda.device(device):
+        return launch(*arguments)
 
 
 class LaunchRecord:

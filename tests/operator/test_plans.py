@@ -134,8 +134,7 @@ def test_cpu_tensors_ask_for_no_cuda_device(monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr(torch.cuda, "current_device", ask)
     assert device.is_current(torch.device("cpu"))
-    with launching.on_device(torch.device("cpu")):
-        pass
+    assert launching.launch_on(torch.device("cpu"), max, 1, 2) == 2
 
 
 def test_what_is_warm_is_warm_on_one_device() -> None:

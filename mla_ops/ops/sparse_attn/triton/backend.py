@@ -8,7 +8,7 @@ from importlib.util import find_spec
 import torch
 
 from mla_ops.device import DeviceTraits
-from mla_ops.launching import on_device
+from mla_ops.launching import launch_on
 from mla_ops.ops.sparse_attn.call import Gradients, Results, Side, SparseAttnCall, SparseAttnProblem, Wanted
 from mla_ops.ops.sparse_attn.configs.lookup import MAX_D_TOTAL
 from mla_ops.ops.sparse_attn.triton.backward import BackwardPlan, describe_backward, launch_backward, plan_backward
@@ -72,20 +72,17 @@ class TritonBackend:
 
     def forward(self, call: SparseAttnCall, plan: ForwardPlan) -> Results:
         """See `Backend.forward`."""
-        with on_device(call.q.device):
-            return launch_forward(call, plan)
+        return launch_on(call.q.device, launch_forward, call, plan)
 
     def max_logits(self, call: SparseAttnCall, plan: ForwardPlan) -> torch.Tensor:
         """See `Backend.max_logits`."""
-        with on_device(call.q.device):
-            return launch_max_logits(call, plan)
+        return launch_on(call.q.device, launch_max_logits, call, plan)
 
     def backward(
         self, call: SparseAttnCall, results: Results, gradients: Gradients, wanted: Wanted, plan: BackwardPlan
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """See `Backend.backward`."""
-        with on_device(call.q.device):
-            return launch_backward(call, results, gradients, wanted, plan)
+        return launch_on(call.q.device, launch_backward, call, results, gradients, wanted, plan)
 
 
 @lru_cache(maxsize=1)
