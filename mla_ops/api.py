@@ -113,12 +113,12 @@ def sparse_attn_max_logits(
 
     Args:
         q: as in `sparse_attn`, as are all arguments.
-        kv: see there.
-        indices: see there.
-        d_v: see there; it does not change the result. The call runs wherever `sparse_attn` with this `d_v` runs.
-        softmax_scale: see there. The maximum is that of the scaled logits: a negative scale picks the smallest product.
-        topk_length: see there.
-        backend: see there.
+        kv: `[batch, seq_kv, kv_group, d_total]`, dtype of `q`.
+        indices: `[batch, seq_q, kv_group, topk]`, int32 or int64.
+        d_v: does not change the result. The call runs wherever `sparse_attn` with this `d_v` runs.
+        softmax_scale: multiplies the logits before the maximum: a negative scale picks the smallest product.
+        topk_length: `[batch, seq_q]`, int32 or int64: the valid prefix of every row of `indices`.
+        backend: "auto", or a name from `mla_ops.backend_names()`.
 
     Returns:
         `[batch, seq_q, heads]` in fp32, the shape of `lse`: the maximum over the valid slots, any `attn_sink` excluded.
@@ -185,12 +185,12 @@ def warmup(
 
     Args:
         q: as in `mla_ops.sparse_attn`, as are all arguments up to `attn_sink`.
-        kv: see there.
-        indices: see there.
-        d_v: see there.
-        softmax_scale: see there.
-        topk_length: see there.
-        attn_sink: see there.
+        kv: `[batch, seq_kv, kv_group, d_total]`, of the length to come only where the length decides the launch.
+        indices: `[batch, seq_q, kv_group, topk]`, int32 or int64; an expanded view if calls to come have one.
+        d_v: value width.
+        softmax_scale: a kernel is compiled for its sign.
+        topk_length: `[batch, seq_q]` or None, whether calls to come have one.
+        attn_sink: `[heads]` or None, whether calls to come have one.
         needs_grad: also warm the backward, for a loss on `out`, on `lse` and on both. Gradients are prepared for those
             of `q` and `kv` that require one, for both if neither does.
 

@@ -5,7 +5,8 @@ queries of all ranks, to the selected keys that it owns; the partial results tra
 which merge them by `lse`. That is an all-gather and an all-to-all, mirrored in the backward, and the gradient of `kv`
 stays with its owner. Nothing reads tensor data on the host, so all of it stays in a compiled graph.
 
-Batch, heads and query rows need nothing from this module: DTensor shards those (`registration/sharding.py`).
+Batch, heads and query rows need nothing from this module: DTensor shards them
+(`registration/sparse_attn_sharding.py`).
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ from mla_ops.errors import UnsupportedProblemError
 OURS = "mla_ops"
 DETERMINISTIC = "mla_ops, deterministic"
 Record = dict[str, Any]
-_MOST_CYCLES_PER_S = 2e9
+_MAX_CYCLES_PER_S = 2e9
 
 
 def run_bench(arguments: argparse.Namespace) -> int:
@@ -237,7 +237,7 @@ def _median_ms(run: Callable[[], Any]) -> float:
     times: list[float] = []
     while len(times) < 5 or (len(times) < 100 and sum(times) < 100):
         cache.zero_()
-        torch.cuda._sleep(int(2 * host_seconds * _MOST_CYCLES_PER_S))
+        torch.cuda._sleep(int(2 * host_seconds * _MAX_CYCLES_PER_S))
         start.record()
         run()
         end.record()

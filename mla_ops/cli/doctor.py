@@ -15,7 +15,7 @@ from mla_ops import settings
 from mla_ops.device import devices, traits_of
 from mla_ops.errors import InvalidSettingError
 from mla_ops.ops.sparse_attn.backends import backend_names, select
-from mla_ops.ops.sparse_attn.call import SparseAttnProblem
+from mla_ops.ops.sparse_attn.call import Hints, SparseAttnProblem
 from mla_ops.ops.sparse_attn.configs.tuned import read_rows
 
 # What is asked of every backend on every device: training at the widths of a small and of a large model.
@@ -23,6 +23,7 @@ PROBES = (
     SparseAttnProblem(d_total=128, d_v=64, topk=256, heads=28, kv_group=1, dtype=torch.bfloat16, needs_grad=True),
     SparseAttnProblem(d_total=576, d_v=512, topk=2048, heads=128, kv_group=1, dtype=torch.bfloat16, needs_grad=True),
 )
+PROBE_SIZES = Hints(batch=1, seq_q=4096, seq_kv=8192)
 
 
 def run_doctor(*, as_json: bool) -> int:
@@ -46,7 +47,7 @@ def _report() -> dict[str, Any]:
         "cxx_compiler": settings.cxx_compiler(),
         "settings": in_force,
         "settings_problem": problem,
-        "devices": [_device_report(device) for device in devices()],
+        "devices": [_device_report(device, is_planned=problem is None) for device in devices()],
     }
 
 
@@ -62,17 +63,20 @@ def _settings() -> tuple[dict[str, Any] | None, str | None]:
     return in_force, None
 
 
-def _device_report(device: torch.device) -> dict[str, Any]:
+def _device_report(device: torch.device, *, is_planned: bool) -> dict[str, Any]:
+    """Return who runs the probes on a device, and with which kernels unless a setting that decides so is wrong."""
     traits = traits_of(device)
     probes = []
     for problem in PROBES:
-        chosen = select(problem, traits).backend
+        decision = select(problem, traits, hints=PROBE_SIZES if is_planned else None)
+        chosen = decision.backend
         named = {name: select(problem, traits, name).verdicts[0].reasons for name in backend_names()}
         probes.append(
             {
                 "problem": str(problem),
                 "auto": None if chosen is None else chosen.name,
                 "backends": {name: list(reasons) for name, reasons in named.items()},
+                "launch": [line.split("; not warm")[0] for line in decision.launch],
             }
         )
     return {"device": str(device), "traits": str(traits), "probes": probes}
@@ -96,4 +100,5 @@ def _text(report: dict[str, Any]) -> str:
             lines += [f"  {probe['problem']}", f"    auto: {probe['auto'] or 'no backend'}"]
             for name, reasons in probe["backends"].items():
                 lines.append(f"    {name}: {'; '.join(reasons) if reasons else 'usable'}")
+            lines += [f"    {line}" for line in probe["launch"]]
     return "\n".join(lines)

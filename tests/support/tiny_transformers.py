@@ -136,7 +136,9 @@ def spread(model: Any, first: str, second: str) -> Any:
     for layer in layers[len(layers) // 2 :]:
         layer.to(second)
         layer.register_forward_pre_hook(partial(_bring_inputs, second), with_kwargs=True)
-    decoder(model).norm.register_forward_pre_hook(partial(_bring_inputs, first), with_kwargs=True)
+    for name, module in decoder(model).named_children():
+        if name not in ("embed_tokens", "layers", "rotary_emb"):  # what comes after the layers
+            module.register_forward_pre_hook(partial(_bring_inputs, first), with_kwargs=True)
     return model
 
 

@@ -108,9 +108,10 @@ class Row:
     element_size: int = 2  # bytes of a channel: 2 for bf16 and fp16, 4 for fp32
 
 
-# Buffers of indices and of what is exchanged between warps, seen in offline compiles.
+# Bytes of the portable kernels' small buffers: indices, and what warps exchange. Seen in offline compiles.
 _SMALL_BYTES = 1024
-# Which slots are valid, what rescales the accumulators, barriers, and the arguments of the roles; forward, by the pair.
+# Bytes of the Hopper kernels' small buffers: which slots are valid, factors that rescale the accumulators, barriers,
+# and the arguments of the roles. The forward has as many for each pair of tiles.
 _HOPPER_SMALL_BYTES = 2048
 
 
@@ -118,8 +119,8 @@ _HOPPER_SMALL_BYTES = 2048
 def chunk_widths(d_total: int, d_v: int, max_chunk: int) -> tuple[int, int]:
     """Return (BLOCK_DV, BLOCK_DT), the powers of two a row is cut into; see NOTE [A row is a tuple of chunks].
 
-    The cheapest cut wins: padded channels cost work in the logits, those of value chunks cost it twice, and a chunk of
-    its own costs about as much as 32 channels, the depth of two tensor-core instructions.
+    The cheapest cut wins. A padded channel costs work in the logits; a padded channel of a value chunk costs work in
+    the value product too. A further chunk costs about as much as 32 channels, two tensor-core instructions' depth.
     """
     widths = [width for width in (16, 32, 64, 128, 256, 512) if width <= max_chunk]
 
@@ -152,7 +153,7 @@ def fwd_smem_bytes(config: FwdConfig, key: ConfigKey) -> int:
 def bwd_smem_bytes(config: BwdConfig, key: ConfigKey) -> int:
     """Return an upper bound of the shared memory of the backward kernel: q, dout, the buffers of rows, P and dS."""
     value, width = padded_widths(key.d_total, key.d_v, config.max_chunk)
-    # How many rows the products for the logits and for dq have; those for dkv have the keys'.
+    # How many rows the products for the logits and for dq have. The products for dkv have a row for each key.
     logits_rows = dq_rows = config.block_h
     if config.is_key_major:
         block_dv, block_dt = chunk_widths(key.d_total, key.d_v, config.max_chunk)
@@ -163,13 +164,13 @@ def bwd_smem_bytes(config: BwdConfig, key: ConfigKey) -> int:
         _is_asynchronous(key.arch, dq_rows, config.num_warps),
         _is_asynchronous(key.arch, config.block_k, config.num_warps),
     }
-    # Asynchronous products read other layouts than the rest, which read q and dout also transposed if key-major: what
-    # two kinds read is held twice.
+    # Asynchronous products read other layouts than synchronous products. Synchronous products of a key-major kernel
+    # read q and dout in two layouts. An operand is held once in each layout that something reads.
     query_forms = 2 if len(kinds) == 2 or (config.is_key_major and kinds == {False}) else 1
     row_forms = _row_buffers(config.num_stages, has_asynchronous_logits) + len(kinds) - 1
     operands = query_forms * config.block_h * (width + value) + row_forms * config.block_k * width
-    # dS is held twice, for products that have its heads as rows and as columns; then a dkv tile, to be added 16 bytes
-    # at a time.
+    # dS is held twice: one product has its heads as rows, another as columns. Then comes a tile of dkv, which is staged
+    # to be added 16 bytes at a time.
     weights = 3 * config.block_h * config.block_k * key.element_size
     staging = 4 * config.block_k * max(chunk_widths(key.d_total, key.d_v, config.max_chunk))
     return operands * key.element_size + weights + staging + _SMALL_BYTES

@@ -4,22 +4,20 @@ from __future__ import annotations
 
 from mla_ops.ops.sparse_attn.configs.launch import BwdConfig, FwdConfig, Row
 
+# Every row is derived by shared-memory arithmetic, not measured, unless a comment above it says otherwise.
 ROWS: tuple[Row, ...] = (
-    # Derived by shared-memory arithmetic, not yet measured.
     Row(
         family="128x64",
         heads=8,
         fwd=FwdConfig(block_h=16, block_k=64, max_chunk=64, num_warps=4, num_stages=2),
         bwd=(BwdConfig(block_h=16, block_k=32, max_chunk=64, num_warps=4, num_stages=2, is_key_major=False),),
     ),
-    # Derived by shared-memory arithmetic, not yet measured.
     Row(
         family="128x64",
         heads=32,
         fwd=FwdConfig(block_h=32, block_k=64, max_chunk=64, num_warps=4, num_stages=3),
         bwd=(BwdConfig(block_h=32, block_k=32, max_chunk=64, num_warps=4, num_stages=2, is_key_major=False),),
     ),
-    # Derived by shared-memory arithmetic, not yet measured.
     Row(
         family="144x80",
         heads=12,
@@ -30,35 +28,30 @@ ROWS: tuple[Row, ...] = (
             ),
         ),
     ),
-    # Derived by shared-memory arithmetic, not yet measured.
     Row(
         family="320x256",
         heads=32,
         fwd=FwdConfig(block_h=32, block_k=64, max_chunk=256, num_warps=4, num_stages=2),
         bwd=(BwdConfig(block_h=32, block_k=32, max_chunk=64, num_warps=8, num_stages=2, is_key_major=False),),
     ),
-    # Derived by shared-memory arithmetic, not yet measured.
     Row(
         family="576x512",
         heads=16,
         fwd=FwdConfig(block_h=16, block_k=64, max_chunk=64, num_warps=4, num_stages=2),
         bwd=(BwdConfig(block_h=16, block_k=32, max_chunk=64, num_warps=4, num_stages=2, is_key_major=False),),
     ),
-    # Derived by shared-memory arithmetic, not yet measured.
     Row(
         family="576x512",
         heads=32,
         fwd=FwdConfig(block_h=32, block_k=32, max_chunk=512, num_warps=8, num_stages=2),
         bwd=(BwdConfig(block_h=16, block_k=32, max_chunk=64, num_warps=4, num_stages=2, is_key_major=False),),
     ),
-    # Derived by shared-memory arithmetic, not yet measured.
     Row(
         family="1024x1024",
         heads=16,
         fwd=FwdConfig(block_h=16, block_k=16, max_chunk=512, num_warps=8, num_stages=1),
         bwd=(BwdConfig(block_h=16, block_k=16, max_chunk=128, num_warps=8, num_stages=1, is_key_major=False),),
     ),
-    # Derived by shared-memory arithmetic, not yet measured.
     Row(
         family="128x64",
         heads=16,
@@ -66,7 +59,6 @@ ROWS: tuple[Row, ...] = (
         bwd=(BwdConfig(block_h=16, block_k=16, max_chunk=64, num_warps=4, num_stages=1, is_key_major=False),),
         element_size=4,
     ),
-    # Derived by shared-memory arithmetic, not yet measured.
     Row(
         family="576x512",
         heads=16,
@@ -74,7 +66,6 @@ ROWS: tuple[Row, ...] = (
         bwd=(BwdConfig(block_h=16, block_k=16, max_chunk=64, num_warps=8, num_stages=1, is_key_major=False),),
         element_size=4,
     ),
-    # Derived by shared-memory arithmetic, not yet measured.
     Row(
         family="1024x1024",
         heads=16,

@@ -44,12 +44,14 @@ What has no barrier of its own:
 second half of P V waits until most of the next Q K^T is done. After the last tile of an item there is none to wait for.
 
 NOTE [Tiles in flight]
-With one pair, the gather announces a tile before it waits for the buffers of the next: a tile's arrival waits for
-`free` of the tile two before it, those for `turn`, and that for the arrival of the tile between them. So there is no
-cycle, and the rows of one tile are under way at a time. With two pairs it asks for the rows of a tile before it waits
-for those of the one before, which hides the latency of L2: `free` of the tile four before needs the arrival of the tile
-three before, announced by then. Queries are waited for after the last tile of the item before has been announced,
-because scores frees them with that tile.
+With one pair of stages, the gather announces tile t before it waits for the buffers of tile t + 1. The arrival of
+tile t waits for `free` of tile t - 2. `free` of tile t - 2 waits for `turn`, and `turn` waits for the arrival of tile
+t - 1. So there is no cycle, and the rows of one tile are under way at a time.
+With two pairs of stages, the gather asks for the rows of tile t before it waits for the rows of tile t - 1, which hides
+the latency of L2. The buffers of tile t become free with tile t - 4, whose `free` needs the arrival of tile t - 3, and
+tile t - 3 is announced by then.
+The gather waits for the queries of an item after it has announced the last tile of the item before, because the scores
+free the queries with that last tile.
 
 NOTE [What orders the accesses]
 wgmma reads shared memory through the async proxy; everything else here goes through the generic proxy.

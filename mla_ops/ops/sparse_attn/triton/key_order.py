@@ -2,8 +2,8 @@
 
 A row of dkv that is not in the L2 cache is read from memory and written back by every addition to it. Programs that
 start together and take the keys in order are at about the same keys at a time, so what they read and add to is cached.
-At 576/512 with 64 heads and 65,536 random keys a backward takes 11.9 instead of 20.1 ms on an H100; where queries
-share 80 % of their keys with the one before, so that those are cached anyway, 9.4 instead of 9.1 ms
+At 576/512 with 64 heads and 65,536 random keys a backward takes 11.9 instead of 20.1 ms on an H100. Where a query
+shares 80 % of its keys with the query before, the shared keys are cached anyway: 9.4 instead of 9.1 ms
 (benchmarks/results/*-h100-key-order.json).
 """
 
