@@ -75,8 +75,7 @@ def _lower_forward(
 
     def launch(*tensors: Any) -> Any:
         q, kv, indices, topk_length, attn_sink = tensors
-        call = SparseAttnCall(q, kv, indices, plan.problem.d_v, softmax_scale, topk_length, attn_sink)
-        call = readable(call)
+        call = readable(SparseAttnCall(q, kv, indices, plan.problem.d_v, softmax_scale, topk_length, attn_sink))
         launched = plan_forward(
             call, plan.traits, choice=choice, num_splits=num_splits, use_int64_offsets=plan.use_int64_offsets
         )

@@ -122,7 +122,7 @@ def launch_backward(
     # What the pass of dkv computes besides it: dq and dsink, unless they have a pass of their own.
     others = (dq, dsink)
     has_two_passes = wanted.dq and wanted.dkv and len(configs) == 2
-    if has_two_passes or (not wanted.dkv and others != (None, None)):
+    if has_two_passes or (not wanted.dkv and (dq is not None or dsink is not None)):
         run(0, Into(dq, None, dsink, None, 0, rows))
         others = (None, None)
     if wanted.dkv:
