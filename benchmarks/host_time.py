@@ -2,9 +2,9 @@
 
 python benchmarks/host_time.py --before FOLDER     FOLDER holds another checkout, of what a change started from
 
-A call of two queries keeps the GPU idle, so what is timed is what Python and the driver do. A process takes the median of
-its calls, and a figure is the least of the processes': on a virtual machine a whole process runs at one of two speeds, 1.6
-apart, whatever it runs. `bare_launch` is Triton's own launch of the kernel that a forward ends in.
+A call of two queries keeps the GPU idle, so what is timed is what Python and the driver do. A process takes the median
+of its calls, and a figure is the least of the processes': on a virtual machine a process runs at one of two speeds, 1.6
+apart, and changes between them. `bare_launch` is Triton's own launch of the kernel that a forward ends in.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).parents[1]
-ROUNDS, CALLS = 6, 2000
+ROUNDS, CALLS = 4, 2000
 
 
 def microseconds(run: Callable[[], object]) -> float:
