@@ -79,6 +79,15 @@ def test_backward(size: str, present: str, needs: tuple[bool, bool]) -> None:
         assert (actual.shape, actual.stride(), actual.dtype) == (fake.shape, fake.stride(), fake.dtype)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_backward_in_other_dtypes(dtype: torch.dtype) -> None:
+    inputs = make_inputs(SIZES["4d"], dtype, attn_sink=True)
+    q, kv, indices, *rest = inputs.args
+    args = (inputs.dout, inputs.dlse, q, kv, indices, *torch.ops.mla.sparse_attn(*inputs.args), *rest)
+    for actual, fake in zip(torch.ops.mla.sparse_attn_bwd(*args), backward_on_meta(args), strict=True):
+        assert (actual.shape, actual.stride(), actual.dtype) == (fake.shape, fake.stride(), fake.dtype)
+
+
 @pytest.mark.parametrize("grads", ["no-grad", "all"])
 @pytest.mark.parametrize("size", SIZES)
 def test_max_logits(size: str, grads: str) -> None:
