@@ -83,7 +83,7 @@ def sparse_attn(
         DoubleBackwardError: a gradient of a gradient was asked for (torch refuses it itself in a compiled forward).
         ForwardModeError: a forward-mode derivative was asked for.
 
-    Reference: DeepSeek-V3.2 technical report, DeepSeek Sparse Attention; `mla_ops/reference.py` is the definition.
+    Reference: DeepSeek-V3.2 technical report, DeepSeek Sparse Attention; `mla_ops.reference` is the definition.
     """
     q, kv = dequantized(q, quantized), dequantized(kv, quantized)
     check_argument_types(q, kv, indices, d_v, softmax_scale, topk_length, attn_sink, backend)
