@@ -65,7 +65,7 @@ def is_enabled() -> bool:
 
 def prepare() -> None:
     """Make the compilation that is going on see the lowerings, and its caches see which; called while tracing."""
-    _tag_compile_caches()
+    _tag_compile_caches(is_lowered=_enabled)
     context = torch._guards.TracingContext.try_get()
     if context is not None:
         _settings_of_traces.setdefault(context, current())
@@ -91,10 +91,10 @@ def settings_of_trace() -> Settings:
 
 def _set(enabled: bool) -> None:
     global _enabled
+    _tag_compile_caches(is_lowered=enabled)  # first: a setting that can't be read leaves the switch as it was
     _enabled = enabled
-    _tag_compile_caches()
 
 
-def _tag_compile_caches() -> None:
+def _tag_compile_caches(*, is_lowered: bool) -> None:
     tuned_rows = current().tuned_rows
-    tag_compile_caches(is_lowered=_enabled, inlined=read_once(tuned_rows).digest if tuned_rows else "")
+    tag_compile_caches(is_lowered=is_lowered, inlined=read_once(tuned_rows).digest if tuned_rows else "")

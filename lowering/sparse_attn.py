@@ -1,4 +1,4 @@
-"""The lowerings of both operators: the Triton launcher that dispatch picks, traced and inlined into Inductor's graph.
+"""How `mla::sparse_attn` and its backward are lowered: the launcher that dispatch picks, traced into Inductor's graph.
 
 A compiled graph then contains the kernels themselves. Batch, sequence lengths and topk stay symbolic; widths and head
 counts, for which kernels are compiled, are made constants by a guard. What cannot be inlined stays an extern call of

@@ -11,7 +11,7 @@ from mla_ops.errors import InvalidInputError
 from mla_ops.launching import filled_alike
 from mla_ops.ops.sparse_attn import backends
 from mla_ops.ops.sparse_attn.backends import Decision, check_backend_name
-from mla_ops.ops.sparse_attn.call import SparseAttnCall
+from mla_ops.ops.sparse_attn.call import SparseAttnCall, Wanted
 from mla_ops.ops.sparse_attn.rules import check_argument_types, check_inputs
 from mla_ops.registration import SPARSE_ATTN, SPARSE_ATTN_BWD, SPARSE_ATTN_MAX_LOGITS, cast_by_autocast
 from mla_ops.wrappers import dequantized, is_dtensor
@@ -163,7 +163,7 @@ def explain(
     call = SparseAttnCall(q, kv, indices, d_v, softmax_scale, topk_length, attn_sink)
     check_inputs(call)
     needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (q, kv, attn_sink))
-    return backends.explain(call, backend, needs_grad=needs_grad)
+    return backends.explain(call, backend, Wanted(q.requires_grad, kv.requires_grad) if needs_grad else None)
 
 
 def warmup(

@@ -10,7 +10,7 @@ import torch
 
 from mla_ops.device import is_current, is_readable
 
-# Everything of a tensor but its values and its address: shape, strides (else layout), dtype, device with its index.
+# Everything of a tensor but its values and its address: shape, strides, dtype, device with its index, layout.
 Facts = tuple[object, ...]
 
 _Result = TypeVar("_Result")
@@ -19,9 +19,9 @@ _Result = TypeVar("_Result")
 def facts(tensor: torch.Tensor) -> Facts:
     """Return what plans are looked up by."""
     try:
-        return tensor.shape, tensor.stride(), tensor.dtype, tensor.device
+        return tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.layout
     except RuntimeError:  # a sparse tensor has no strides to ask for
-        return tensor.shape, tensor.layout, tensor.dtype, tensor.device
+        return tensor.shape, None, tensor.dtype, tensor.device, tensor.layout
 
 
 def launch_on(device: torch.device, launch: Callable[..., _Result], *arguments: Any) -> _Result:

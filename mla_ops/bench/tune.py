@@ -23,12 +23,14 @@ from mla_ops.bench.requirements import require, require_writable
 from mla_ops.bench.shapes import Shape, check_sizes
 from mla_ops.device import DeviceTraits, pick_device, traits_of
 from mla_ops.errors import UnsupportedProblemError
+from mla_ops.ops.sparse_attn.backends import select
 from mla_ops.ops.sparse_attn.call import Gradients, Hints, Results, Side
 from mla_ops.ops.sparse_attn.configs.launch import BwdConfig, FwdConfig, bwd_smem_bytes, fwd_smem_bytes
 from mla_ops.ops.sparse_attn.configs.lookup import backward_configs, forward_config, key_of
 from mla_ops.ops.sparse_attn.configs.tuned import TunedRow, read_rows, write_rows
 from mla_ops.ops.sparse_attn.triton.direct import run_backward, run_forward
 from mla_ops.ops.sparse_attn.triton.kernel_sets import PORTABLE, choose
+from mla_ops.settings import override
 
 ELEMENT_SIZE = 2  # bf16; fp16 takes the same rows
 SIDES: tuple[Side, ...] = ("forward", "backward")
@@ -42,6 +44,11 @@ def run_tune(arguments: argparse.Namespace) -> int:
     """Measure, print what was gained, and write the row; returns the exit status."""
     check_sizes(arguments)
     require("tqdm", "mla-ops tune")
+    with override(tuned_rows=""):  # against the tables, and whether or not the file to write is the one in use
+        return _tune(arguments)
+
+
+def _tune(arguments: argparse.Namespace) -> int:
     device = pick_device("auto")
     if device.type != "cuda":
         raise UnsupportedProblemError(
@@ -56,6 +63,7 @@ def run_tune(arguments: argparse.Namespace) -> int:
         d_total=arguments.d_total, d_v=arguments.d_v, topk=arguments.topk,
     )  # fmt: skip
     problem, hints = shape.problem(needs_grad=True), Hints(shape.B, shape.Sq, shape.Skv)
+    select(problem, traits).require_backend()
     specialised, specialised_bwd = (
         None if choice.kernels is PORTABLE else choice.config
         for choice in (choose(side, problem, hints, traits) for side in SIDES)
@@ -83,9 +91,12 @@ def run_tune(arguments: argparse.Namespace) -> int:
         print(f"forward: nothing to tune, the warp-specialised kernel runs with {specialised}")
     fwd = None if specialised else _fastest("forward", forwards, forward)
     bwd = None if specialised_bwd else (_fastest("backward", backwards, backward),)
-    row = TunedRow(traits.arch, shape.d_total, shape.d_v, shape.H, ELEMENT_SIZE, fwd, bwd)
     key = key_of(problem, traits)
-    kept = [other for other in (read_rows(out) if out.exists() else ()) if not other.is_for(key)]
+    rows = read_rows(out) if out.exists() else ()
+    for earlier in (other for other in rows if other.is_for(key)):  # a side that was tuned with other lengths stays
+        fwd, bwd = fwd or earlier.fwd, bwd or earlier.bwd
+    row = TunedRow(traits.arch, shape.d_total, shape.d_v, shape.H, ELEMENT_SIZE, fwd, bwd)
+    kept = [other for other in rows if not other.is_for(key)]
     write_rows(out, header(device), [*kept, row])
     print(f"wrote {out} ({len(kept) + 1} rows); use it with MLA_OPS_TUNED_ROWS={out}")
     return 0

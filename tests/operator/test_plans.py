@@ -29,6 +29,8 @@ from mla_ops.ops.sparse_attn.eager import EagerBackend
 from mla_ops.ops.sparse_attn.triton import backward, forward, hopper, portable
 from mla_ops.ops.sparse_attn.triton import deterministic as in_query_order
 from mla_ops.ops.sparse_attn.triton.backend import TritonBackend
+from mla_ops.ops.sparse_attn.triton.direct import run_forward, run_max_logits
+from mla_ops.ops.sparse_attn.triton.kernel_sets import choose
 from mla_ops.testing import Case, make_inputs
 
 H100 = DeviceTraits(type="cuda", arch=90, smem_bytes=232448, num_sms=132, l2_bytes=50 << 20, name="H100")
@@ -350,6 +352,76 @@ def test_calls_that_differ_in_anything_but_values_have_plans_of_their_own() -> N
     for change in [*kinds, *kinds]:
         torch.ops.mla.sparse_attn(*replace(inputs, **change).args)
     assert len(backends._plans) == len(kinds)
+
+
+@pytest.mark.usefixtures("no_plans")
+def test_explain_plans_the_gradients_that_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    planned = []
+    monkeypatch.setattr(EagerBackend, "plan", lambda self, side, *rest: planned.append((side, rest[-1])))
+    inputs = make_inputs(Case(d_total=24, d_v=16)).requires_grad(kv=False)
+    mla_ops.explain(inputs.q, inputs.kv, inputs.indices, d_v=16)
+    assert planned == [("forward", Wanted(True, False)), ("backward", Wanted(True, False))]
+
+
+def test_explain_of_symbolic_sizes_is_a_decision_without_a_launch() -> None:
+    from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+
+    inputs = make_inputs(Case(d_total=24, d_v=16))
+    mode = FakeTensorMode(shape_env=ShapeEnv(), static_shapes=False)
+
+    def fake(tensor: torch.Tensor) -> torch.Tensor:
+        sizes = [DimDynamic.DYNAMIC, *[DimDynamic.STATIC] * (tensor.dim() - 1)]
+        return mode.from_tensor(tensor, symbolic_context=StatelessSymbolicContext(sizes))
+
+    decision = mla_ops.explain(fake(inputs.q), fake(inputs.kv), fake(inputs.indices), d_v=16)
+    assert decision.require_backend().name == "eager"
+    assert decision.launch == ()
+
+
+@pytest.mark.parametrize("sizes", [{"heads": 0}, {"seq_q": 0}], ids=str)
+def test_nothing_to_compute_is_described_in_one_line(sizes: dict[str, int]) -> None:
+    pytest.importorskip("triton", reason="triton is not installed")
+    hints = Hints(1, sizes.get("seq_q", 4096), 4096)
+    launches = select(replace(WIDE, heads=sizes.get("heads", 64)), H100, hints=hints).launch
+    assert launches == ("no queries or no heads: nothing is launched",)
+
+
+def test_a_launch_that_fails_leaves_its_kernel_cold(monkeypatch: pytest.MonkeyPatch, no_plans: None) -> None:
+    pytest.importorskip("triton", reason="triton is not installed")
+
+    def no_kernels() -> Any:
+        raise RuntimeError("no memory for the kernel")
+
+    monkeypatch.setattr(launching, "_records", {})
+    monkeypatch.setattr(portable, "_forward_kernels", no_kernels)
+    call = SparseAttnCall(*make_inputs(Case(d_total=24, d_v=16)).args)
+    for run in (run_forward, run_max_logits):
+        with pytest.raises(RuntimeError, match="no memory"):
+            run(call, traits=H100)
+    assert launching.warm_kernels() == []
+
+
+@pytest.mark.parametrize(
+    ("traits", "name"),
+    [
+        (DeviceTraits("cuda", 75, 65536, 40, 4 << 20, "T4"), "sm75"),
+        (DeviceTraits("cuda", vendor="amd", name="MI300X"), "amd"),
+    ],
+    ids=["old", "amd"],
+)
+def test_kernels_that_no_set_has_for_a_device_are_refused_by_all(traits: DeviceTraits, name: str) -> None:
+    with pytest.raises(mla_ops.UnsupportedProblemError, match=f"portable kernels: the device is {name}"):
+        choose("forward", NAM28, Hints(1, 8, 8), traits)
+
+
+def test_a_layout_that_has_strides_is_no_strided_tensor() -> None:
+    if not torch.backends.mkldnn.is_available():
+        pytest.skip("this torch is built without mkldnn, whose tensors have strides and another layout")
+    q = torch.randn(2)[:, None, None].expand(2, 4, 32)  # of the strides that torch gives an mkldnn tensor
+    kv, indices = torch.randn(8, 1, 32), torch.zeros(2, 1, 3, dtype=torch.int32)
+    torch.ops.mla.sparse_attn(q, kv, indices, 16, 0.5)
+    with pytest.raises(mla_ops.InvalidInputError, match=r"q must be a dense \(strided\) tensor"):
+        torch.ops.mla.sparse_attn(q.contiguous().to_mkldnn(), kv, indices, 16, 0.5)
 
 
 # Tensors

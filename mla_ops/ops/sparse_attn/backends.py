@@ -97,7 +97,7 @@ def plan_of(
             None if dlse is None else facts(dlse),
         )
     elif side == "backward":
-        key += (torch.are_deterministic_algorithms_enabled(),)
+        key += (wanted, torch.are_deterministic_algorithms_enabled())
     plan = _plans.get(key)
     if plan is None:
         check_inputs(call)
@@ -140,12 +140,20 @@ def select(
     return replace(decision, launch=_described(backend, plans))
 
 
-def explain(call: SparseAttnCall, requested: str, *, needs_grad: bool) -> Decision:
-    """Return the decision about a checked call, with what its plans would launch; a refusal is no error."""
+def explain(call: SparseAttnCall, requested: str, wanted: Wanted | None) -> Decision:
+    """Return the decision about a checked call, with what its plans would launch; a refusal is no error.
+
+    `wanted` says what a backward would compute, None that there will be none. Symbolic sizes have no plan.
+    """
+    needs_grad = wanted is not None
     decision = _select(SparseAttnProblem.of(call, needs_grad=needs_grad), traits_of(call.q.device), requested)
-    if decision.backend is None:
+    sizes = (*call.q.shape, *call.kv.shape, *call.indices.shape)
+    if decision.backend is None or any(isinstance(size, torch.SymInt) for size in sizes):
         return decision
-    plans = [plan_of(side, call, requested, needs_grad=needs_grad).launch for side in _sides(decision.problem)]
+    plans = [
+        plan_of(side, call, requested, needs_grad=needs_grad, wanted=wanted or Wanted()).launch
+        for side in _sides(decision.problem)
+    ]
     return replace(decision, launch=_described(decision.backend, plans))
 
 

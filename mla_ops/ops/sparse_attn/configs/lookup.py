@@ -98,7 +98,7 @@ def backward_configs(key: ConfigKey, tuned: str = "", is_deterministic: bool = F
 
 
 def forward_candidates(key: ConfigKey, tuned: str = "", *, count: int) -> list[FwdConfig]:
-    """Return up to `count` different configurations: `forward_config` first, then those of the nearest rows."""
+    """Return up to `count` different configurations: `forward_config` first, then what the nearest rows hold."""
     configs = [forward_config(key, tuned), *(_fitted_forward(row, key) for row in nearest_rows(key))]
     return list(dict.fromkeys(config for config in configs if config is not None))[:count]
 

@@ -63,8 +63,8 @@ class TritonBackend:
     ) -> ForwardPlan | BackwardPlan:
         """See `Backend.plan`."""
         if side == "backward":
-            return plan_backward(call, traits, wanted)
-        return plan_forward(call, traits, max_logits_only=side == "max_logits")
+            return plan_backward(call, traits, wanted, problem=problem)
+        return plan_forward(call, traits, max_logits_only=side == "max_logits", problem=problem)
 
     def describe(self, plan: ForwardPlan | BackwardPlan) -> tuple[str, ...]:
         """See `Backend.describe`."""

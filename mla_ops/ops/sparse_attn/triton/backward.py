@@ -12,7 +12,7 @@ from mla_ops.launching import LaunchRecord, aligned_like_contiguous, contiguous,
 from mla_ops.ops.sparse_attn.call import Gradients, Hints, Results, SparseAttnCall, SparseAttnProblem, Wanted
 from mla_ops.ops.sparse_attn.configs.launch import program_count, wave_programs
 from mla_ops.ops.sparse_attn.triton.deterministic import dkv_in_query_order
-from mla_ops.ops.sparse_attn.triton.forward import as_read, is_readable, readable
+from mla_ops.ops.sparse_attn.triton.forward import NOTHING, as_read, is_readable, readable
 from mla_ops.ops.sparse_attn.triton.kernel_sets import Choice, choose
 from mla_ops.ops.sparse_attn.triton.key_order import add_in_key_order, rows_per_launch
 from mla_ops.ops.sparse_attn.triton.launch import Into, Wrap, as_it_is
@@ -28,6 +28,7 @@ class BackwardPlan(NamedTuple):
     is_deterministic: bool  # dkv is summed in the order of the queries
     wave_programs: int  # programs of the pass of dkv that run at a time
     launch_rows: int | None  # queries of a launch where atomics go through the keys in order
+    is_empty: bool  # no queries or no heads: nothing is launched
     is_readable: bool  # kernels read the tensors of a call as they come
 
 
@@ -36,6 +37,7 @@ def plan_backward(
     traits: DeviceTraits,
     wanted: Wanted = Wanted(),  # noqa: B008  # a named tuple of constants
     *,
+    problem: SparseAttnProblem | None = None,
     choice: Choice | None = None,
     use_int64_offsets: bool | None = None,
     is_traced: bool = False,
@@ -50,7 +52,7 @@ def plan_backward(
     call = as_read(call)
     is_deterministic = wanted.dkv and torch.are_deterministic_algorithms_enabled()
     if choice is None:
-        problem, hints = SparseAttnProblem.of(call, needs_grad=True), Hints.of(call)
+        problem, hints = problem or SparseAttnProblem.of(call, needs_grad=True), Hints.of(call)
         choice = choose("backward", problem, hints, traits, is_deterministic=is_deterministic)
     if is_traced and not choice.kernels.is_inlinable:
         raise UnsupportedProblemError(
@@ -58,7 +60,7 @@ def plan_backward(
         )
     launch_rows = None
     if wanted.dkv and not is_deterministic and not is_traced:
-        problem, hints = SparseAttnProblem.of(call, needs_grad=True), Hints.of(call)
+        problem, hints = problem or SparseAttnProblem.of(call, needs_grad=True), Hints.of(call)
         launch_rows = rows_per_launch(choice.config[-1], problem, hints, traits)
     q = call.q
     kernel = ("backward", q.shape[-1], call.d_v, q.shape[-2], call.kv.shape[-2], q.dtype, call.indices.dtype)
@@ -71,12 +73,15 @@ def plan_backward(
         is_deterministic=is_deterministic,
         wave_programs=wave_programs(choice.config[-1], traits.num_sms),
         launch_rows=launch_rows,
+        is_empty=bool(q.numel() == 0),
         is_readable=comes_readable,
     )
 
 
 def describe_backward(plan: BackwardPlan) -> tuple[str, ...]:
     """Say in lines for a person what `plan` launches."""
+    if plan.is_empty:
+        return (NOTHING,)
     lines = []
     for config, record in zip(plan.choice.config, plan.records, strict=True):
         is_last = config is plan.choice.config[-1]  # a dq pass before it adds nothing
@@ -100,7 +105,7 @@ def launch_backward(
     dkv is summed in fp32: by atomics, which go through the keys in order where dkv exceeds the cache, or with
     `torch.use_deterministic_algorithms(True)` in the order of the queries.
     """
-    if call.q.numel() == 0:  # no queries or no heads
+    if plan.is_empty:
         return _zeros(call, results, wanted)
     is_traced = wrap is not as_it_is
     kernels, configs, _ = plan.choice

@@ -14,6 +14,9 @@ from mla_ops.ops.sparse_attn.triton.kernel_sets import Choice, KernelSet, choose
 from mla_ops.ops.sparse_attn.triton.launch import Wrap, as_it_is
 from mla_ops.ops.sparse_attn.triton.portable import PortableForward
 
+# What `explain` says of a plan without work.
+NOTHING = "no queries or no heads: nothing is launched"
+
 
 class ForwardPlan(NamedTuple):
     """What sizes, strides and settings decide about a forward, or about a maximum of the logits."""
@@ -33,6 +36,7 @@ def plan_forward(
     traits: DeviceTraits,
     *,
     max_logits_only: bool = False,
+    problem: SparseAttnProblem | None = None,
     choice: Choice | None = None,
     num_splits: int | None = None,
     use_int64_offsets: bool | None = None,
@@ -45,7 +49,7 @@ def plan_forward(
     device, comes_readable = call.q.device, is_readable(call)
     call = as_read(call)
     if choice is None:
-        problem, hints = SparseAttnProblem.of(call), Hints.of(call)
+        problem, hints = problem or SparseAttnProblem.of(call), Hints.of(call)
         choice = choose("max_logits" if max_logits_only else "forward", problem, hints, traits)
     q, (heads, d_total) = call.q, call.q.shape[-2:]
     launch = choice.kernels.plan_forward(call, choice.config, traits, num_splits, use_int64_offsets)
@@ -66,7 +70,7 @@ def plan_forward(
 def describe_forward(plan: ForwardPlan) -> tuple[str, ...]:
     """Say in lines for a person what `plan` launches."""
     if plan.is_empty:
-        return ("no queries or no heads: nothing is launched",)
+        return (NOTHING,)
     config, launch = plan.choice.config, plan.launch
     splits = f", slots split over {launch.grid[1]} programs" if isinstance(launch, PortableForward) else ""
     return (f"forward: {config}{splits}; {plan.record}", *(f"forward not by {why}" for why in plan.choice.refusals))
@@ -93,9 +97,10 @@ def launch_max_logits(call: SparseAttnCall, plan: ForwardPlan) -> torch.Tensor:
     max_logits = unfilled(plan.lse_shape, torch.float32, call.q, is_traced=False)
     if plan.is_empty:
         return max_logits
-    plan.record.is_warm = True
     call = call if plan.is_readable else readable(call)
-    return plan.kernels.run_forward(call, None, max_logits, plan.launch, as_it_is)
+    max_logits = plan.kernels.run_forward(call, None, max_logits, plan.launch, as_it_is)
+    plan.record.is_warm = True
+    return max_logits
 
 
 def is_readable(call: SparseAttnCall) -> bool:

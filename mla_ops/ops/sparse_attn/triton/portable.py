@@ -63,6 +63,8 @@ class PortableKernels:
 
     def refusal(self, side: Side, problem: SparseAttnProblem, hints: Hints | None, traits: DeviceTraits) -> str | None:
         """Return why no kernel of this set can run a side of `problem`: 16 rows must fit shared memory."""
+        if traits.vendor != "nvidia" or traits.arch < 80:
+            return f"the device is {traits}, they need one of nvidia with compute capability 8.0 or later"
         key = key_of(problem, traits)
         if side == "backward":
             is_fitting, name = backward_configs(key) is not None, "backward"
@@ -212,9 +214,10 @@ def needs_int64_offsets(call: SparseAttnCall) -> bool:
 def split_count(programs: int, topk: int, config: FwdConfig, traits: DeviceTraits, key: ConfigKey) -> int:
     """Return over how many programs the slots of one row are shared out.
 
-    To as many as take three quarters of the places on the device, if each gets four blocks or more: with fewer, the
-    merge takes longer than they save. Three programs for two SMs pay with fewer blocks too; more than 32 a row never
-    do. Over 200 sizes (1 to 500 queries, topk 128 to 2048, five shapes) this takes 3 % more than the best choice.
+    To as many programs as take three quarters of the places on the device, if each program gets four blocks or more:
+    with fewer blocks, the merge takes longer than the split saves. Three programs for two SMs pay with fewer blocks
+    too. More than 32 programs a row never pay. Over 200 sizes (1 to 500 queries, topk 128 to 2048, five shapes) this
+    takes 3 % more than the best choice.
     """
     blocks = -(-topk // config.block_k)
     if blocks < 4 or programs == 0:
