@@ -90,7 +90,7 @@ def _tune(arguments: argparse.Namespace) -> int:
     if specialised:
         print(f"forward: nothing to tune, the warp-specialised kernel runs with {specialised}")
     fwd = None if specialised else _fastest("forward", forwards, forward)
-    bwd = None if specialised_bwd else (_fastest("backward", backwards, backward),)
+    bwd: tuple[BwdConfig, ...] | None = None if specialised_bwd else (_fastest("backward", backwards, backward),)
     key = key_of(problem, traits)
     rows = read_rows(out) if out.exists() else ()
     for earlier in (other for other in rows if other.is_for(key)):  # a side that was tuned with other lengths stays
