@@ -52,10 +52,8 @@ def tag_compile_caches(*, is_lowered: bool = True, inlined: str = "") -> None:
     config = torch.compiler.config
     # Private, like the absence of any public way to set a default; where the name is gone, the thread's tag remains.
     entry = getattr(config, "_config", {}).get("cache_key_tag")
-    for source in (
-        "default",
-        "env_value_default",
-    ):  # env_value_default, of TORCH_COMPILE_CACHE_KEY_TAG, comes first if it is set
+    # env_value_default, of TORCH_COMPILE_CACHE_KEY_TAG, comes first if it is set.
+    for source in ("default", "env_value_default"):
         if isinstance(getattr(entry, source, None), str):
             setattr(entry, source, _tagged(getattr(entry, source), tag))
     if config.cache_key_tag != _tagged(config.cache_key_tag, tag):

@@ -62,10 +62,9 @@ def _vmap_sparse_attn(
     args = (*cast_by_autocast(q, kv), *args)
     elements = call_without_data(sparse_attn_fake, in_dims, args)
     fold = _choose_fold(in_dims, kv)
+    # A sink of each element has only heads to fold into.
     if fold.attn_sink is None and in_dims[6:7] not in ((), (None,)):
-        return vmap_by_loop(
-            SPARSE_ATTN, sparse_attn_fake, info, in_dims, args
-        )  # a sink of each element has only heads to fold into
+        return vmap_by_loop(SPARSE_ATTN, sparse_attn_fake, info, in_dims, args)
     into = (*fold[:3], None, None, fold.topk_length, fold.attn_sink, None)
     return vmap_by_folding(SPARSE_ATTN, info, in_dims, args, elements, into, (fold.out, fold.lse))
 

@@ -51,8 +51,8 @@ def plan_backward(
     device, comes_readable = call.q.device, is_readable(call)
     call = as_read(call)
     is_deterministic = wanted.dkv and torch.are_deterministic_algorithms_enabled()
+    problem, hints = problem or SparseAttnProblem.of(call, needs_grad=True), Hints.of(call)
     if choice is None:
-        problem, hints = problem or SparseAttnProblem.of(call, needs_grad=True), Hints.of(call)
         choice = choose("backward", problem, hints, traits, is_deterministic=is_deterministic)
     if is_traced and not choice.kernels.is_inlinable:
         raise UnsupportedProblemError(
@@ -60,7 +60,6 @@ def plan_backward(
         )
     launch_rows = None
     if wanted.dkv and not is_deterministic and not is_traced:
-        problem, hints = problem or SparseAttnProblem.of(call, needs_grad=True), Hints.of(call)
         launch_rows = rows_per_launch(choice.config[-1], problem, hints, traits)
     q = call.q
     kernel = ("backward", q.shape[-1], call.d_v, q.shape[-2], call.kv.shape[-2], q.dtype, call.indices.dtype)
