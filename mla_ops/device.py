@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
+from importlib.util import find_spec
 
 import torch
 
@@ -51,6 +52,26 @@ def _cuda_traits(index: int) -> DeviceTraits:
         l2_bytes=properties.L2_cache_size,
         name=properties.name,
     )
+
+
+def triton_refusals(traits: DeviceTraits) -> list[str]:
+    """Return every reason why Triton kernels of any operator do not run on a device with `traits`."""
+    reasons = []
+    if traits.type != "cuda":
+        reasons.append(f"device is {traits.type}, needs CUDA; move the tensors to a GPU")
+    elif traits.vendor != "nvidia":
+        reasons.append(f'device is made by {traits.vendor}, needs nvidia; pass backend="eager" on this device')
+    elif traits.arch < 80:
+        have = f"{traits.arch // 10}.{traits.arch % 10}"
+        reasons.append(f'compute capability is {have}, needs 8.0 or later; pass backend="eager" on this device')
+    if not _has_triton():
+        reasons.append("triton is not installed, needs triton>=3.6; pip install triton")
+    return reasons
+
+
+@cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
 
 
 def is_current(device: torch.device) -> bool:

@@ -13,6 +13,9 @@ from mla_ops.device import is_current, is_readable
 # Everything of a tensor but its values and its address: shape, strides, dtype, device with its index, layout.
 Facts = tuple[object, ...]
 
+# Applied to a kernel before it is launched: `as_it_is` in eager, `torch.library.wrap_triton` in a trace.
+Wrap = Callable[[Any], Any]
+
 _Result = TypeVar("_Result")
 
 
@@ -22,6 +25,11 @@ def facts(tensor: torch.Tensor) -> Facts:
         return tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.layout
     except RuntimeError:  # a sparse tensor has no strides to ask for
         return tensor.shape, None, tensor.dtype, tensor.device, tensor.layout
+
+
+def as_it_is(kernel: Any) -> Any:
+    """Return the kernel; a launcher that is given anything else is being traced."""
+    return kernel
 
 
 def launch_on(device: torch.device, launch: Callable[..., _Result], *arguments: Any) -> _Result:

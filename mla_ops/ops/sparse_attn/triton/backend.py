@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
-from importlib.util import find_spec
-
 import torch
 
-from mla_ops.device import DeviceTraits
+from mla_ops.device import DeviceTraits, triton_refusals
 from mla_ops.launching import launch_on
 from mla_ops.ops.sparse_attn.call import Gradients, Results, Side, SparseAttnCall, SparseAttnProblem, Wanted
 from mla_ops.ops.sparse_attn.configs.lookup import MAX_D_TOTAL
@@ -31,16 +28,7 @@ class TritonBackend:
 
     def unsupported_reasons(self, problem: SparseAttnProblem, traits: DeviceTraits) -> list[str]:
         """See `Backend.unsupported_reasons`."""
-        reasons = []
-        if traits.type != "cuda":
-            reasons.append(f"device is {traits.type}, needs CUDA; move the tensors to a GPU")
-        elif traits.vendor != "nvidia":
-            reasons.append(f'device is made by {traits.vendor}, needs nvidia; pass backend="eager" on this device')
-        elif traits.arch < 80:
-            have = f"{traits.arch // 10}.{traits.arch % 10}"
-            reasons.append(f'compute capability is {have}, needs 8.0 or later; pass backend="eager" on this device')
-        if not _has_triton():
-            reasons.append("triton is not installed, needs triton>=3.6; pip install triton")
+        reasons = triton_refusals(traits)
         if problem.dtype not in _SUPPORTED_DTYPES:
             reasons.append(f"dtype is {problem.dtype}, needs bf16, fp16 or fp32; cast q and kv")
         if problem.kv_format != "dense":
@@ -83,8 +71,3 @@ class TritonBackend:
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """See `Backend.backward`."""
         return launch_on(call.q.device, launch_backward, call, results, gradients, wanted, plan)
-
-
-@lru_cache(maxsize=1)
-def _has_triton() -> bool:
-    return find_spec("triton") is not None

@@ -8,14 +8,22 @@ import torch
 
 from mla_ops.device import DeviceTraits
 from mla_ops.errors import UnsupportedProblemError
-from mla_ops.launching import LaunchRecord, aligned_like_contiguous, contiguous, launch_record, unfilled
+from mla_ops.launching import (
+    LaunchRecord,
+    Wrap,
+    aligned_like_contiguous,
+    as_it_is,
+    contiguous,
+    launch_record,
+    unfilled,
+)
 from mla_ops.ops.sparse_attn.call import Gradients, Hints, Results, SparseAttnCall, SparseAttnProblem, Wanted
 from mla_ops.ops.sparse_attn.configs.launch import program_count, wave_programs
 from mla_ops.ops.sparse_attn.triton.deterministic import dkv_in_query_order
 from mla_ops.ops.sparse_attn.triton.forward import NOTHING, as_read, is_readable, readable
 from mla_ops.ops.sparse_attn.triton.kernel_sets import Choice, choose
 from mla_ops.ops.sparse_attn.triton.key_order import add_in_key_order, rows_per_launch
-from mla_ops.ops.sparse_attn.triton.launch import Into, Wrap, as_it_is
+from mla_ops.ops.sparse_attn.triton.launch import Into
 from mla_ops.ops.sparse_attn.triton.portable import needs_int64_offsets
 
 

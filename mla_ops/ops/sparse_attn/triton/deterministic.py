@@ -12,9 +12,8 @@ from typing import NamedTuple
 
 import torch
 
-from mla_ops.launching import outer_strides, unfilled
+from mla_ops.launching import Wrap, as_it_is, outer_strides, unfilled
 from mla_ops.ops.sparse_attn.call import SparseAttnCall
-from mla_ops.ops.sparse_attn.triton.launch import Wrap, as_it_is
 
 # Bytes of the rows that may be held at a time; queries are processed in chunks below it.
 WORKSPACE_BYTES = 1 << 30

@@ -7,13 +7,13 @@ from typing import Any
 import torch
 
 from mla_ops.device import DeviceTraits, traits_of
+from mla_ops.launching import Wrap, as_it_is
 from mla_ops.ops.sparse_attn.call import Gradients, Hints, Results, Side, SparseAttnCall, SparseAttnProblem, Wanted
 from mla_ops.ops.sparse_attn.configs.launch import BwdConfig, FwdConfig, HopperBwdConfig, HopperConfig
 from mla_ops.ops.sparse_attn.configs.lookup import key_of
 from mla_ops.ops.sparse_attn.triton.backward import launch_backward, plan_backward
 from mla_ops.ops.sparse_attn.triton.forward import launch_forward, launch_max_logits, plan_forward, readable
 from mla_ops.ops.sparse_attn.triton.kernel_sets import Choice, choice_of, choose
-from mla_ops.ops.sparse_attn.triton.launch import Wrap, as_it_is
 
 
 def run_forward(

@@ -8,10 +8,17 @@ import torch
 
 from mla_ops.device import DeviceTraits
 from mla_ops.errors import UnsupportedProblemError
-from mla_ops.launching import LaunchRecord, contiguous, launch_record, unfilled, with_unit_inner_stride
+from mla_ops.launching import (
+    LaunchRecord,
+    Wrap,
+    as_it_is,
+    contiguous,
+    launch_record,
+    unfilled,
+    with_unit_inner_stride,
+)
 from mla_ops.ops.sparse_attn.call import Hints, Results, SparseAttnCall, SparseAttnProblem
 from mla_ops.ops.sparse_attn.triton.kernel_sets import Choice, KernelSet, choose
-from mla_ops.ops.sparse_attn.triton.launch import Wrap, as_it_is
 from mla_ops.ops.sparse_attn.triton.portable import PortableForward
 
 # What `explain` says of a plan without work.

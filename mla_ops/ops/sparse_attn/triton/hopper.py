@@ -10,7 +10,7 @@ import torch
 
 from mla_ops.device import DeviceTraits
 from mla_ops.errors import UnsupportedProblemError
-from mla_ops.launching import outer_strides, with_aligned_rows
+from mla_ops.launching import Wrap, outer_strides, with_aligned_rows
 from mla_ops.ops.sparse_attn.call import Gradients, Hints, Results, Side, SparseAttnCall, SparseAttnProblem
 from mla_ops.ops.sparse_attn.configs.launch import (
     HOPPER_BLOCK_H,
@@ -20,7 +20,7 @@ from mla_ops.ops.sparse_attn.configs.launch import (
     program_count,
 )
 from mla_ops.ops.sparse_attn.configs.lookup import hopper_backward_config, hopper_config, key_of
-from mla_ops.ops.sparse_attn.triton.launch import Into, Wrap
+from mla_ops.ops.sparse_attn.triton.launch import Into
 
 _log = logging.getLogger(__name__)
 

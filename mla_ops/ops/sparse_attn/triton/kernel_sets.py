@@ -8,11 +8,12 @@ import torch
 
 from mla_ops.device import DeviceTraits
 from mla_ops.errors import UnsupportedProblemError
+from mla_ops.launching import Wrap
 from mla_ops.ops.sparse_attn.call import Gradients, Hints, Results, Side, SparseAttnCall, SparseAttnProblem
 from mla_ops.ops.sparse_attn.configs.launch import BwdConfig, ConfigKey, FwdConfig, HopperBwdConfig, HopperConfig
 from mla_ops.ops.sparse_attn.configs.lookup import key_of
 from mla_ops.ops.sparse_attn.triton.hopper import HopperKernels, check_config
-from mla_ops.ops.sparse_attn.triton.launch import Into, Wrap
+from mla_ops.ops.sparse_attn.triton.launch import Into
 from mla_ops.ops.sparse_attn.triton.portable import PortableKernels
 from mla_ops.settings import current
 

@@ -1,19 +1,10 @@
-"""What kernel sets and launchers hand one another: how a kernel is launched, and where a backward writes."""
+"""What kernel sets and launchers hand one another: where a backward writes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-
-# Applied to a kernel before it is launched: `as_it_is` in eager, `torch.library.wrap_triton` in a trace.
-Wrap = Callable[[Any], Any]
-
-
-def as_it_is(kernel: Any) -> Any:
-    """Return the kernel; a launcher that is given anything else is being traced."""
-    return kernel
 
 
 class Into(NamedTuple):
