@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 from mla_ops.device import DeviceTraits
 from mla_ops.errors import UnknownBackendError, UnsupportedProblemError
@@ -74,6 +74,32 @@ class Decision(Generic[ProblemT, BackendT]):
         if self.backend is None:
             raise UnsupportedProblemError(str(self))
         return self.backend
+
+
+class Plan(NamedTuple, Generic[ProblemT, BackendT]):
+    """Everything that is decided about a call before it runs."""
+
+    decision: Decision[ProblemT, BackendT]  # problem, device and every backend's reasons
+    backend: BackendT
+    launch: Any  # what the backend made of it: kernels, configuration, grid
+
+
+MAX_PLANS = 4096  # lengths may be new in every call
+
+
+class Plans(dict[tuple[object, ...], Plan[ProblemT, BackendT]]):
+    """The plans of an operator by everything of a call that decides: one look-up between dispatcher and launch.
+
+    Not a functools.lru_cache, whose keys would keep the tensors of a miss alive: what is checked and planned on a miss
+    is the call itself, what is kept is its facts.
+    """
+
+    def keep(self, key: tuple[object, ...], plan: Plan[ProblemT, BackendT]) -> Plan[ProblemT, BackendT]:
+        """Keep a plan and return it."""
+        if len(self) >= MAX_PLANS:
+            self.clear()
+        self[key] = plan
+        return plan
 
 
 def decide(

@@ -2,12 +2,6 @@
 
 The forward's formula is one call of the backward operator, and the backward operator's formula is a refusal. A formula
 only calls operators, never a kernel, so it stays traceable and AOT autograd sees both graphs.
-
-NOTE [The dispatcher calls an autograd kernel once for each level]
-Under torch.func.grad, vjp, vmap and their nestings the dispatcher runs an autograd kernel once for every level that
-differentiates, with that level's tensors, and what the kernel calls below autograd is the next level. So a formula here
-belongs to one level, as the formulas of torch's own operators do. `torch.autograd.Function.apply` would go through all
-levels by itself, a second time; what it is derived from does not.
 """
 
 from __future__ import annotations
@@ -16,16 +10,21 @@ import threading
 from typing import Any
 
 import torch
-from torch._functorch.utils import enable_single_level_autograd_function
-from torch.autograd import forward_ad
-from torch.autograd.function import _SingleLevelFunction
 
 from mla_ops import settings
-from mla_ops.errors import DoubleBackwardError, ForwardModeError
 from mla_ops.ops.sparse_attn.backends import check_backend_name, plan_of
 from mla_ops.ops.sparse_attn.call import Gradients, Results, SparseAttnCall, Wanted
 from mla_ops.ops.sparse_attn.rules import check_bwd_inputs, check_inputs
 from mla_ops.registration import tracing
+from mla_ops.registration.autograd import (
+    Formula,
+    below_autograd,
+    last_derivative,
+    next_level,
+    record,
+    refuse_forward_mode,
+    without_grad,
+)
 from mla_ops.registration.library import LIBRARY, define
 from mla_ops.wrappers import is_dtensor
 
@@ -175,13 +174,7 @@ def sparse_attn_max_logits_impl(
     return plan.backend.max_logits(call, plan.launch)
 
 
-class _Formula(_SingleLevelFunction):
-    """A formula of one level (NOTE [The dispatcher calls an autograd kernel once for each level])."""
-
-    _compiled_autograd_key = staticmethod(torch.autograd.Function._compiled_autograd_key)
-
-
-class _SparseAttn(_Formula):
+class _SparseAttn(Formula):
     """The forward and its formula.
 
     Not made by `torch.library.register_autograd`, whose kernel reads the schema in every call: it took 20 of the 57 us
@@ -192,7 +185,7 @@ class _SparseAttn(_Formula):
     def forward(ctx: Any, keys: torch._C.DispatchKeySet, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
         _below_autograd_of_this_thread.needs_grad = True
         try:
-            out, lse = _next_level(SPARSE_ATTN, keys, *arguments)
+            out, lse = next_level(SPARSE_ATTN, keys, *arguments)
         finally:
             _below_autograd_of_this_thread.needs_grad = False
         q, kv, indices, d_v, softmax_scale, topk_length, attn_sink, backend = arguments
@@ -223,22 +216,6 @@ class _SparseAttn(_Formula):
         return None, dq, dkv, None, None, None, None, dsink, None
 
 
-class _SparseAttnBwd(_Formula):
-    """The backward, differentiable no further. Without a formula torch would only warn and return zeros."""
-
-    @staticmethod
-    def forward(ctx: Any, keys: torch._C.DispatchKeySet, *arguments: Any) -> tuple[torch.Tensor, ...]:
-        gradients: tuple[torch.Tensor, ...] = _next_level(SPARSE_ATTN_BWD, keys, *arguments)
-        return gradients
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor | None) -> None:
-        raise DoubleBackwardError(
-            "mla::sparse_attn is differentiable once, a gradient of its gradient was asked for; drop "
-            "create_graph=True, or compute with mla_ops.reference.sparse_attn_reference"
-        )
-
-
 def _sparse_attn(
     keys: torch._C.DispatchKeySet,
     q: torch.Tensor,
@@ -250,60 +227,13 @@ def _sparse_attn(
     attn_sink: torch.Tensor | None = None,
     backend: str = "auto",
 ) -> Any:
-    _refuse_forward_mode(q, kv, attn_sink)
+    refuse_forward_mode(SPARSE_ATTN, q, kv, attn_sink)
     arguments = (q, kv, indices, d_v, softmax_scale, topk_length, attn_sink, backend)
     if torch.is_grad_enabled() and (
         q.requires_grad or kv.requires_grad or (attn_sink is not None and attn_sink.requires_grad)
     ):
-        return _record(_SparseAttn, keys, arguments)
-    return _below_autograd(SPARSE_ATTN, keys, *arguments)
-
-
-def _sparse_attn_bwd(keys: torch._C.DispatchKeySet, *arguments: Any) -> Any:
-    _refuse_forward_mode(*arguments)
-    if torch.is_grad_enabled() and any(isinstance(a, torch.Tensor) and a.requires_grad for a in arguments):
-        return _record(_SparseAttnBwd, keys, arguments)
-    return _below_autograd(SPARSE_ATTN_BWD, keys, *arguments)
-
-
-def _record(formula: type[_Formula], keys: torch._C.DispatchKeySet, arguments: tuple[Any, ...]) -> Any:
-    """Run the operator of `formula` and put `formula` into the graph of the level that calls."""
-    if not torch._C._are_functorch_transforms_active():
-        return formula.apply(keys, *arguments)  # type: ignore[attr-defined]
-    with enable_single_level_autograd_function():
-        return formula.apply(keys, *arguments)  # type: ignore[attr-defined]
-
-
-def _next_level(op: torch._ops.OpOverload, keys: torch._C.DispatchKeySet, *arguments: Any) -> Any:
-    """Run `op` below autograd from within a function, which torch runs with gradients off for all levels at once."""
-    if not torch._C._are_functorch_transforms_active():
-        return _below_autograd(op, keys, *arguments)
-    with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
-        return _below_autograd(op, keys, *arguments)
-
-
-def _below_autograd(op: torch._ops.OpOverload, keys: torch._C.DispatchKeySet, *arguments: Any) -> Any:
-    """Run what comes after autograd in a call of `op` with these dispatch keys."""
-    with torch._C._AutoDispatchBelowAutograd():
-        return op.redispatch(keys & torch._C._after_autograd_keyset, *arguments)
-
-
-def _refuse_forward_mode(*arguments: Any) -> None:
-    # Without this the tangents end here, and torch takes the derivative for zero.
-    if forward_ad._current_level < 0:
-        return
-    for argument in arguments:
-        if isinstance(argument, torch.Tensor) and forward_ad.unpack_dual(argument).tangent is not None:
-            raise ForwardModeError(
-                "mla::sparse_attn is differentiable in reverse mode, an argument with a forward-mode tangent arrived; "
-                "use backward() or torch.autograd.grad, or compute with mla_ops.reference.sparse_attn_reference"
-            )
-
-
-def _max_logits_without_grad(keys: torch._C.DispatchKeySet, *arguments: Any) -> Any:
-    # Not differentiable, and said so: without a kernel at this key torch warns, and only when a backward passes.
-    _refuse_forward_mode(*arguments[:2])  # q and kv
-    return _below_autograd(SPARSE_ATTN_MAX_LOGITS, keys, *arguments)
+        return record(_SparseAttn, keys, arguments)
+    return below_autograd(SPARSE_ATTN, keys, *arguments)
 
 
 def register() -> None:
@@ -319,5 +249,5 @@ def register() -> None:
     LIBRARY.impl("sparse_attn_bwd", sparse_attn_bwd_impl, "CompositeExplicitAutograd")
     LIBRARY.impl("sparse_attn_max_logits", sparse_attn_max_logits_impl, "CompositeExplicitAutograd")
     LIBRARY.impl("sparse_attn", _sparse_attn, "Autograd", with_keyset=True)
-    LIBRARY.impl("sparse_attn_bwd", _sparse_attn_bwd, "Autograd", with_keyset=True)
-    LIBRARY.impl("sparse_attn_max_logits", _max_logits_without_grad, "Autograd", with_keyset=True)
+    LIBRARY.impl("sparse_attn_bwd", last_derivative(SPARSE_ATTN_BWD, SPARSE_ATTN), "Autograd", with_keyset=True)
+    LIBRARY.impl("sparse_attn_max_logits", without_grad(SPARSE_ATTN_MAX_LOGITS), "Autograd", with_keyset=True)

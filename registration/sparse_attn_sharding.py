@@ -8,17 +8,14 @@ indices that name rows of the whole `kv`. Backends are chosen by each rank for i
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from mla_ops.errors import UnsupportedShardingError
+from mla_ops.registration.sharding import Sharding, ranks_cutting
 from mla_ops.registration.sparse_attn import SPARSE_ATTN, SPARSE_ATTN_BWD, SPARSE_ATTN_MAX_LOGITS
 from mla_ops.registration.tracing import add_sharding_rule
-
-# One acceptable sharding on one mesh dimension: placements of the results, placements of the arguments.
-_Sharding = tuple[list[Any], list[Any]]
 
 
 @dataclass(frozen=True)
@@ -53,28 +50,21 @@ def _cuts(q: Any, kv: Any) -> list[_Cut]:
         cuts.append(_Cut(Shard(0), Shard(0), Shard(0), Shard(0), whole))
     if kv.shape[heads] == 1:
         cuts.append(_Cut(Shard(heads), whole, whole, whole, Shard(0)))
-    elif _ranks_cutting(heads, q, kv) > 1:
+    elif ranks_cutting(heads, q, kv) > 1:
         cuts.append(_Cut(Shard(heads), Shard(heads), Shard(heads), whole, Shard(0)))
     return cuts
-
-
-def _ranks_cutting(dim: int, *specs: Any) -> int:
-    """Into how many pieces the mesh dimensions cut that shard `dim` of any of `specs`."""
-    mesh = specs[0].mesh
-    cutting = {i for spec in specs for i, placement in enumerate(spec.placements) if placement.is_shard(dim)}
-    return math.prod(mesh.size(i) for i in cutting)
 
 
 def _check(q: Any, kv: Any) -> None:
     """Raise for placements that no redistribution should paper over, the same on every rank."""
     for name, spec in (("q", q), ("kv", kv)):
-        if _ranks_cutting(spec.ndim - 1, spec) > 1:
+        if ranks_cutting(spec.ndim - 1, spec) > 1:
             raise UnsupportedShardingError(
                 f"{name} must be whole along d_total (dim {spec.ndim - 1}), got placements {spec.placements} on "
                 f"{spec.mesh}; shard its batch, query rows or heads: {name}.redistribute(placements=...)"
             )
     heads = q.ndim - 2
-    kv_group, pieces = kv.shape[heads], _ranks_cutting(heads, q, kv)
+    kv_group, pieces = kv.shape[heads], ranks_cutting(heads, q, kv)
     if kv_group != 1 and kv_group % pieces:
         raise UnsupportedShardingError(
             f"heads (dim {heads}) are sharded over {pieces} ranks, a number that must divide kv_group ({kv_group}); "
@@ -85,7 +75,7 @@ def _check(q: Any, kv: Any) -> None:
 
 def _sparse_attn_shardings(
     q: Any, kv: Any, indices: Any, d_v: int, softmax_scale: float, *optional: Any
-) -> Sequence[_Sharding]:
+) -> Sequence[Sharding]:
     _check(q, kv)
     return [
         ([cut.per_head] * 2, [cut.per_head, cut.kv, cut.indices, None, None, *_optional(cut, optional)])
@@ -95,7 +85,7 @@ def _sparse_attn_shardings(
 
 def _sparse_attn_max_logits_shardings(
     q: Any, kv: Any, indices: Any, d_v: int, softmax_scale: float, topk_length: Any = None, backend: str = "auto"
-) -> Sequence[_Sharding]:
+) -> Sequence[Sharding]:
     _check(q, kv)
     return [
         ([cut.per_head], [cut.per_head, cut.kv, cut.indices, None, None, *_optional(cut, [topk_length])])
@@ -118,7 +108,7 @@ def _sparse_attn_bwd_shardings(
     need_dq: bool = True,
     need_dkv: bool = True,
     backend: str = "auto",
-) -> Sequence[_Sharding]:
+) -> Sequence[Sharding]:
     from torch.distributed.tensor import Replicate
 
     _check(q, kv)

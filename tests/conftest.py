@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from mla_ops import launching
+from mla_ops import dispatch, launching
 from mla_ops.device import traits_of
 from mla_ops.ops.sparse_attn import backends
 from mla_ops.ops.sparse_attn.triton import backward, forward, portable
@@ -59,7 +59,7 @@ def target(request: pytest.FixtureRequest) -> Target:
 @pytest.fixture
 def no_plans(monkeypatch: pytest.MonkeyPatch) -> None:
     """Plan every call anew: plans of earlier tests know nothing of what this one patches, nor later ones of this."""
-    monkeypatch.setattr(backends, "_plans", {})
+    monkeypatch.setattr(backends, "_plans", dispatch.Plans())
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import mla_ops
-from mla_ops import settings
+from mla_ops import dispatch, settings
 from mla_ops.device import DeviceTraits
 from mla_ops.errors import InvalidSettingError
 from mla_ops.ops.sparse_attn import backends
@@ -280,8 +280,8 @@ def test_a_call_is_checked_and_decided_once_for_all_that_look_alike(monkeypatch:
 
 
 def test_kept_decisions_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backends, "_plans", {})
-    monkeypatch.setattr(backends, "MAX_PLANS", 4)
+    monkeypatch.setattr(backends, "_plans", dispatch.Plans())
+    monkeypatch.setattr(dispatch, "MAX_PLANS", 4)
     for seq_q in range(1, 12):
         inputs = make_inputs(Case(d_total=8, d_v=8, topk=2, seq_q=seq_q))
         mla_ops.sparse_attn(inputs.q, inputs.kv, inputs.indices, **inputs.kwargs)

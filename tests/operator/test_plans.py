@@ -15,7 +15,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import mla_ops
-from mla_ops import device, launching, settings
+from mla_ops import device, dispatch, launching, settings
 from mla_ops.device import DeviceTraits
 from mla_ops.errors import InvalidSettingError
 from mla_ops.launching import filled_alike, launch_record, with_aligned_rows
@@ -319,8 +319,8 @@ def test_what_tune_writes_is_read_back(tmp_path: Path) -> None:
 
 def test_plans_are_bounded_whoever_adds_to_them(monkeypatch: pytest.MonkeyPatch) -> None:
     # Two threads that both miss add two plans after one look at the bound, and leave more than the bound.
-    monkeypatch.setattr(backends, "MAX_PLANS", 4)
-    monkeypatch.setattr(backends, "_plans", {(number,): None for number in range(6)})
+    monkeypatch.setattr(dispatch, "MAX_PLANS", 4)
+    monkeypatch.setattr(backends, "_plans", dispatch.Plans({(number,): None for number in range(6)}))
     inputs = make_inputs(Case(d_total=8, d_v=8, topk=2))
     mla_ops.sparse_attn(inputs.q, inputs.kv, inputs.indices, **inputs.kwargs)
     assert len(backends._plans) == 1

@@ -23,6 +23,7 @@ GROUND: dict[str, set[str]] = {
     "settings": {"errors"},
     "device": {"errors"},
     "wrappers": {"errors"},
+    "checks": {"errors", "wrappers"},
     "dispatch": {"errors", "device"},
     "launching": {"errors", "device"},
     "kernels": set(),
@@ -41,7 +42,12 @@ ROOM: dict[str, set[str]] = {
     "backends": {"call", "rules", "backend", "eager", "triton"},
 }
 # (operator, operator whose room it may enter): why. An operator made of others stands here.
-COMPOSITES: dict[tuple[str, str], str] = {}
+COMPOSITES: dict[tuple[str, str], str] = {
+    (
+        "index_scores",
+        "index_topk",
+    ): "scores on a list are those that selection ranks: one formula, one set of rules",
+}
 # What stands on the rooms, bottom-up.
 LAYERS: dict[str, set[str]] = {
     **GROUND,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -34,18 +34,9 @@ BACKENDS: tuple[Backend, ...] = (TritonBackend(), EagerBackend())
 Decision = dispatch.Decision[SparseAttnProblem, Backend]
 
 
-class Plan(NamedTuple):
-    """Everything that is decided about a call before it runs."""
+Plan = dispatch.Plan[SparseAttnProblem, Backend]
 
-    decision: Decision  # problem, device and every backend's reasons
-    backend: Backend
-    launch: Any  # what the backend made of it: kernel set, configuration, grid
-
-
-# One look-up a call between the dispatcher and the launch. Not a functools.lru_cache, whose keys would keep the tensors
-# of a miss alive: what is checked and planned on a miss is the call itself, what is kept is its facts.
-_plans: dict[tuple[object, ...], Plan] = {}
-MAX_PLANS = 4096  # lengths may be new in every call
+_plans: dispatch.Plans[SparseAttnProblem, Backend] = dispatch.Plans()
 
 
 def plan_of(
@@ -107,10 +98,7 @@ def plan_of(
         traits = traits_of(q.device)
         decision = select(problem, traits, backend)
         chosen = decision.require_backend()
-        plan = Plan(decision, chosen, chosen.plan(side, call, problem, traits, wanted))
-        if len(_plans) >= MAX_PLANS:
-            _plans.clear()
-        _plans[key] = plan
+        plan = _plans.keep(key, Plan(decision, chosen, chosen.plan(side, call, problem, traits, wanted)))
     return plan
 
 
