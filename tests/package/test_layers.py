@@ -277,7 +277,7 @@ def test_the_ground_knows_no_operator() -> None:
         ),
         ("registration/sparse_attn.py", "from mla_ops.ops.other.call import x", "may not enter the room of 'other'"),
         ("lowering/sparse_attn_choices.py", "from mla_ops.ops.other.call import x", "may not enter the room of"),
-        ("mla_ops/api.py", "import torch\ntorch.library.define('a', 'b')", "torch.library belongs to registration/"),
+        ("mla_ops/api/attention.py", "import torch\ntorch.library.define('a', 'b')", "torch.library belongs to registration/"),
         ("mla_ops/dispatch.py", "import os\nos.environ['X']", "os.environ belongs to mla_ops/settings.py"),
         ("mla_ops/dispatch.py", "import triton", "import triton inside the function"),
         ("mla_ops/adapters/quantized.py", "def f():\n    import torchao", "torchao belongs to nobody"),
@@ -288,7 +288,7 @@ def test_the_ground_knows_no_operator() -> None:
         ("mla_ops/adapters/seam/layout.py", "from mla_ops.api import x", "the seam may not import mla_ops.api"),
         ("mla_ops/adapters/seam/__init__.py", "from mla_ops.adapters.torch_layer import x", "the seam may not import"),
         ("mla_ops/adapters/seam/layout.py", "from mla_ops.ops.sparse_attn.eager import x", "the seam may not import"),
-        ("mla_ops/api.py", "from mla_ops.testing import Case", "layer 'api' may not import 'testing'"),
+        ("mla_ops/api/attention.py", "from mla_ops.testing import Case", "layer 'api' may not import 'testing'"),
     ],
 )
 def test_the_rules_can_fail(

@@ -1,4 +1,4 @@
-"""The Python front doors of all operators; their docstrings are the documentation of record."""
+"""The Python front doors of sparse attention; their docstrings are the documentation of record."""
 
 from __future__ import annotations
 
