@@ -277,7 +277,7 @@ def test_the_ground_knows_no_operator() -> None:
         ),
         ("registration/sparse_attn.py", "from mla_ops.ops.other.call import x", "may not enter the room of 'other'"),
         ("lowering/sparse_attn_choices.py", "from mla_ops.ops.other.call import x", "may not enter the room of"),
-        ("mla_ops/api/attention.py", "import torch\ntorch.library.define('a', 'b')", "torch.library belongs to registration/"),
+        ("mla_ops/device.py", "import torch\ntorch.library.define('a', 'b')", "torch.library belongs to registration/"),
         ("mla_ops/dispatch.py", "import os\nos.environ['X']", "os.environ belongs to mla_ops/settings.py"),
         ("mla_ops/dispatch.py", "import triton", "import triton inside the function"),
         ("mla_ops/adapters/quantized.py", "def f():\n    import torchao", "torchao belongs to nobody"),
