@@ -26,6 +26,7 @@ GROUND: dict[str, set[str]] = {
     "checks": {"errors", "wrappers"},
     "dispatch": {"errors", "device"},
     "launching": {"errors", "device"},
+    "gathering": {"settings"},
     "kernels": set(),
 }
 # A room holds one operator. part of a room -> parts of the same room it may import, bottom-up. Every part stands on the
