@@ -19,7 +19,7 @@ from mla_ops.registration.library import LIBRARY
 from mla_ops.registration.transforms import (
     AUTOCAST_DEVICES,
     call_without_data,
-    cast_index_by_autocast,
+    cast_index_inputs_by_autocast,
     index_casting_kernel,
     preserving_kernel,
     vmap_by_folding,
@@ -40,7 +40,7 @@ def _vmap_index_scores(
     weights: torch.Tensor,
     *args: Any,
 ) -> tuple[torch.Tensor, int]:
-    args = (*cast_index_by_autocast(q_idx, k_idx, weights), *args)
+    args = (*cast_index_inputs_by_autocast(q_idx, k_idx, weights), *args)
     elements = call_without_data(index_scores_fake, in_dims, args)
     into, result_into = _INTO_ROWS if in_dims[1] is None else _INTO_BATCH
     (scores,), (out_dim,) = vmap_by_folding(INDEX_SCORES, info, in_dims, args, elements, into, result_into)

@@ -50,25 +50,11 @@ def casting_kernel(op: Any, device_type: str) -> Any:
     return cast_and_call
 
 
-def cast_index_by_autocast(
-    q_idx: torch.Tensor, k_idx: torch.Tensor, weights: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return the three tensors of index scores as an operator called here would see them; see `cast_by_autocast`.
-
-    Queries and keys are cast. Weights, which are used in fp32, are left alone where they are fp32 or of the new dtype,
-    and widened to fp32 where they are neither.
-    """
-    q_idx, k_idx = cast_by_autocast(q_idx, k_idx)
-    if weights.dtype in _AUTOCAST_FROM and weights.dtype not in (torch.float32, q_idx.dtype):
-        weights = weights.float()
-    return q_idx, k_idx, weights
-
-
 def index_casting_kernel(op: Any, device_type: str) -> Any:
     """Return the autocast kernel of an operator that begins with q_idx, k_idx and weights."""
 
     def cast_and_call(q_idx: torch.Tensor, k_idx: torch.Tensor, weights: torch.Tensor, *args: Any) -> Any:
-        arguments = cast_index_by_autocast(q_idx, k_idx, weights)
+        arguments = cast_index_inputs_by_autocast(q_idx, k_idx, weights)
         with torch.autocast(device_type, enabled=False):
             return op(*arguments, *args)
 

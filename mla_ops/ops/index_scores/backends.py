@@ -1,4 +1,4 @@
-"""Who may run `mla::index_scores`, in order of preference, and the plan of a call: made once for all that look alike."""
+"""Who may run `mla::index_scores`, in order of preference, and the plan of a call, made once for all alike."""
 
 from __future__ import annotations
 
