@@ -162,10 +162,10 @@ def index_kl(mass: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
     target = mass / total.masked_fill(empty, 1.0)
     # Filled before the log-sum-exp, not after it, which is what keeps the gradient of an empty row 0 instead of NaN.
     scores = scores.masked_fill(empty, 0.0)
-    entropy = torch.special.xlogy(target, target)
+    entropy: torch.Tensor = torch.special.xlogy(target, target)
     # Not a product everywhere: at invalid slots it is 0 * -inf.
     explained = torch.where(target == 0.0, 0.0, target * scores)
-    loss = (entropy - explained).sum(dim=-1) + torch.logsumexp(scores, dim=-1)
+    loss: torch.Tensor = (entropy - explained).sum(dim=-1) + torch.logsumexp(scores, dim=-1)
     return loss.masked_fill(empty.squeeze(-1), 0.0)
 
 

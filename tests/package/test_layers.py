@@ -86,7 +86,14 @@ EXCEPTIONS = {
 OWNERS = {
     "torch.library": ("registration/", "lowering/"),
     "torch._inductor": ("lowering/inductor_compat.py",),
-    "torch.distributed": ("mla_ops/distributed.py", "registration/tracing.py", "registration/sparse_attn_sharding.py"),
+    "torch.distributed": (
+        "mla_ops/distributed.py",
+        "registration/tracing.py",
+        "registration/attn_mass_sharding.py",
+        "registration/index_scores_sharding.py",
+        "registration/index_topk_sharding.py",
+        "registration/sparse_attn_sharding.py",
+    ),
     "os.environ": ("mla_ops/settings.py",),
     "os.getenv": ("mla_ops/settings.py",),
     "torch.cuda.is_available": ("mla_ops/device.py",),

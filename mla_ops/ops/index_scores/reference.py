@@ -60,8 +60,9 @@ def index_scores_bwd_reference(
     relu: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Compute `(dq, dk, dw)` by autograd through `index_scores_reference`."""
-    inputs = [t.detach().requires_grad_() for t in (q_idx, k_idx, weights)]
+    q_idx, k_idx, weights = (t.detach().requires_grad_() for t in (q_idx, k_idx, weights))
     with torch.enable_grad():
-        scores = index_scores_reference(*inputs, indices, topk_length, relu)
-        dq, dk, dw = torch.autograd.grad(scores, inputs, dscores.to(scores.dtype), materialize_grads=True)
+        scores = index_scores_reference(q_idx, k_idx, weights, indices, topk_length, relu)
+        inputs, upstream = (q_idx, k_idx, weights), dscores.to(scores.dtype)
+        dq, dk, dw = torch.autograd.grad(scores, inputs, upstream, materialize_grads=True)
     return dq, dk, dw
