@@ -351,7 +351,7 @@ def test_calls_that_contradict_themselves_are_refused() -> None:
         indexer.select(*rows, packed=packed, ends=torch.arange(10))
     with pytest.raises(MLALayoutError, match="cu_seqlens_q ends at 12 but query has 10 rows"):
         indexer.select(*rows, packed=packed_of(4, 8))
-    with pytest.raises(InvalidInputError, match="k_scale"):
+    with pytest.raises(InvalidInputError, match="k_idx must have the dtype of q_idx \\(float8_e4m3fn\\), got float64"):
         indexer.select(rows[0], rows[1], rows[2], k_scale=torch.ones(10, 1))
 
 

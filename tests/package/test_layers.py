@@ -26,6 +26,7 @@ GROUND: dict[str, set[str]] = {
     "checks": {"errors", "wrappers"},
     "dispatch": {"errors", "device"},
     "launching": {"errors", "device"},
+    "gathering": {"settings"},
     "kernels": set(),
 }
 # A room holds one operator. part of a room -> parts of the same room it may import, bottom-up. Every part stands on the
@@ -88,6 +89,8 @@ OWNERS = {
     "torch.distributed": (
         "mla_ops/distributed.py",
         "registration/tracing.py",
+        "registration/attn_mass_sharding.py",
+        "registration/index_scores_sharding.py",
         "registration/index_topk_sharding.py",
         "registration/sparse_attn_sharding.py",
     ),
