@@ -387,13 +387,13 @@ def test_inputs_are_not_changed(target: Target) -> None:
 # 9. Workspace, and nothing that depends on data on the host
 
 
-@pytest.mark.parametrize(("rows", "block", "ranked"), [(1, 1, 1), (3, 4, 8), (7, 5, 10), (64, 24, 24), (2, 16, 16)])
+@pytest.mark.parametrize(("rows", "block", "compared"), [(1, 1, 1), (3, 4, 8), (7, 5, 10), (64, 24, 24), (2, 16, 16)])
 @pytest.mark.parametrize("causal", [True, False])
-def test_tiles_of_any_size_choose_the_same(rows: int, block: int, ranked: int, causal: bool) -> None:
+def test_tiles_of_any_size_choose_the_same(rows: int, block: int, compared: int, causal: bool) -> None:
     for case in (SMALL, IndexCase(seq_q=24, topk=9, kv_group=2), IndexCase(seq_q=20, seq_kv=7, topk=3)):
         inputs = make_index_inputs(case, exact=True, bounds=True)
         call = IndexTopkCall(*inputs.args, causal=causal)
-        tile = Tile(rows, block, ranked, min(case.topk, case.seq_kv))
+        tile = Tile(rows, block, compared, min(case.topk, case.seq_kv))
         actual = EagerBackend().run(call, tile)
         assert torch.equal(actual, index_topk_reference(*inputs.args, causal=causal))
 
