@@ -10,6 +10,9 @@ import torch
 
 from mla_ops.device import is_current, is_readable
 
+# Element offsets from here on are computed in 64 bits.
+INT32_OFFSETS = 2**31
+
 # Everything of a tensor but its values and its address: shape, strides, dtype, device with its index, layout.
 Facts = tuple[object, ...]
 
