@@ -21,7 +21,16 @@ if not (_Path(__file__).parent / "registration").is_dir():
     __path__.append(str(_Path(__file__).parent.parent))
 
 from mla_ops import settings as settings
-from mla_ops.api import SparseAttnOutput, explain, sparse_attn, sparse_attn_max_logits, warmup
+from mla_ops.api import (
+    SparseAttnOutput,
+    explain,
+    explain_index_topk,
+    index_topk,
+    sparse_attn,
+    sparse_attn_max_logits,
+    warmup,
+    warmup_index_topk,
+)
 from mla_ops.errors import (
     DoubleBackwardError,
     ForwardModeError,
@@ -69,8 +78,11 @@ __all__ = [
     "__version__",
     "backend_names",
     "explain",
+    "explain_index_topk",
+    "index_topk",
     "refuse_wrapper",
     "sparse_attn",
     "sparse_attn_max_logits",
     "warmup",
+    "warmup_index_topk",
 ]

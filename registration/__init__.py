@@ -7,14 +7,33 @@ beside `mla_ops/` in a checkout; its only import name is `mla_ops.registration`.
 if __name__ != "mla_ops.registration":
     raise ImportError(f"import mla_ops.registration, not {__name__}: a second copy would register the operators twice")
 
-from mla_ops.registration import sparse_attn, sparse_attn_sharding, sparse_attn_transforms
+from mla_ops.registration import (
+    index_topk,
+    index_topk_sharding,
+    index_topk_transforms,
+    sparse_attn,
+    sparse_attn_sharding,
+    sparse_attn_transforms,
+)
 from mla_ops.registration.cache_key import tag_compile_caches
+from mla_ops.registration.index_topk import INDEX_TOPK
 from mla_ops.registration.refusals import refuse_wrapper
 from mla_ops.registration.sparse_attn import SPARSE_ATTN, SPARSE_ATTN_BWD, SPARSE_ATTN_MAX_LOGITS
-from mla_ops.registration.transforms import cast_by_autocast
+from mla_ops.registration.transforms import cast_by_autocast, cast_index_inputs_by_autocast
 
-for _operator in (sparse_attn, sparse_attn_transforms, sparse_attn_sharding):
+for _operator in (
+    *(sparse_attn, sparse_attn_transforms, sparse_attn_sharding),
+    *(index_topk, index_topk_transforms, index_topk_sharding),
+):
     _operator.register()
 tag_compile_caches()
 
-__all__ = ["SPARSE_ATTN", "SPARSE_ATTN_BWD", "SPARSE_ATTN_MAX_LOGITS", "cast_by_autocast", "refuse_wrapper"]
+__all__ = [
+    "INDEX_TOPK",
+    "SPARSE_ATTN",
+    "SPARSE_ATTN_BWD",
+    "SPARSE_ATTN_MAX_LOGITS",
+    "cast_by_autocast",
+    "cast_index_inputs_by_autocast",
+    "refuse_wrapper",
+]

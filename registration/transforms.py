@@ -26,6 +26,19 @@ def cast_by_autocast(q: torch.Tensor, kv: torch.Tensor) -> tuple[torch.Tensor, t
     return q, kv
 
 
+def cast_index_inputs_by_autocast(
+    q_idx: torch.Tensor, k_idx: torch.Tensor, weights: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return what index scores are made of as an operator called here would see it.
+
+    `weights` keep their dtype: they hold every scale. Those that had the dtype of `q_idx` and no longer do become fp32,
+    which the operators take beside any other.
+    """
+    had_dtype_of_q = weights.dtype == q_idx.dtype
+    q_idx, k_idx = cast_by_autocast(q_idx, k_idx)
+    return q_idx, k_idx, weights.float() if had_dtype_of_q and weights.dtype != q_idx.dtype else weights
+
+
 def casting_kernel(op: Any, device_type: str) -> Any:
     """Return the autocast kernel of an operator that begins with q, kv and indices."""
 

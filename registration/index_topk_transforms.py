@@ -1,0 +1,77 @@
+"""What the rest of torch may ask of index selection: autocast, vmap, FLOP counts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from mla_ops.registration.flop_formulas import register_flop_formulas
+from mla_ops.registration.index_topk import INDEX_TOPK, index_topk_fake
+from mla_ops.registration.library import LIBRARY
+from mla_ops.registration.transforms import (
+    AUTOCAST_DEVICES,
+    call_without_data,
+    cast_index_inputs_by_autocast,
+    vmap_by_folding,
+)
+
+
+def _casting_kernel(device_type: str) -> Any:
+    def cast_and_call(q_idx: torch.Tensor, k_idx: torch.Tensor, weights: torch.Tensor, *args: Any) -> Any:
+        q_idx, k_idx, weights = cast_index_inputs_by_autocast(q_idx, k_idx, weights)
+        with torch.autocast(device_type, enabled=False):
+            return INDEX_TOPK(q_idx, k_idx, weights, *args)
+
+    return cast_and_call
+
+
+def _vmap_index_topk(
+    info: Any,
+    in_dims: tuple[int | None, ...],
+    q_idx: torch.Tensor,
+    k_idx: torch.Tensor,
+    weights: torch.Tensor,
+    *args: Any,
+) -> tuple[torch.Tensor, int]:
+    """Fold the vmapped dimension into the batch: a query's choice depends on its own batch element only."""
+    args = (*cast_index_inputs_by_autocast(q_idx, k_idx, weights), *args)
+    elements = call_without_data(index_topk_fake, in_dims, args)
+    has_batch = elements[0].dim() == 4
+    batch = elements[0].shape[0] if has_batch else 1
+    args, bounds_into = list(args), []
+    for i in (4, 5):  # starts, ends
+        bound = args[i] if len(args) > i else None
+        if bound is None or (in_dims[i] is None and bound.dim() == 1):
+            bounds_into.append(None)  # one bound for every query of all batch elements
+            continue
+        if has_batch and bound.dim() - (in_dims[i] is not None) == 1:
+            # A bound that a vmapped element has for all of its batch: [V, Sq] -> [V, B, Sq].
+            args[i] = bound.movedim(in_dims[i], 0).unsqueeze(1).expand(-1, batch, -1)
+            in_dims = (*in_dims[:i], 0, *in_dims[i + 1 :])
+        bounds_into.append(-2)
+    into = (-4, -4, -3, None, *bounds_into, -3, None, None, None)[: len(args)]
+    (indices,), (out_dim,) = vmap_by_folding(INDEX_TOPK, info, in_dims, tuple(args), elements, into, (-4,))
+    return indices, out_dim
+
+
+def index_topk_flops(q_idx_shape: Sequence[int], k_idx_shape: Sequence[int], *args: Any, **kwargs: Any) -> int:
+    """Multiply-adds of `<q, k>`, times two: every head of every query with every key, as torch counts attention.
+
+    Bounds are data, and the causal one halves nothing, as in torch's own formula. `weights` and the choice count
+    nothing.
+    """
+    *tokens, index_heads, index_head_dim = q_idx_shape
+    count = 2 * index_heads * index_head_dim * k_idx_shape[-3]
+    for size in tokens:
+        count *= size
+    return count
+
+
+def register() -> None:
+    """Attach autocast kernels, the vmap rule and the FLOP formula to the operator."""
+    for device_type in AUTOCAST_DEVICES:
+        LIBRARY.impl("index_topk", _casting_kernel(device_type), f"Autocast{device_type.upper()}")
+    torch.library.register_vmap("mla::index_topk", _vmap_index_topk, lib=LIBRARY)
+    register_flop_formulas({torch.ops.mla.index_topk: index_topk_flops})
