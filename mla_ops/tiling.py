@@ -3,8 +3,9 @@
 NOTE [The nearest row of a table]
 A problem takes, among the rows for its architecture and element size, the one nearest in log2(width) and log2(heads per
 group), summed; the first of equals. Its block of heads is cut to the heads that exist, and the configuration is shrunk
-(one stage, then fewer keys, then fewer heads) until its shared memory fits the device. So a problem is refused only
-where 16 heads and 16 keys do not fit, and a better row changes what is near it and nothing else.
+(32 keys, one stage, 16 keys, then fewer heads) until its shared memory fits the device: a copy that does not pass
+through registers is worth more than a longer block of keys. So a problem is refused only where 16 heads and 16 keys do
+not fit, and a better row changes what is near it and nothing else.
 """
 
 from __future__ import annotations
@@ -19,6 +20,9 @@ from mla_ops.device import DeviceTraits
 
 # Bytes of small buffers in shared memory: positions, and what warps exchange. Seen in offline compiles.
 SMALL_BYTES = 2048
+
+# An architecture without rows of its own takes those that fit all from compute capability 8.0 on.
+DEFAULT_ARCH = 80
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,7 @@ class TileRow:
     width: int
     config: TileConfig
     element_size: int = 2  # bytes of a channel: 2 for bf16 and fp16, 4 for fp32
-    arch: int = 80  # a device takes the rows of the newest architecture that is not newer than itself
+    arch: int = DEFAULT_ARCH
 
 
 @cache
@@ -119,11 +123,11 @@ def find_config(
     def distance(row: TileRow) -> float:
         return abs(log2(row.width / key.width)) + abs(log2(row.heads / key.heads))
 
-    arch = max(row.arch for row in rows if row.arch <= key.arch)
+    arch = key.arch if any(row.arch == key.arch for row in rows) else DEFAULT_ARCH
     config = min((r for r in rows if (r.arch, r.element_size) == (arch, key.element_size)), key=distance).config
     config = replace(config, block_h=min(config.block_h, max(16, 1 << (key.heads - 1).bit_length())))
     while smem_bytes(config, key) > key.smem_bytes:
-        if config.num_stages > 1:
+        if config.num_stages > 1 and config.block_k <= 32:
             config = replace(config, num_stages=1)
         elif config.block_k > 16:
             config = replace(config, block_k=config.block_k // 2)

@@ -71,6 +71,8 @@ ALLOWED_STACK = {
     (100, "144x80", 12, "bwd"): 64,  # none inside the loop
     (120, "144x80", 12, "bwd"): 64,  # none inside the loop
 }
+# What the kernels of the index scores have in fp32 beside inputs in bf16.
+INDEX_SCORES_FP32 = ("weights_ptr", "scores_ptr", "dscores_ptr", "dk_ptr", "dw_ptr")
 # Rows compiled on every run; the others are marked slow.
 REPRESENTATIVE = {("128x64", 32), ("576x512", 16), ("576x512", 64)}
 
@@ -120,7 +122,7 @@ def compile_kernel(
             return "i32"
         if name in ("indices_ptr", "topk_length_ptr", "places_ptr", "ranks_ptr", "counters_ptr", "starts_ptr"):
             return "*i32"
-        if name in ("lse_ptr", "dlse_ptr", "dsink_ptr", "attn_sink_ptr"):
+        if name in ("lse_ptr", "dlse_ptr", "dsink_ptr", "attn_sink_ptr", "mass_ptr", *INDEX_SCORES_FP32):
             return "*fp32"
         if name in ("dkv_ptr", "sums_ptr", "partial_ptr"):
             return f"*{rows}"

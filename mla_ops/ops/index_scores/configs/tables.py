@@ -29,8 +29,8 @@ FORWARD: tuple[TileRow, ...] = (
 # Derived by shared-memory and register arithmetic of offline compiles, not yet measured.
 BACKWARD: tuple[TileRow, ...] = (
     TileRow(4, 64, TileConfig(block_h=16, block_k=64, max_chunk=64, num_warps=4, num_stages=2), arch=90),
-    # With four warps the gradients of the queries spill.
-    TileRow(64, 128, TileConfig(block_h=64, block_k=64, max_chunk=128, num_warps=8, num_stages=2), arch=90),
+    # With four warps, or with keys in one piece, the gradients of the queries spill.
+    TileRow(64, 128, TileConfig(block_h=64, block_k=64, max_chunk=64, num_warps=8, num_stages=2), arch=90),
     TileRow(16, 576, TileConfig(block_h=16, block_k=32, max_chunk=64, num_warps=4, num_stages=2), arch=90),
     TileRow(16, 128, TileConfig(block_h=16, block_k=16, max_chunk=64, num_warps=4, num_stages=1), 4, arch=90),
     TileRow(4, 64, TileConfig(block_h=16, block_k=32, max_chunk=64, num_warps=4, num_stages=2)),
