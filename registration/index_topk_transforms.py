@@ -17,6 +17,8 @@ from mla_ops.registration.transforms import (
     vmap_by_folding,
 )
 
+_STARTS, _ENDS = 4, 5  # places among the arguments
+
 
 def _casting_kernel(device_type: str) -> Any:
     def cast_and_call(q_idx: torch.Tensor, k_idx: torch.Tensor, weights: torch.Tensor, *args: Any) -> Any:
@@ -36,23 +38,22 @@ def _vmap_index_topk(
     *args: Any,
 ) -> tuple[torch.Tensor, int]:
     """Fold the vmapped dimension into the batch: a query's choice depends on its own batch element only."""
-    args = (*cast_index_inputs_by_autocast(q_idx, k_idx, weights), *args)
-    elements = call_without_data(index_topk_fake, in_dims, args)
-    has_batch = elements[0].dim() == 4
-    batch = elements[0].shape[0] if has_batch else 1
-    args, bounds_into = list(args), []
-    for i in (4, 5):  # starts, ends
-        bound = args[i] if len(args) > i else None
-        if bound is None or (in_dims[i] is None and bound.dim() == 1):
-            bounds_into.append(None)  # one bound for every query of all batch elements
-            continue
-        if has_batch and bound.dim() - (in_dims[i] is not None) == 1:
-            # A bound that a vmapped element has for all of its batch: [V, Sq] -> [V, B, Sq].
-            args[i] = bound.movedim(in_dims[i], 0).unsqueeze(1).expand(-1, batch, -1)
-            in_dims = (*in_dims[:i], 0, *in_dims[i + 1 :])
-        bounds_into.append(-2)
-    into = (-4, -4, -3, None, *bounds_into, -3, None, None, None)[: len(args)]
-    (indices,), (out_dim,) = vmap_by_folding(INDEX_TOPK, info, in_dims, tuple(args), elements, into, (-4,))
+    arguments = [*cast_index_inputs_by_autocast(q_idx, k_idx, weights), *args]
+    elements = call_without_data(index_topk_fake, in_dims, tuple(arguments))
+    into = [-4, -4, -3, None, None, None, -3, None, None, None]
+    dims = list(in_dims)
+    for i in (_STARTS, _ENDS):
+        bound = arguments[i] if len(arguments) > i else None
+        if bound is None or (dims[i] is None and bound.dim() == 1):
+            continue  # none, or one that all batch elements of all vmapped elements share
+        if dims[i] is not None and bound.dim() == 2 and elements[0].dim() == 4:
+            # Each vmapped element has one for all of its batch: [V, Sq] -> [V, B, Sq].
+            bound = bound.movedim(dims[i], 0).unsqueeze(1).expand(-1, elements[0].shape[0], -1)
+            arguments[i], dims[i] = bound, 0
+        into[i] = -2
+    (indices,), (out_dim,) = vmap_by_folding(
+        INDEX_TOPK, info, tuple(dims), tuple(arguments), elements, tuple(into[: len(dims)]), (-4,)
+    )
     return indices, out_dim
 
 

@@ -87,7 +87,12 @@ EXCEPTIONS = {
 OWNERS = {
     "torch.library": ("registration/", "lowering/"),
     "torch._inductor": ("lowering/inductor_compat.py",),
-    "torch.distributed": ("mla_ops/distributed.py", "registration/tracing.py", "registration/sparse_attn_sharding.py"),
+    "torch.distributed": (
+        "mla_ops/distributed.py",
+        "registration/tracing.py",
+        "registration/index_topk_sharding.py",
+        "registration/sparse_attn_sharding.py",
+    ),
     "os.environ": ("mla_ops/settings.py",),
     "os.getenv": ("mla_ops/settings.py",),
     "torch.cuda.is_available": ("mla_ops/device.py",),

@@ -34,7 +34,7 @@ def index_scores_dense_reference(
     products = torch.einsum("...sghd,...kgd->...sghk", q_grouped, k_idx)
     if relu:
         products = products.relu()
-    scores = (weights_grouped.unsqueeze(-1) * products).sum(dim=-2)  # [..., Sq, G, Skv]
+    scores: torch.Tensor = (weights_grouped.unsqueeze(-1) * products).sum(dim=-2)  # [..., Sq, G, Skv]
     if k_scale is not None:
         scores = scores * k_scale.to(scores.dtype).transpose(-1, -2).unsqueeze(-3)
     return scores
