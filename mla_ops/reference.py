@@ -1,5 +1,7 @@
 """The readable definitions of the operators: in fp64, the truth that every path is compared with."""
 
+from mla_ops.ops.attn_mass.reference import attn_mass_reference
+from mla_ops.ops.index_scores.reference import index_scores_bwd_reference, index_scores_reference
 from mla_ops.ops.index_topk.reference import index_scores_dense_reference, index_topk_reference
 from mla_ops.ops.sparse_attn.reference import (
     sparse_attn_bwd_reference,
@@ -8,7 +10,10 @@ from mla_ops.ops.sparse_attn.reference import (
 )
 
 __all__ = [
+    "attn_mass_reference",
+    "index_scores_bwd_reference",
     "index_scores_dense_reference",
+    "index_scores_reference",
     "index_topk_reference",
     "sparse_attn_bwd_reference",
     "sparse_attn_max_logits_reference",

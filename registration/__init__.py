@@ -8,6 +8,12 @@ if __name__ != "mla_ops.registration":
     raise ImportError(f"import mla_ops.registration, not {__name__}: a second copy would register the operators twice")
 
 from mla_ops.registration import (
+    attn_mass,
+    attn_mass_sharding,
+    attn_mass_transforms,
+    index_scores,
+    index_scores_sharding,
+    index_scores_transforms,
     index_topk,
     index_topk_sharding,
     index_topk_transforms,
@@ -15,7 +21,9 @@ from mla_ops.registration import (
     sparse_attn_sharding,
     sparse_attn_transforms,
 )
+from mla_ops.registration.attn_mass import ATTN_MASS
 from mla_ops.registration.cache_key import tag_compile_caches
+from mla_ops.registration.index_scores import INDEX_SCORES, INDEX_SCORES_BWD
 from mla_ops.registration.index_topk import INDEX_TOPK
 from mla_ops.registration.refusals import refuse_wrapper
 from mla_ops.registration.sparse_attn import SPARSE_ATTN, SPARSE_ATTN_BWD, SPARSE_ATTN_MAX_LOGITS
@@ -24,11 +32,16 @@ from mla_ops.registration.transforms import cast_by_autocast, cast_index_inputs_
 for _operator in (
     *(sparse_attn, sparse_attn_transforms, sparse_attn_sharding),
     *(index_topk, index_topk_transforms, index_topk_sharding),
+    *(index_scores, index_scores_transforms, index_scores_sharding),
+    *(attn_mass, attn_mass_transforms, attn_mass_sharding),
 ):
     _operator.register()
 tag_compile_caches()
 
 __all__ = [
+    "ATTN_MASS",
+    "INDEX_SCORES",
+    "INDEX_SCORES_BWD",
     "INDEX_TOPK",
     "SPARSE_ATTN",
     "SPARSE_ATTN_BWD",

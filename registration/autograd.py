@@ -9,6 +9,7 @@ levels by itself, a second time; what it is derived from does not.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +19,15 @@ from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
 
 from mla_ops.errors import DoubleBackwardError, ForwardModeError
+
+
+class BelowAutograd(threading.local):
+    """Whether a kernel of this thread runs for autograd, so that a backward will follow; no call itself says so."""
+
+    needs_grad = False
+
+
+BELOW_AUTOGRAD = BelowAutograd()
 
 
 class Formula(_SingleLevelFunction):

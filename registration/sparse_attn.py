@@ -6,7 +6,6 @@ only calls operators, never a kernel, so it stays traceable and AOT autograd see
 
 from __future__ import annotations
 
-import threading
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from mla_ops.ops.sparse_attn.call import Gradients, Results, SparseAttnCall, Wan
 from mla_ops.ops.sparse_attn.rules import check_bwd_inputs, check_inputs
 from mla_ops.registration import tracing
 from mla_ops.registration.autograd import (
+    BELOW_AUTOGRAD,
     Formula,
     below_autograd,
     last_derivative,
@@ -111,15 +111,6 @@ def sparse_attn_max_logits_fake(
 # Kernels: plan, run. One function serves every device; the plan knows the rest.
 
 
-class _BelowAutograd(threading.local):
-    """Whether a kernel runs for autograd, so that a backward will follow; nothing of the call itself says so."""
-
-    needs_grad = False
-
-
-_below_autograd_of_this_thread = _BelowAutograd()
-
-
 def sparse_attn_impl(
     q: torch.Tensor,
     kv: torch.Tensor,
@@ -132,7 +123,7 @@ def sparse_attn_impl(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Kernel of `mla::sparse_attn` for every device."""
     call = SparseAttnCall(q, kv, indices, d_v, softmax_scale, topk_length, attn_sink)
-    plan = plan_of("forward", call, backend, needs_grad=_below_autograd_of_this_thread.needs_grad)
+    plan = plan_of("forward", call, backend, needs_grad=BELOW_AUTOGRAD.needs_grad)
     return plan.backend.forward(call, plan.launch)
 
 
@@ -183,11 +174,11 @@ class _SparseAttn(Formula):
 
     @staticmethod
     def forward(ctx: Any, keys: torch._C.DispatchKeySet, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        _below_autograd_of_this_thread.needs_grad = True
+        BELOW_AUTOGRAD.needs_grad = True
         try:
             out, lse = next_level(SPARSE_ATTN, keys, *arguments)
         finally:
-            _below_autograd_of_this_thread.needs_grad = False
+            BELOW_AUTOGRAD.needs_grad = False
         q, kv, indices, d_v, softmax_scale, topk_length, attn_sink, backend = arguments
         ctx.save_for_backward(q, kv, indices, out, lse, topk_length, attn_sink)
         ctx.d_v = d_v  # a SymInt while tracing

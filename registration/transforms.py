@@ -50,6 +50,17 @@ def casting_kernel(op: Any, device_type: str) -> Any:
     return cast_and_call
 
 
+def index_casting_kernel(op: Any, device_type: str) -> Any:
+    """Return the autocast kernel of an operator that begins with q_idx, k_idx and weights."""
+
+    def cast_and_call(q_idx: torch.Tensor, k_idx: torch.Tensor, weights: torch.Tensor, *args: Any) -> Any:
+        arguments = cast_index_inputs_by_autocast(q_idx, k_idx, weights)
+        with torch.autocast(device_type, enabled=False):
+            return op(*arguments, *args)
+
+    return cast_and_call
+
+
 def preserving_kernel(op: Any, device_type: str) -> Any:
     """Return the autocast kernel of an operator whose arguments have their dtypes already, as those of a backward.
 

@@ -26,6 +26,7 @@ GROUND: dict[str, set[str]] = {
     "checks": {"errors", "wrappers"},
     "dispatch": {"errors", "device"},
     "launching": {"errors", "device"},
+    "gathering": {"settings"},
     "kernels": set(),
     "row_sums": {"launching", "kernels"},
     "tiling": {"device"},
@@ -90,6 +91,8 @@ OWNERS = {
     "torch.distributed": (
         "mla_ops/distributed.py",
         "registration/tracing.py",
+        "registration/attn_mass_sharding.py",
+        "registration/index_scores_sharding.py",
         "registration/index_topk_sharding.py",
         "registration/sparse_attn_sharding.py",
     ),

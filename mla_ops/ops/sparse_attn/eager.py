@@ -3,13 +3,6 @@
 Rows (one query token of one KV group, all its heads) are processed in chunks sized so that the gathered KV of a chunk
 stays in cache: `[B, Sq, topk, d_total]` never exists. A chunk holds whole rows, so the backward recomputes its softmax
 instead of trusting a rounded `lse`, which is also what fp64 gradients need.
-
-NOTE [Invalid slots point at a selected row]
-    A slot that names no key still has to gather something. It gathers a row that the same query attends to anyway
-    (its `anchor`), with weight exactly 0. So unselected KV is never read, and 0 * NaN can only arise where the query's
-    own row is poisoned already; zero-filling the gathered tile would cost another pass over it. A query without any
-    valid slot has no anchor: it gathers row 0 and its results are overwritten. In the backward, invalid slots
-    scatter into one spare row of the accumulator that is then dropped.
 """
 
 from __future__ import annotations
@@ -19,8 +12,9 @@ from dataclasses import dataclass
 
 import torch
 
-from mla_ops import settings
+from mla_ops import gathering, settings
 from mla_ops.device import DeviceTraits
+from mla_ops.gathering import NamedKeys
 from mla_ops.ops.sparse_attn.call import Gradients, Results, Side, SparseAttnCall, SparseAttnProblem, Wanted
 
 _SUPPORTED_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -93,8 +87,7 @@ class EagerBackend:
         dout, dlse = gradients
         rows = _Rows.of(call)
         dq = torch.empty_like(q, memory_format=torch.contiguous_format) if wanted.dq else q.new_empty(0)
-        # One spare row takes what invalid slots scatter (NOTE [Invalid slots point at a selected row]).
-        dkv_rows = kv.new_zeros((len(rows.kv) + 1, kv.shape[-1]) if wanted.dkv else 0, dtype=rows.compute_dtype)
+        dkv_rows = rows.kv.accumulator() if wanted.dkv else kv.new_empty(0)
         dsink = q.new_zeros(0 if attn_sink is None else attn_sink.shape, dtype=torch.float32)
         if rows.is_empty or (dout is None and dlse is None):
             return dq.zero_(), kv.new_zeros(kv.shape if wanted.dkv else 0), dsink
@@ -138,21 +131,11 @@ def _keep(lse: torch.Tensor, sink: torch.Tensor) -> torch.Tensor:
     return torch.sigmoid(lse - sink).masked_fill_(lse == -torch.inf, 0.0)
 
 
-def _workspace_bytes() -> int:
-    return settings.current().eager_workspace_mb * 2**20
-
-
 @dataclass(frozen=True)
-class _Chunk:
-    """A run of rows with its keys gathered and every number in the compute dtype."""
+class _Chunk(gathering.Chunk):
+    """A run of rows with the keys that they name and their queries, every number in the compute dtype."""
 
-    span: slice  # of the flattened rows
-    groups: torch.Tensor  # [rows] KV group of each row
     queries: torch.Tensor  # [rows, heads, d_total]
-    keys: torch.Tensor  # [rows, topk, d_total], a buffer that the next chunk overwrites
-    invalid: torch.Tensor  # [rows, 1, topk] bool
-    empty: torch.Tensor  # [rows, 1, 1] bool, rows without a valid slot
-    scatter_to: torch.Tensor  # [rows * topk] destination row of each slot's gradient
 
     def logits(self, scale: float) -> torch.Tensor:
         """Return scaled logits `[rows, heads, topk]`, -inf at invalid slots."""
@@ -175,45 +158,21 @@ class _Chunk:
 
 @dataclass(frozen=True)
 class _Rows:
-    """The call with (batch, query, group) flattened into rows and (batch, key, group) into KV rows."""
+    """The call with (batch, query, group) flattened into rows."""
 
     q: torch.Tensor  # [rows, heads_per_group, d_total]
-    kv: torch.Tensor  # [batch * seq_kv * kv_group, d_total]
-    indices: torch.Tensor  # [rows, topk]
-    topk_length: torch.Tensor | None  # [batch * seq_q]
-    seq_q: int
-    seq_kv: int
-    kv_group: int
+    kv: NamedKeys
 
     @classmethod
     def of(cls, call: SparseAttnCall) -> _Rows:
-        q, kv, indices, topk_length = call.q, call.kv, call.indices, call.topk_length
-        seq_q, heads, d_total = q.shape[-3:]
-        seq_kv, kv_group, topk = kv.shape[-3], kv.shape[-2], indices.shape[-1]
-        num_rows = indices.shape[:-1].numel()
-        kv_rows = kv.reshape(kv.shape[:-1].numel(), d_total)
-        # Low precision is widened after each gather, or once before all of them if that is less work and little memory.
-        widened_bytes = kv_rows.numel() * torch.float32.itemsize
-        if kv.dtype.itemsize == 2 and len(kv_rows) <= indices.numel() and widened_bytes <= 8 * _workspace_bytes():
-            kv_rows = kv_rows.float()
-        return cls(
-            q=q.reshape(num_rows, heads // kv_group, d_total),
-            kv=kv_rows,
-            indices=indices.reshape(num_rows, topk),
-            topk_length=None if topk_length is None else topk_length.reshape(-1),
-            seq_q=seq_q,
-            seq_kv=seq_kv,
-            kv_group=kv_group,
-        )
+        *_, heads, d_total = call.q.shape
+        kv = NamedKeys.of(call.kv, call.indices, call.topk_length)
+        return cls(call.q.reshape(len(kv.indices), heads // kv.kv_group, d_total), kv)
 
     @property
     def is_empty(self) -> bool:
         """True when no slot can be valid or no number is asked for."""
-        return self.q.numel() == 0 or self.indices.numel() == 0 or self.kv.numel() == 0
-
-    @property
-    def compute_dtype(self) -> torch.dtype:
-        return torch.float64 if self.q.dtype == torch.float64 else torch.float32
+        return self.q.numel() == 0 or self.kv.is_empty
 
     def by_head(self, t: torch.Tensor) -> torch.Tensor:
         """View `[..., heads, width]` or `[..., heads]` as `[rows, heads_per_group, width or 1]`."""
@@ -221,44 +180,12 @@ class _Rows:
 
     def per_head(self, t: torch.Tensor) -> torch.Tensor:
         """View a `[heads]` tensor as `[kv_group, heads_per_group]`."""
-        return t.view(self.kv_group, self.q.shape[1])
+        return t.view(self.kv.kv_group, self.q.shape[1])
 
     def chunks(self) -> Iterator[_Chunk]:
         """Yield every row once, in order, in chunks whose gathered keys and logits fit the workspace setting."""
-        num_rows, topk = self.indices.shape
-        heads, d_total = self.q.shape[1:]
-        row_bytes = topk * (d_total + heads) * self.compute_dtype.itemsize
-        size = max(1, min(num_rows, _workspace_bytes() // row_bytes))
-        key_buffer = self.kv.new_empty((size * topk, d_total), dtype=self.compute_dtype)
-        for start in range(0, num_rows, size):
-            yield self._chunk(slice(start, min(start + size, num_rows)), key_buffer)
-
-    def _chunk(self, span: slice, key_buffer: torch.Tensor) -> _Chunk:
-        row = torch.arange(span.start, span.stop, device=self.q.device)
-        token, group = row // self.kv_group, row % self.kv_group
-        first_kv_row = (token // self.seq_q) * (self.seq_kv * self.kv_group) + group
-
-        indices = self.indices[span].long()
-        valid = (indices >= 0) & (indices < self.seq_kv)
-        if self.topk_length is not None:
-            slot = torch.arange(indices.shape[1], device=self.q.device)
-            valid &= slot < self.topk_length[token].unsqueeze(1)
-        kv_row = torch.where(valid, indices * self.kv_group + first_kv_row.unsqueeze(1), -1)
-        anchor = kv_row.amax(dim=1, keepdim=True)
-
-        gather_from = torch.where(valid, kv_row, anchor.clamp_min(0)).flatten()
-        keys = key_buffer[: gather_from.numel()]
-        if self.kv.dtype == keys.dtype:
-            torch.index_select(self.kv, 0, gather_from, out=keys)
-        else:
-            keys.copy_(self.kv.index_select(0, gather_from))
-        return _Chunk(
-            span=span,
-            groups=group,
+        for chunk in self.kv.chunks(numbers_per_slot=self.q.shape[1]):
             # A copy even where the dtype fits: the same bits in the same layout, whatever the strides of q.
-            queries=self.q[span].to(self.compute_dtype, copy=True, memory_format=torch.contiguous_format),
-            keys=keys.view(*indices.shape, -1),
-            invalid=~valid.unsqueeze(1),
-            empty=(anchor < 0).unsqueeze(2),
-            scatter_to=torch.where(valid, kv_row, len(self.kv)).flatten(),
-        )
+            layout = torch.contiguous_format
+            queries = self.q[chunk.span].to(self.kv.compute_dtype, copy=True, memory_format=layout)
+            yield _Chunk(**vars(chunk), queries=queries)

@@ -1,0 +1,124 @@
+"""What eager backends share: the rows of keys that lists of indices name, gathered in chunks that stay in cache.
+
+A row of lists is one query of one KV group. Rows are gathered in chunks sized by the workspace setting, so
+`[batch, seq_q, topk, width]` never exists.
+
+NOTE [Invalid slots point at a selected row]
+    A slot that names no key still has to gather something. It gathers a row that the same query attends to anyway
+    (its `anchor`), with weight exactly 0. So unselected keys are never read, and 0 * NaN can only arise where the
+    query's own row is poisoned already; zero-filling the gathered tile would cost another pass over it. A query without
+    any valid slot has no anchor: it gathers row 0 and its results are overwritten. In a backward, invalid slots scatter
+    into one spare row of the accumulator that is then dropped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from mla_ops import settings
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A run of rows with the keys that they name, in the compute dtype."""
+
+    span: slice  # of the flattened rows
+    groups: torch.Tensor  # [rows] KV group of each row
+    keys: torch.Tensor  # [rows, topk, width], a buffer that the next chunk overwrites
+    invalid: torch.Tensor  # [rows, 1, topk] bool
+    empty: torch.Tensor  # [rows, 1, 1] bool, rows without a valid slot
+    scatter_to: torch.Tensor  # [rows * topk] destination row of each slot's gradient; the spare row where invalid
+
+
+@dataclass(frozen=True)
+class NamedKeys:
+    """Keys and the lists that name them: (batch, query, group) flattened into rows, (batch, key, group) into keys."""
+
+    keys: torch.Tensor  # [batch * seq_kv * kv_group, width]
+    indices: torch.Tensor  # [rows, topk]
+    topk_length: torch.Tensor | None  # [batch * seq_q]
+    compute_dtype: torch.dtype
+    seq_q: int
+    seq_kv: int
+    kv_group: int
+
+    @classmethod
+    def of(cls, keys: torch.Tensor, indices: torch.Tensor, topk_length: torch.Tensor | None) -> NamedKeys:
+        """Flatten `keys` `[..., seq_kv, kv_group, width]` and `indices` `[..., seq_q, kv_group, topk]`."""
+        seq_q, kv_group, topk = indices.shape[-3:]
+        key_rows = keys.reshape(keys.shape[:-1].numel(), keys.shape[-1])
+        # Low precision is widened after each gather, or once before all of them if that is less work and little memory.
+        widened_bytes = key_rows.numel() * torch.float32.itemsize
+        if keys.dtype.itemsize == 2 and len(key_rows) <= indices.numel() and widened_bytes <= 8 * _workspace_bytes():
+            key_rows = key_rows.float()
+        return cls(
+            keys=key_rows,
+            indices=indices.reshape(indices.shape[:-1].numel(), topk),
+            topk_length=None if topk_length is None else topk_length.reshape(-1),
+            compute_dtype=compute_dtype(keys.dtype),
+            seq_q=seq_q,
+            seq_kv=keys.shape[-3],
+            kv_group=kv_group,
+        )
+
+    @property
+    def is_empty(self) -> bool:
+        """True when no slot can be valid."""
+        return self.indices.numel() == 0 or len(self.keys) == 0
+
+    def accumulator(self) -> torch.Tensor:
+        """Return zeros for the gradient of every key, and one spare row that takes what invalid slots scatter."""
+        return self.keys.new_zeros((len(self.keys) + 1, self.keys.shape[-1]), dtype=self.compute_dtype)
+
+    def chunks(self, numbers_per_slot: int) -> Iterator[Chunk]:
+        """Yield every row once, in order.
+
+        A chunk's gathered keys, and `numbers_per_slot` more numbers for every slot, fit the workspace setting.
+        """
+        num_rows, topk = self.indices.shape
+        width = self.keys.shape[-1]
+        row_bytes = topk * (width + numbers_per_slot) * self.compute_dtype.itemsize
+        size = max(1, min(num_rows, _workspace_bytes() // max(1, row_bytes)))
+        key_buffer = self.keys.new_empty((size * topk, width), dtype=self.compute_dtype)
+        for start in range(0, num_rows, size):
+            yield self._chunk(slice(start, min(start + size, num_rows)), key_buffer)
+
+    def _chunk(self, span: slice, key_buffer: torch.Tensor) -> Chunk:
+        row = torch.arange(span.start, span.stop, device=self.indices.device)
+        token, group = row // self.kv_group, row % self.kv_group
+        first_key = (token // self.seq_q) * (self.seq_kv * self.kv_group) + group
+
+        indices = self.indices[span].long()
+        valid = (indices >= 0) & (indices < self.seq_kv)
+        if self.topk_length is not None:
+            slot = torch.arange(indices.shape[1], device=self.indices.device)
+            valid &= slot < self.topk_length[token].unsqueeze(1)
+        key = torch.where(valid, indices * self.kv_group + first_key.unsqueeze(1), -1)
+        anchor = key.amax(dim=1, keepdim=True)
+
+        gather_from = torch.where(valid, key, anchor.clamp_min(0)).flatten()
+        keys = key_buffer[: gather_from.numel()]
+        if self.keys.dtype == keys.dtype:
+            torch.index_select(self.keys, 0, gather_from, out=keys)
+        else:
+            keys.copy_(self.keys.index_select(0, gather_from))
+        return Chunk(
+            span=span,
+            groups=group,
+            keys=keys.view(*indices.shape, keys.shape[-1]),
+            invalid=~valid.unsqueeze(1),
+            empty=(anchor < 0).unsqueeze(2),
+            scatter_to=torch.where(valid, key, len(self.keys)).flatten(),
+        )
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return what eager backends compute in: fp64 for fp64, fp32 for everything else."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _workspace_bytes() -> int:
+    return settings.current().eager_workspace_mb * 2**20
