@@ -1,19 +1,21 @@
-"""A small decoder-only language model around the operator: absorbed MLA over keys that a learned indexer selects.
+"""A small decoder-only language model around the operators: absorbed MLA over keys that a learned indexer selects.
 
-Read it top to bottom: `Indexer` picks `topk` past tokens per query, `IndexedMLA` attends to them through the package's
-plain PyTorch layer, `LanguageModel` stacks layers. Sizes in comments: B batch, S sequence, H heads, K topk.
+Read it top to bottom: in `IndexedMLA` an indexer picks `topk` past tokens per query, attention reads them, and the
+indexer learns from where the attention went; `LanguageModel` stacks layers, of which some may share a selection. Sizes
+in comments: B batch, S sequence, H heads, K topk.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mla_ops.adapters.seam import resolve_layer_meta
-from mla_ops.adapters.torch_layer import MLASparseAttention
+from mla_ops.adapters.torch_layer import Indexer, IndexSharing, MLASparseAttention
+from mla_ops.api import attn_mass, index_kl
 
 
 @dataclass(frozen=True)
@@ -31,78 +33,72 @@ class ModelConfig:
     topk: int = 32
     index_heads: int = 2
     index_head_dim: int = 32
+    index_rope_head_dim: int = 16
+    index_every: int = 1  # of so many layers the first one selects, and the others attend to its selection
 
 
-class Indexer(nn.Module):
-    """Scores every past token for every query and keeps the best `topk`, as DeepSeek-V3.2's lightning indexer does."""
+class Selection(NamedTuple):
+    """What an indexer selected, on its way through the layers that attend to it."""
 
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.query = nn.Linear(config.hidden_size, config.index_heads * config.index_head_dim, bias=False)
-        self.key = nn.Linear(config.hidden_size, config.index_head_dim, bias=False)
-        self.head_weight = nn.Linear(config.hidden_size, config.index_heads, bias=False)
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return `indices` `[B, S, 1, K]` int32 (-1 where no past token is left) and their log-probabilities."""
-        x = x.detach()  # the indexer learns from its own loss only
-        query = self.query(x).unflatten(-1, (self.config.index_heads, self.config.index_head_dim))
-        match = torch.einsum("bshd,btd->bsht", query, self.key(x)).relu()
-        score = torch.einsum("bsht,bsh->bst", match, self.head_weight(x))  # [B, S, S]
-        position = torch.arange(x.shape[1], device=x.device)
-        score = score.masked_fill(position[None, :] > position[:, None], -torch.inf)  # causal
-        # A branch, which costs a compiled graph a guard; min() would make topk a symbol there.
-        topk = self.config.topk if x.shape[1] >= self.config.topk else x.shape[1]
-        best, indices = score.topk(topk, dim=-1)
-        indices = indices.masked_fill(best == -torch.inf, -1)
-        return indices.to(torch.int32).unsqueeze(2), best.log_softmax(dim=-1)
+    indices: Tensor  # [B, S, 1, K], int32, -1 where no past token is left
+    scores: Tensor  # [B, S, 1, K], the indexer's, through which it learns
+    mass: Tensor | float = 0.0  # [B, S, 1, K], attention on these tokens, summed over heads and the layers so far
 
 
 class IndexedMLA(nn.Module):
     """Multi-head latent attention over the tokens that a learned indexer selects."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.mla = MLASparseAttention(config.hidden_size, resolve_layer_meta(config, form="absorbed"))
-        self.indexer = Indexer(config)
+        sharing = IndexSharing.periodic(config.num_layers, every=config.index_every)
+        self.indexer = None
+        if sharing.is_owner(layer):
+            self.indexer = Indexer(
+                config.hidden_size,
+                topk=config.topk,
+                index_heads=config.index_heads,
+                index_head_dim=config.index_head_dim,
+                qk_rope_head_dim=config.index_rope_head_dim,
+            )
+        self.is_last = layer == sharing.served_by(sharing.owner_of(layer))[-1]
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the attention output `[B, S, hidden]` and the indexer's loss."""
+    def forward(self, x: Tensor, shared: Selection | None = None) -> tuple[Tensor, Selection | None, Tensor]:
+        """Return the attention output `[B, S, hidden]`, what the next layer shares, and the indexer's loss."""
         q, kv = self.mla.project(x)  # [B, S, H, 128], [B, S, 1, 128]
-        indices, index_logprob = self.indexer(x)
+        selection = shared if self.indexer is None else self.select(self.indexer, x)
+        assert selection is not None, "a layer without an indexer attends to what an earlier one selected"
+        indices, scores, mass = selection
         out, lse = self.mla.attend(q, kv, indices)
-        return out, self.index_loss(q, kv, indices, lse, index_logprob)
+        mass = mass + attn_mass(q, kv, indices, lse, softmax_scale=self.mla.meta.softmax_scale)
+        if self.is_last:
+            # KL divergence from the scores to the mean attention of all layers that attended to this selection.
+            return out, None, index_kl(mass, scores).mean()
+        return out, Selection(indices, scores, mass), x.new_zeros(())
 
-    def index_loss(self, q: Tensor, kv: Tensor, indices: Tensor, lse: Tensor, index_logprob: Tensor) -> Tensor:
-        """KL divergence from the indexer's distribution to the attention weights on the selected keys, detached."""
-        q, kv, lse = q.detach(), kv.detach().squeeze(2), lse.detach()
-        indices = indices.squeeze(2).long()
-        batch = torch.arange(q.shape[0], device=q.device)[:, None, None]
-        rows = kv[batch, indices.clamp_min(0)]  # [B, S, K, 128]
-        logits = self.mla.meta.softmax_scale * torch.einsum("bshd,bskd->bshk", q, rows)
-        unused = (indices < 0).unsqueeze(2)
-        weights = torch.exp(logits - lse.unsqueeze(-1)).masked_fill(unused, 0.0).mean(dim=2)  # heads agree on one list
-        log_weights = weights.clamp_min(1e-9).log()
-        divergence = weights * (log_weights - index_logprob.masked_fill(indices < 0, 0.0))
-        return divergence.sum(dim=-1).mean()
+    def select(self, indexer: Indexer, x: Tensor) -> Selection:
+        """Select tokens, and score the selected ones once more: that has a gradient."""
+        rows = indexer.project(x)
+        indices = indexer.select(*rows)
+        return Selection(indices, indexer.scores(*rows, indices))
 
 
 class Layer(nn.Module):
     """Pre-norm transformer layer: sparse attention, then a gated feed-forward block."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, layer: int = 0) -> None:
         super().__init__()
         h = config.hidden_size
         self.attn_norm, self.ffn_norm = nn.RMSNorm(h), nn.RMSNorm(h)
-        self.attn = IndexedMLA(config)
+        self.attn = IndexedMLA(config, layer)
         self.gate, self.up, self.down = (nn.Linear(h, 3 * h), nn.Linear(h, 3 * h), nn.Linear(3 * h, h))
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the new residual stream and the indexer's loss."""
-        attended, index_loss = self.attn(self.attn_norm(x))
+    def forward(self, x: Tensor, shared: Selection | None = None) -> tuple[Tensor, Selection | None, Tensor]:
+        """Return the new residual stream, what the next layer shares, and the indexer's loss."""
+        attended, shared, index_loss = self.attn(self.attn_norm(x), shared)
         x = x + attended
         y = self.ffn_norm(x)
-        return x + self.down(F.silu(self.gate(y)) * self.up(y)), index_loss
+        return x + self.down(F.silu(self.gate(y)) * self.up(y)), shared, index_loss
 
 
 class LanguageModel(nn.Module):
@@ -111,16 +107,16 @@ class LanguageModel(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_layers))
+        self.layers = nn.ModuleList(Layer(config, layer) for layer in range(config.num_layers))
         self.norm = nn.RMSNorm(config.hidden_size)
         self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
     def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Return logits `[B, S, vocab]` of the next byte and the sum of the indexers' losses."""
         x = self.embedding(tokens)
-        index_loss = x.new_zeros(())
+        index_loss, shared = x.new_zeros(()), None
         for layer in self.layers:
-            x, layer_index_loss = layer(x)
+            x, shared, layer_index_loss = layer(x, shared)
             index_loss = index_loss + layer_index_loss
         return self.head(self.norm(x)), index_loss
 

@@ -529,7 +529,7 @@ def test_a_whole_layer_trains_in_one_graph_with_its_optimizer() -> None:
             step = torch.compile(optimizer.step, backend="aot_eager")  # torch breaks its own graph at the step's door
         x = torch.randn(2, 48, 128, generator=torch.Generator().manual_seed(1))
         for _ in range(3):
-            y, index_loss = forward(x)
+            y, _, index_loss = forward(x)
             loss = y.square().mean() + index_loss
             loss.backward()
             step()
@@ -548,7 +548,7 @@ def test_repeated_layers_share_one_graph() -> None:
         layer.compile(fullgraph=True, backend=backend)
     x = torch.randn(2, 48, 128, requires_grad=True)  # as what an earlier layer hands over
     for layer in repeated:
-        x, _ = layer(x)
+        x, *_ = layer(x)
     x.sum().backward()
     assert backend.frames == 1
     assert backend.is_inlined()

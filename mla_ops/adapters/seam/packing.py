@@ -55,6 +55,11 @@ class PackedSeq:
                     f"{list(cu_seqlens.shape)} and {list(first.shape)}"
                 )
 
+    @property
+    def rotary_len(self) -> int:
+        """Rows of a rotary table that serves every segment; a batch of gaps alone has rows to rotate too."""
+        return max(self.max_seqlen_q, self.max_seqlen_kv, 1)
+
     def segment_of_row(self, rows: int) -> torch.Tensor:
         """Return int64 `[rows]`: the segment of each query row; rows of a gap belong to the segment before it."""
         ends = self._bounds("q")[1:]
@@ -62,10 +67,30 @@ class PackedSeq:
         # Rows beyond the last segment, which a check refuses where values can be read, must not index past the table.
         return torch.searchsorted(ends, row, right=True).clamp_max(ends.shape[0] - 1)
 
+    def position_of_row(self, rows: int) -> torch.Tensor:
+        """Return int64 `[rows]`: each query row's position in its segment; in a gap, any of the rotary table."""
+        segment = self.segment_of_row(rows)
+        start, length = self.start_and_length("q")
+        positions = torch.arange(rows, device=segment.device) - start[segment]
+        # A gap may be longer than what the table has left.
+        return torch.where(positions < length[segment], positions, positions.clamp_max(self.rotary_len - 1))
+
     def start_and_length(self, side: Literal["q", "kv"]) -> tuple[torch.Tensor, torch.Tensor]:
         """Return int64 `[segments]` each: the first row of every segment and how many rows it has."""
         cu_seqlens = self.cu_seqlens_q if side == "q" else self.cu_seqlens_kv
         return self._bounds(side)[:-1].long(), cu_seqlens.diff().long()
+
+    def key_bounds(self, rows: int, *, causal: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return int64 `[rows]` each: the first key that a query row may see, and one past the last one.
+
+        Causality is within the segment, whose last query meets its last key; a row of a gap sees none.
+        """
+        segment = self.segment_of_row(rows)
+        start_q, length_q = (bound[segment] for bound in self.start_and_length("q"))
+        start, length = (bound[segment] for bound in self.start_and_length("kv"))
+        row = torch.arange(rows, device=segment.device) - start_q
+        seen = row + 1 + length - length_q if causal else length
+        return start, start + torch.where(row < length_q, seen, 0)
 
     def check(self, rows_q: int, rows_kv: int | None = None) -> None:
         """Raise `MLALayoutError` unless the totals describe that many rows (of keys: None is any number).
@@ -173,19 +198,11 @@ def plan_positions(
         )
     if check:
         packed.check(rows * cp_size)
-    rotary_len = max(packed.max_seqlen_q, packed.max_seqlen_kv, 1)  # a batch of gaps alone has rows to rotate too
-    segment = positions = None
-    if cp_size == 1:
-        segment = packed.segment_of_row(rows)
-        start, length = packed.start_and_length("q")
-        positions = torch.arange(rows, device=segment.device) - start[segment]
-        # A gap may be longer than what the table has left; its rows read any of it.
-        positions = torch.where(positions < length[segment], positions, positions.clamp_max(rotary_len - 1))
     return PositionPlan(
-        rotary_len=rotary_len,
-        freqs_shape=_freqs_shape(layout, rotary_len, meta.qk_rope_head_dim),
-        positions=positions,
-        segment_of_row=segment,
+        rotary_len=packed.rotary_len,
+        freqs_shape=_freqs_shape(layout, packed.rotary_len, meta.qk_rope_head_dim),
+        positions=packed.position_of_row(rows) if cp_size == 1 else None,
+        segment_of_row=packed.segment_of_row(rows) if cp_size == 1 else None,
     )
 
 

@@ -1,4 +1,4 @@
-"""Sparse MLA as a plain `torch.nn` layer: the adapter for models that are nobody's framework.
+"""Sparse MLA as a plain `torch.nn` layer.
 
 Absorbed throughout: queries move into the latent space (`absorb_q`), keys and values stay there as one row per token,
 and only what the attention returns is projected up (`project_v`). No head's keys or values ever exist.
@@ -11,9 +11,10 @@ from functools import partial
 import torch
 from torch import nn
 
-from mla_ops.adapters.seam import Layout, MLALayerMeta, Origin, PackedSeq, normalize_call, plan_positions
+from mla_ops.adapters.seam import MLALayerMeta, Origin, PackedSeq, normalize_call
+from mla_ops.adapters.torch_layer.rotations import positions_of, rotate
 from mla_ops.api import sparse_attn
-from mla_ops.errors import MLALayoutError, MLAMetadataError
+from mla_ops.errors import MLAMetadataError
 
 
 def absorb_q(q_nope: torch.Tensor, q_rope: torch.Tensor, w_uk: torch.Tensor) -> torch.Tensor:
@@ -41,38 +42,6 @@ def project_v(latent: torch.Tensor, w_uv: torch.Tensor) -> torch.Tensor:
         `[..., heads, v_head_dim]`.
     """
     return torch.einsum("...hr,hvr->...hv", latent, w_uv)
-
-
-def rotate(x: torch.Tensor, positions: torch.Tensor, theta: float = 10000.0) -> torch.Tensor:
-    """Apply rotary position embedding; channel `i` is paired with channel `i + width / 2`.
-
-    Checkpoints that pair neighbouring channels (DeepSeek's own) need the rope columns of their projections permuted.
-
-    Args:
-        x: `[..., rows, heads, width]`, an even width, which may be 0.
-        positions: `[rows]` or `[..., rows]`, integers.
-        theta: the base of the frequencies.
-    """
-    half = x.shape[-1] // 2
-    # Angles in fp32 at least: bf16 cannot tell position 257 from 256.
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    frequency = theta ** (-torch.arange(half, device=x.device, dtype=dtype) / max(half, 1))
-    angle = positions[..., None, None].to(dtype) * frequency  # [..., rows, 1, half]
-    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
-    first, second = x[..., :half], x[..., half:]
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
-
-
-def _check_positions(positions: torch.Tensor, hidden: torch.Tensor) -> None:
-    *batch, rows, _ = hidden.shape
-    is_one_row = positions.dim() == 1
-    is_batch = positions.dim() == 2 and len(batch) == 1 and positions.shape[0] in (1, *batch)
-    if not (is_one_row or is_batch) or positions.shape[-1] != rows:
-        wanted = f"[{rows}] or {[*batch, rows]}" if batch else f"[{rows}] (it is packed)"
-        raise MLALayoutError(
-            f"positions must be {wanted}, one for each row of hidden, got {list(positions.shape)}; pass none to count "
-            "each row from the start of its sequence"
-        )
 
 
 class MLASparseAttention(nn.Module):
@@ -198,18 +167,7 @@ class MLASparseAttention(nn.Module):
         `kv` is what a decoding cache keeps. Arguments as in `forward`.
         """
         meta = self.meta
-        if hidden.dim() != (3 if packed is None else 2):
-            wanted = "[batch, rows, hidden_size]" if packed is None else "[rows, hidden_size] (it is packed)"
-            raise MLALayoutError(f"hidden must be {wanted}, got {list(hidden.shape)}")
-        if positions is None:
-            layout: Layout = "bshd" if packed is None else "thd"
-            plan = plan_positions(
-                meta, layout, hidden.shape[-2], packed, device=hidden.device, check=self.check_indices
-            )
-            positions = plan.positions
-            assert positions is not None  # no context parallelism here
-        else:
-            _check_positions(positions, hidden)
+        positions = positions_of(hidden, positions, packed, check=self.check_indices)
         q = self.q_proj(hidden).unflatten(-1, (meta.heads, meta.k_channels))
         q_nope, q_rope = q.split([meta.qk_nope_head_dim, meta.qk_rope_head_dim], dim=-1)
         latent, k_rope = self.kv_proj(hidden).unsqueeze(-2).split([meta.kv_lora_rank, meta.qk_rope_head_dim], dim=-1)
