@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from mla_ops.dispatch import Decision
 from mla_ops.launching import INT32_OFFSETS
 from mla_ops.lowering import inductor_compat as inductor
 from mla_ops.lowering import is_enabled
@@ -45,6 +46,12 @@ def require_inlinable(lengths: dict[str, Any], compiled_for: dict[str, Any]) -> 
                 f"{name} is marked dynamic and kernels are compiled for one value of it; one graph serves all values, "
                 "mark the dimension static to have the kernel inlined"
             )
+
+
+def require_triton(decision: Decision[Any, Any]) -> None:
+    """Raise `StayExtern` unless the Triton backend runs the call: it alone has kernels that a graph can hold."""
+    if decision.backend is None or decision.backend.name != "triton":
+        raise StayExtern(f"only the triton backend is inlined\n{decision}")
 
 
 def needs_int64_offsets(kv: Any) -> bool | None:

@@ -19,10 +19,9 @@ from mla_ops.device import DeviceTraits, traits_of
 from mla_ops.lowering import inductor_compat as inductor
 from mla_ops.lowering import settings_of_trace
 from mla_ops.lowering import sparse_attn_choices as choices
-from mla_ops.lowering.inlining import StayExtern, extern, needs_int64_offsets, require_inlinable
+from mla_ops.lowering.inlining import StayExtern, extern, needs_int64_offsets, require_inlinable, require_triton
 from mla_ops.ops.sparse_attn.backends import select
 from mla_ops.ops.sparse_attn.call import Gradients, Hints, Results, Side, SparseAttnCall, SparseAttnProblem, Wanted
-from mla_ops.ops.sparse_attn.triton.backend import TritonBackend
 from mla_ops.ops.sparse_attn.triton.backward import launch_backward, plan_backward
 from mla_ops.ops.sparse_attn.triton.forward import launch_forward, plan_forward, readable
 from mla_ops.ops.sparse_attn.triton.kernel_sets import Choice, choose
@@ -159,9 +158,7 @@ def _plan(side: Side, q: Any, kv: Any, indices: Any, d_v: Any, backend: str, *, 
     )
     device: torch.device = q.get_device()
     traits = traits_of(device)
-    decision = select(problem, traits, backend)
-    if decision.backend is None or decision.backend.name != TritonBackend.name:
-        raise StayExtern(f"only the triton backend is inlined\n{decision}")
+    require_triton(select(problem, traits, backend))
     choice = _choice(side, problem, hints, traits, is_dkv_wanted)
     if side == "backward" and torch.are_deterministic_algorithms_enabled():
         for name, size in {**lengths, "topk": topk}.items():
