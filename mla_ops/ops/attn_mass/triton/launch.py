@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from math import prod
 from typing import Any, NamedTuple
 
 import torch
@@ -67,7 +68,7 @@ def plan_mass(
     return MassPlan(
         config,
         launch_record(q.device, "attn_mass", d_total, heads, kv_group, q.dtype, indices.dtype, config),
-        grid=(indices.shape[:-1].numel(),),
+        grid=(prod(indices.shape[:-1]),),
         shape=(*indices.shape,),
         strides=strides,
         sizes=(seq_q, seq_kv, indices.shape[-1]),

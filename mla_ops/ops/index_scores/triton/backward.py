@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from math import prod
 from typing import Any, NamedTuple
 
 import torch
@@ -74,7 +75,7 @@ def launch_backward(
     dscores = dscores.contiguous()
     dq = unfilled(q.shape, q.dtype, q, is_traced=is_traced) if wanted.dq else None
     dw = unfilled(weights.shape, weights.dtype, q, is_traced=is_traced) if wanted.dw else None
-    rows, kv_group = indices.shape[:-2].numel(), indices.shape[-2]
+    rows, kv_group = prod(indices.shape[:-2]), indices.shape[-2]
 
     def run(dk: torch.Tensor | None, places: torch.Tensor | None, first_row: int, num_rows: int) -> None:
         has_far_places = places is not None and dk is not None and dk.numel() >= INT32_OFFSETS

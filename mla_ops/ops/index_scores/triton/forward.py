@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from math import prod
 from typing import Any
 
 import torch
@@ -40,7 +41,7 @@ def launch_forward(call: IndexScoresCall, plan: Launch, *, wrap: Wrap = as_it_is
     if scores.numel() == 0:
         return scores
     q, k, weights, indices, topk_length, relu = readable(call)
-    wrap(_scores_kernel())[(indices.shape[:-1].numel(),)](
+    wrap(_scores_kernel())[(prod(indices.shape[:-1]),)](
         q, *plan.q_strides, k, *plan.k_strides, indices, *plan.indices_strides, topk_length, weights, scores,
         *plan.sizes, *plan.constants, plan.use_int64_offsets, relu, **plan.config.options,
     )  # fmt: skip
