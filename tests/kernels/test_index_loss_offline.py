@@ -28,6 +28,8 @@ SIDES: dict[str, tuple[Any, ...]] = {
     "scores": (FORWARD, forward_config, product_smem_bytes),
     "scores_bwd": (BACKWARD, backward_config, backward_smem_bytes),
 }
+# A pointer of the prologue, which the assembler of triton 3.6 sets aside where 96 registers let one program more in.
+MAX_STACK_BYTES = 8
 # Heads and widths between the rows of the tables, or beyond them.
 OTHERS = [
     *(("mass", *sizes) for sizes in ((1, 40), (128, 576), (16, 1024))),
@@ -65,7 +67,7 @@ def check(side: str, arch: int, heads: int, width: int, element_size: int, **con
     config = find(key)
     compiled = compile_side(side, config, arch, heads, width, {2: "bf16", 4: "fp32"}[element_size], **constants)
     assert compiled.shared_bytes <= smem_bytes(config, key) <= SMEM_BYTES[arch]
-    assert compiled.stack_bytes == 0
+    assert compiled.stack_bytes <= MAX_STACK_BYTES
     return compiled
 
 
