@@ -74,9 +74,10 @@ def prepare() -> None:
     from mla_ops.lowering import inductor_compat
 
     if inductor_compat.is_supported():
-        from mla_ops.lowering import sparse_attn
+        from mla_ops.lowering import attn_mass, index_scores, index_topk, sparse_attn
 
-        sparse_attn.install()
+        for operator in (sparse_attn, index_topk, index_scores, attn_mass):
+            operator.install()
 
 
 # A backward is compiled when it first runs, in the tracing context of its forward, perhaps in a thread of autograd's.

@@ -17,16 +17,15 @@ import torch
 from mla_ops import settings
 from mla_ops.device import DeviceTraits, traits_of
 from mla_ops.lowering import inductor_compat as inductor
-from mla_ops.lowering import is_enabled, settings_of_trace
+from mla_ops.lowering import settings_of_trace
 from mla_ops.lowering import sparse_attn_choices as choices
+from mla_ops.lowering.inlining import StayExtern, extern, needs_int64_offsets, require_inlinable, require_triton
 from mla_ops.ops.sparse_attn.backends import select
 from mla_ops.ops.sparse_attn.call import Gradients, Hints, Results, Side, SparseAttnCall, SparseAttnProblem, Wanted
-from mla_ops.ops.sparse_attn.triton.backend import TritonBackend
 from mla_ops.ops.sparse_attn.triton.backward import launch_backward, plan_backward
 from mla_ops.ops.sparse_attn.triton.forward import launch_forward, plan_forward, readable
 from mla_ops.ops.sparse_attn.triton.kernel_sets import Choice, choose
 from mla_ops.ops.sparse_attn.triton.key_order import rows_per_launch
-from mla_ops.ops.sparse_attn.triton.portable import INT32_OFFSETS
 from mla_ops.registration import SPARSE_ATTN, SPARSE_ATTN_BWD
 
 _log = logging.getLogger(__name__)
@@ -37,10 +36,6 @@ def install() -> None:
     """Register the lowerings with Inductor, once."""
     inductor.register(SPARSE_ATTN, _lower_forward)
     inductor.register(SPARSE_ATTN_BWD, _lower_backward)
-
-
-class _StayExtern(Exception):
-    """Why a call is not inlined."""
 
 
 @dataclass(frozen=True)
@@ -67,9 +62,9 @@ def _lower_forward(
 ) -> Any:
     try:
         plan = _plan("forward", q, kv, indices, d_v, backend)
-    except _StayExtern as reason:
+    except StayExtern as reason:
         args = (q, kv, indices, d_v, softmax_scale, topk_length, attn_sink, backend)
-        return _extern(SPARSE_ATTN, args, reason)
+        return extern(SPARSE_ATTN, args, reason)
     choice = choices.forward(plan.choice, plan.problem, plan.hints, plan.device, softmax_scale)
     num_splits = choices.split_count_of(choice, plan.problem, plan.hints, plan.traits)
 
@@ -106,9 +101,9 @@ def _lower_backward(
     with settings.use(settings_of_trace()):
         try:
             plan = _plan("backward", q, kv, indices, d_v, backend, is_dkv_wanted=need_dkv)
-        except _StayExtern as reason:
+        except StayExtern as reason:
             args = (dout, dlse, q, kv, indices, out, lse, d_v, softmax_scale)
-            return _extern(SPARSE_ATTN_BWD, (*args, topk_length, attn_sink, need_dq, need_dkv, backend), reason)
+            return extern(SPARSE_ATTN_BWD, (*args, topk_length, attn_sink, need_dq, need_dkv, backend), reason)
         choice = choices.backward(plan.choice, plan.problem, plan.hints, plan.device, softmax_scale, wanted)
 
     def launch(*tensors: Any) -> Any:
@@ -125,7 +120,7 @@ def _lower_backward(
 
 
 def _choice(side: Side, problem: SparseAttnProblem, hints: Hints, traits: DeviceTraits, is_dkv_wanted: bool) -> Choice:
-    """Return the kernels to inline; raise `_StayExtern` where eager runs faster in a way that cannot be inlined.
+    """Return the kernels to inline; raise `StayExtern` where eager runs faster in a way that cannot be inlined.
 
     An AOTInductor package calls no operator of Python's: there the kernels that can be inlined are taken all the same.
     """
@@ -133,38 +128,23 @@ def _choice(side: Side, problem: SparseAttnProblem, hints: Hints, traits: Device
     is_package = inductor.is_ahead_of_time()
     choice = choose(side, problem, hints, traits, is_deterministic=is_deterministic, inlinable_only=is_package)
     if not choice.kernels.is_inlinable:
-        raise _StayExtern(
+        raise StayExtern(
             f"{choice.config} is twice as fast as the plain kernel and written in Gluon, which is not inlined"
         )
     if side == "backward" and is_dkv_wanted and not is_deterministic and not is_package:
         launch_rows = rows_per_launch(choice.config[-1], problem, hints, traits)
         if launch_rows is not None:
-            raise _StayExtern(f"dkv does not fit the cache, so {launch_rows} queries at a time add to it in key order")
+            raise StayExtern(f"dkv does not fit the cache, so {launch_rows} queries at a time add to it in key order")
     return choice
 
 
-def _extern(op: torch._ops.OpOverload, args: tuple[Any, ...], reason: _StayExtern) -> Any:
-    _log.info("%s stays an extern call: %s", op, reason)
-    return inductor.extern_call(op, args)
-
-
 def _plan(side: Side, q: Any, kv: Any, indices: Any, d_v: Any, backend: str, *, is_dkv_wanted: bool = False) -> _Plan:
-    """Decide on a call, and guard its widths and head counts if it will be inlined; else raise `_StayExtern`."""
-    if not is_enabled():
-        raise _StayExtern("mla_ops.lowering is disabled")
+    """Decide on a call, and guard its widths and head counts if it will be inlined; else raise `StayExtern`."""
     q_size, kv_size, indices_size = q.get_size(), kv.get_size(), indices.get_size()
     lengths = {"batch": q_size[0] if len(q_size) == 4 else 1, "seq_q": q_size[-3], "seq_kv": kv_size[-3]}
     topk = indices_size[-1]
     compiled_for = {"heads": q_size[-2], "kv_group": kv_size[-2], "d_total": q_size[-1], "d_v": d_v}
-    for name, size in {**lengths, "topk": topk, **compiled_for}.items():
-        if inductor.is_data_dependent(size):
-            raise _StayExtern(f"{name} depends on data, so that a launch can't be chosen for it")
-    for name, size in compiled_for.items():
-        if inductor.is_marked_dynamic(size):
-            raise _StayExtern(
-                f"{name} is marked dynamic and kernels are compiled for one value of it; one graph serves all values, "
-                "mark the dimension static to have the kernel inlined"
-            )
+    require_inlinable({**lengths, "topk": topk}, compiled_for)
 
     hints = Hints(**{name: inductor.hint(size) for name, size in lengths.items()})
     problem = SparseAttnProblem(
@@ -178,28 +158,12 @@ def _plan(side: Side, q: Any, kv: Any, indices: Any, d_v: Any, backend: str, *, 
     )
     device: torch.device = q.get_device()
     traits = traits_of(device)
-    decision = select(problem, traits, backend)
-    if decision.backend is None or decision.backend.name != TritonBackend.name:
-        raise _StayExtern(f"only the triton backend is inlined\n{decision}")
+    require_triton(select(problem, traits, backend))
     choice = _choice(side, problem, hints, traits, is_dkv_wanted)
     if side == "backward" and torch.are_deterministic_algorithms_enabled():
         for name, size in {**lengths, "topk": topk}.items():
             if inductor.is_symbolic(size):
-                raise _StayExtern(f"{name} is symbolic and decides how often a deterministic backward launches")
+                raise StayExtern(f"{name} is symbolic and decides how often a deterministic backward launches")
     for size in compiled_for.values():
         inductor.guard(size)
-    return _Plan(problem, hints, device, traits, choice, _needs_int64_offsets(kv, problem))
-
-
-def _needs_int64_offsets(kv: Any, problem: SparseAttnProblem) -> bool | None:
-    """Return True where offsets may pass 32 bits and no guard may be added that says otherwise, else None.
-
-    That is so in a package, which has no guards, and where the caller has bounded the length above the limit.
-    """
-    seq_kv = kv.get_size()[-3]
-    if not inductor.is_symbolic(seq_kv):
-        return None
-    row_strides = [problem.kv_group * problem.d_total, *(kv.maybe_get_stride() or [])[-3:-2]]
-    limit = max(inductor.upper_bound(seq_kv * stride) for stride in row_strides)
-    is_bounded = inductor.is_ahead_of_time() or limit < float("inf")
-    return True if is_bounded and limit >= INT32_OFFSETS else None
+    return _Plan(problem, hints, device, traits, choice, needs_int64_offsets(kv))

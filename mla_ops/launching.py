@@ -10,6 +10,9 @@ import torch
 
 from mla_ops.device import is_current, is_readable
 
+# Element offsets from here on are computed in 64 bits.
+INT32_OFFSETS = 2**31
+
 # Everything of a tensor but its values and its address: shape, strides, dtype, device with its index, layout.
 Facts = tuple[object, ...]
 
@@ -143,3 +146,11 @@ def unfilled(shape: tuple[int, ...], dtype: torch.dtype, like: torch.Tensor, *, 
     tensor = torch.empty(0, dtype=dtype, device=like.device)
     tensor.set_(storage, 0, shape)  # type: ignore[call-overload]  # the stub lacks the default of the strides
     return tensor
+
+
+def strides_as_read(tensor: torch.Tensor) -> tuple[int, int, int]:
+    """Return the outer strides of `with_unit_inner_stride(tensor)`, without a copy."""
+    if tensor.stride(-1) == 1:
+        return outer_strides(tensor.stride())
+    size, middle, inner = tensor.shape[-3:]
+    return (size * middle * inner if tensor.dim() == 4 else 0, middle * inner, inner)

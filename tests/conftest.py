@@ -12,11 +12,10 @@ from typing import Any
 import pytest
 import torch
 
-from mla_ops import dispatch, launching
+from mla_ops import dispatch, launching, row_sums
 from mla_ops.device import traits_of
 from mla_ops.ops.sparse_attn import backends
 from mla_ops.ops.sparse_attn.triton import backward, forward, portable
-from mla_ops.ops.sparse_attn.triton import deterministic as in_query_order
 
 # What cuBLAS needs to be deterministic, which the eager backend's matmuls on CUDA rely on; read when CUDA starts.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -98,7 +97,7 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
         return allocate_and_fill
 
     uninitialised = [(torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")]
-    uninitialised += [(module, "unfilled") for module in (forward, backward, portable, in_query_order)]
+    uninitialised += [(module, "unfilled") for module in (forward, backward, portable, row_sums)]
     for owner, name in uninitialised:
         monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
 

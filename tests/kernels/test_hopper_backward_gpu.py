@@ -12,11 +12,11 @@ from hopper_kernels import check_backward as check
 from strided_tensors import padded, sliced, transposed
 
 import mla_ops
+from mla_ops import row_sums
 from mla_ops.launching import warm_kernels
 from mla_ops.ops.sparse_attn.call import Gradients, SparseAttnCall
 from mla_ops.ops.sparse_attn.configs.launch import HopperBwdConfig
 from mla_ops.ops.sparse_attn.triton import backward as triton_backward
-from mla_ops.ops.sparse_attn.triton import deterministic as triton_deterministic
 from mla_ops.ops.sparse_attn.triton.direct import run_backward, run_forward
 from mla_ops.testing import Case, Inputs, assert_matches_oracle
 
@@ -194,7 +194,7 @@ def test_key_order(use: dict[str, bool], monkeypatch: pytest.MonkeyPatch) -> Non
 def test_a_deterministic_backward_takes_it_and_repeats_its_bits(
     workspace_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(triton_deterministic, "WORKSPACE_BYTES", workspace_bytes)
+    monkeypatch.setattr(row_sums, "WORKSPACE_BYTES", workspace_bytes)
     inputs = wide_inputs(AUTOMATIC, attn_sink=True, topk_length=True)
     results = operator_gradients(inputs)
     assert_matches_oracle(results, inputs)

@@ -16,11 +16,12 @@ import pytest
 import torch
 from strided_tensors import padded, sliced, transposed
 
+from mla_ops import row_sums
 from mla_ops.device import DeviceTraits
 from mla_ops.ops.sparse_attn.call import Gradients, Results, SparseAttnCall, Wanted
 from mla_ops.ops.sparse_attn.configs.launch import BwdConfig, FwdConfig
 from mla_ops.ops.sparse_attn.reference import sparse_attn_reference
-from mla_ops.ops.sparse_attn.triton import backward, deterministic, key_order, portable
+from mla_ops.ops.sparse_attn.triton import backward, key_order, portable
 from mla_ops.ops.sparse_attn.triton.direct import run_backward, run_forward, run_max_logits
 from mla_ops.testing import CONTRACT_CASES, Case, Inputs, assert_matches_oracle, make_inputs
 
@@ -351,7 +352,7 @@ def test_backward_configurations_sum_head_blocks(configs: tuple[BwdConfig, ...],
 # A query of FEW_KEYS stores 6400 bytes: chunks of one query, of two, of one batch element and of all of them.
 @pytest.mark.parametrize("workspace_bytes", [1, 1 << 14, 1 << 15, 1 << 30])
 def test_deterministic_dkv_in_chunks(workspace_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(deterministic, "WORKSPACE_BYTES", workspace_bytes)
+    monkeypatch.setattr(row_sums, "WORKSPACE_BYTES", workspace_bytes)
     inputs = make_inputs(FEW_KEYS, torch.float32, DEVICE, topk_length=True, attn_sink=True, index_dtype=torch.int64)
     results = forward_of(inputs)
     with deterministic_algorithms():
@@ -366,8 +367,8 @@ def test_deterministic_dkv_in_chunks(workspace_bytes: int, monkeypatch: pytest.M
 def test_chunks_are_whole_batch_elements_or_waves_of_one(
     batch: int, seq_q: int, fitting: int, expected: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(deterministic, "WORKSPACE_BYTES", 1000 * fitting)
-    assert deterministic.cut(batch, seq_q, 1000, wave_programs=264, programs_per_row=4) == expected
+    monkeypatch.setattr(row_sums, "WORKSPACE_BYTES", 1000 * fitting)
+    assert row_sums.cut(batch, seq_q, 1000, wave_programs=264, programs_per_row=4) == expected
 
 
 @pytest.mark.parametrize(
@@ -382,10 +383,10 @@ def test_chunks_are_whole_batch_elements_or_waves_of_one(
 def test_slabs_have_whole_chunks_and_a_bounded_number_of_keys(
     counters: int, expected: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(deterministic, "COUNTERS", counters)
-    found = deterministic.slabs(batch=4, seq_q=500, chunk_batch=1, chunk_queries=100, chunk_keys=50)
+    monkeypatch.setattr(row_sums, "COUNTERS", counters)
+    found = row_sums.slabs(batch=4, seq_q=500, chunk_batch=1, chunk_queries=100, chunk_keys=50)
     assert [((b.start, b.stop), (i.start, i.stop)) for b, i in found] == expected
-    whole = deterministic.slabs(batch=5, seq_q=500, chunk_batch=2, chunk_queries=500, chunk_keys=50)
+    whole = row_sums.slabs(batch=5, seq_q=500, chunk_batch=2, chunk_queries=500, chunk_keys=50)
     assert [(b.start, b.stop) for b, _ in whole] == (
         [(0, 5)] if counters >= 150 else [(0, 4), (4, 5)] if counters == 120 else [(0, 2), (2, 4), (4, 5)]
     )
@@ -400,8 +401,8 @@ def test_deterministic_dkv_sorted_slab_by_slab(batch: int | None, monkeypatch: p
     with deterministic_algorithms():
         whole = check_gradients(inputs, results)
         for workspace_rows, counters in ((2, 1), (2, 25), (5, 13), (1, 1)):
-            monkeypatch.setattr(deterministic, "WORKSPACE_BYTES", workspace_rows * row_bytes)
-            monkeypatch.setattr(deterministic, "COUNTERS", counters)
+            monkeypatch.setattr(row_sums, "WORKSPACE_BYTES", workspace_rows * row_bytes)
+            monkeypatch.setattr(row_sums, "COUNTERS", counters)
             cut = check_gradients(inputs, results)
             assert_same({name: cut[name] for name in ("dq", "dsink")}, whole, atomics=False)
 
@@ -411,8 +412,8 @@ def test_deterministic_dkv_sorted_slab_by_slab(batch: int | None, monkeypatch: p
 def test_deterministic_dkv_of_repeated_keys_in_blocks_of_any_size(
     workspace_bytes: int, counters: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(deterministic, "WORKSPACE_BYTES", workspace_bytes)
-    monkeypatch.setattr(deterministic, "COUNTERS", counters)
+    monkeypatch.setattr(row_sums, "WORKSPACE_BYTES", workspace_bytes)
+    monkeypatch.setattr(row_sums, "COUNTERS", counters)
     inputs = make_inputs(replace(FEW_KEYS, topk=40), torch.float32, DEVICE, topk_length=True)
     inputs.indices[..., ::3] = 5  # many slots of each query name one key
     results = forward_of(inputs)
@@ -422,7 +423,7 @@ def test_deterministic_dkv_of_repeated_keys_in_blocks_of_any_size(
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_places_are_a_sort_by_key_then_query(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(deterministic, "COUNTERS", 200)
+    monkeypatch.setattr(row_sums, "COUNTERS", 200)
     inputs = make_inputs(SMALL, dtype, DEVICE, topk_length=True)
     launches: list[Launch] = []
     with deterministic_algorithms():

@@ -71,6 +71,8 @@ ALLOWED_STACK = {
     (100, "144x80", 12, "bwd"): 64,  # none inside the loop
     (120, "144x80", 12, "bwd"): 64,  # none inside the loop
 }
+# What the kernels of the index scores have in fp32 beside inputs in bf16.
+INDEX_SCORES_FP32 = ("weights_ptr", "scores_ptr", "dscores_ptr", "dk_ptr", "dw_ptr")
 # Rows compiled on every run; the others are marked slow.
 REPRESENTATIVE = {("128x64", 32), ("576x512", 16), ("576x512", 64)}
 
@@ -120,9 +122,9 @@ def compile_kernel(
             return "i32"
         if name in ("indices_ptr", "topk_length_ptr", "places_ptr", "ranks_ptr", "counters_ptr", "starts_ptr"):
             return "*i32"
-        if name in ("lse_ptr", "dlse_ptr", "dsink_ptr", "attn_sink_ptr"):
+        if name in ("lse_ptr", "dlse_ptr", "dsink_ptr", "attn_sink_ptr", "mass_ptr", *INDEX_SCORES_FP32):
             return "*fp32"
-        if name in ("dkv_ptr", "partial_ptr"):
+        if name in ("dkv_ptr", "sums_ptr", "partial_ptr"):
             return f"*{rows}"
         return "*fp32" if "partial" in name else f"*{element}"
 
@@ -340,7 +342,7 @@ def test_max_logits_stop_at_the_logits_and_do_not_spill(
 
 
 def test_split_forward_merge_and_ordered_sum_compile() -> None:
-    from mla_ops.ops.sparse_attn.kernels.backward_reduce import (
+    from mla_ops.kernels.row_sums import (
         _place_slots_kernel,
         _rank_slots_kernel,
         _sum_placed_rows_kernel,
@@ -352,7 +354,7 @@ def test_split_forward_merge_and_ordered_sum_compile() -> None:
     merge = {"HEADS": 16, "D_V": 512, "BLOCK_S": MERGED_SPLITS, "BLOCK_H": 1, "BLOCK_D": MERGED_CHANNELS}
     assert compile_kernel(_sparse_attn_merge_kernel, 90, merge, {"num_warps": 1}, "bf16").stack_bytes == 0
     options = launch_options(config)
-    ordered = {"HEAD_BLOCKS": 2, "D_TOTAL": 576, "BLOCK_ROWS": 32, "BLOCK_D": 128, "IS_FIRST": False}
+    ordered = {"HEAD_BLOCKS": 2, "WIDTH": 576, "BLOCK_ROWS": 32, "BLOCK_D": 128, "IS_FIRST": False}
     assert compile_kernel(_sum_placed_rows_kernel, 90, ordered, options, "bf16").stack_bytes == 0
     for kernel in (_rank_slots_kernel, _place_slots_kernel):
         assert compile_kernel(kernel, 90, {"KV_GROUP": 1, "BLOCK": 256}, options, "bf16").stack_bytes == 0
@@ -500,12 +502,13 @@ def test_hopper_buffers_are_freed_after_the_reads_of_every_warp() -> None:
 
 def portable_kernels() -> dict[str, tuple[Any, dict[str, Any]]]:
     """Return every kernel that a compiler may inline, with the constants of a small problem."""
-    from mla_ops.ops.sparse_attn.kernels import backward, backward_reduce, forward, forward_split
+    from mla_ops.kernels import row_sums
+    from mla_ops.ops.sparse_attn.kernels import backward, forward, forward_split
 
     config = BwdConfig(block_h=16, block_k=16, max_chunk=16, num_warps=1, num_stages=1)
     shape = shape_constants(config, heads=2, d_total=24, d_v=16)
     orders = {"IS_KEY_MAJOR": True, "IS_AHEAD": True}
-    slots, rows = {"KV_GROUP": 1, "BLOCK": 32}, {"HEAD_BLOCKS": 1, "D_TOTAL": 24, "BLOCK_ROWS": 16, "BLOCK_D": 32}
+    slots, rows = {"KV_GROUP": 1, "BLOCK": 32}, {"HEAD_BLOCKS": 1, "WIDTH": 24, "BLOCK_ROWS": 16, "BLOCK_D": 32}
     merged = {"HEADS": 2, "D_V": 16, "BLOCK_S": 8, "BLOCK_H": 8, "BLOCK_D": 16}
     fwd = {**shape, "IS_SPLIT": False, "IS_NEGATIVE_SCALE": False}
     return {
@@ -514,9 +517,9 @@ def portable_kernels() -> dict[str, tuple[Any, dict[str, Any]]]:
         "merge": (forward_split._sparse_attn_merge_kernel, merged),
         "backward": (backward._sparse_attn_bwd_kernel, {**shape, **orders, "places_ptr": None}),
         "placed": (backward._sparse_attn_bwd_kernel, {**shape, **orders}),
-        "rank": (backward_reduce._rank_slots_kernel, slots),
-        "place": (backward_reduce._place_slots_kernel, slots),
-        "sum": (backward_reduce._sum_placed_rows_kernel, {**rows, "IS_FIRST": False}),
+        "rank": (row_sums._rank_slots_kernel, slots),
+        "place": (row_sums._place_slots_kernel, slots),
+        "sum": (row_sums._sum_placed_rows_kernel, {**rows, "IS_FIRST": False}),
     }
 
 

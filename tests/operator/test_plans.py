@@ -15,7 +15,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import mla_ops
-from mla_ops import device, dispatch, launching, settings
+from mla_ops import device, dispatch, launching, row_sums, settings
 from mla_ops.device import DeviceTraits
 from mla_ops.errors import InvalidSettingError
 from mla_ops.launching import filled_alike, launch_record, with_aligned_rows
@@ -27,7 +27,6 @@ from mla_ops.ops.sparse_attn.configs.lookup import forward_config
 from mla_ops.ops.sparse_attn.configs.tuned import TunedRow, read_once, read_rows, write_rows
 from mla_ops.ops.sparse_attn.eager import EagerBackend
 from mla_ops.ops.sparse_attn.triton import backward, forward, hopper, portable
-from mla_ops.ops.sparse_attn.triton import deterministic as in_query_order
 from mla_ops.ops.sparse_attn.triton.backend import TritonBackend
 from mla_ops.ops.sparse_attn.triton.direct import run_forward, run_max_logits
 from mla_ops.ops.sparse_attn.triton.kernel_sets import choose
@@ -74,7 +73,7 @@ class Machine:
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
     pytest.importorskip("triton", reason="triton is not installed")
-    from mla_ops.ops.sparse_attn.kernels import backward_reduce
+    from mla_ops.kernels import row_sums as row_sum_kernels
 
     machine = Machine()
     monkeypatch.setattr(torch.cuda, "current_device", lambda: machine.current)
@@ -83,7 +82,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
     monkeypatch.setattr(portable, "_forward_kernels", lambda: (forward, merge))
     monkeypatch.setattr(portable, "_backward_kernel", lambda: machine.kernel("backward"))
     for name in ("_rank_slots_kernel", "_place_slots_kernel", "_sum_placed_rows_kernel"):
-        monkeypatch.setattr(backward_reduce, name, machine.kernel(name))
+        monkeypatch.setattr(row_sum_kernels, name, machine.kernel(name))
     return machine
 
 
@@ -110,7 +109,7 @@ def test_kernels_are_launched_on_the_device_of_the_tensors(
             forward,
             backward,
             portable,
-            in_query_order,
+            row_sums,
         ):  # memory that is not there takes no storage made by hand
             monkeypatch.setattr(
                 module, "unfilled", lambda shape, dtype, like, *, is_traced: like.new_empty(shape, dtype=dtype)

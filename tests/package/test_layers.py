@@ -28,6 +28,8 @@ GROUND: dict[str, set[str]] = {
     "launching": {"errors", "device"},
     "gathering": {"settings"},
     "kernels": set(),
+    "row_sums": {"launching", "kernels"},
+    "tiling": {"device"},
 }
 # A room holds one operator. part of a room -> parts of the same room it may import, bottom-up. Every part stands on the
 # ground too.

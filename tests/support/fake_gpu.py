@@ -137,13 +137,12 @@ class LoweringBackend:
         from torch._inductor.graph import GraphLowering
         from torch._inductor.virtualized import V
 
-        import mla_ops.lowering.sparse_attn as lowering
-        import mla_ops.lowering.sparse_attn_choices as choices
+        from mla_ops.lowering import attn_mass, index_scores, index_topk, sparse_attn, sparse_attn_choices
 
         mode = detect_fake_mode(inputs)
         self.graphs.append(graph)
         with ExitStack() as stack:
-            for module in (lowering, choices):
+            for module in (sparse_attn, sparse_attn_choices, index_topk, index_scores, attn_mass):
                 stack.enter_context(patch.object(module, "traits_of", lambda device: H100_TRAITS))
             stack.enter_context(patch.object(triton.runtime.driver, "_active", DRIVER))
             stack.enter_context(V.set_fake_mode(mode))

@@ -15,9 +15,10 @@ from mla_ops.ops.attn_mass.backend import Backend
 from mla_ops.ops.attn_mass.call import AttnMassCall, AttnMassProblem
 from mla_ops.ops.attn_mass.eager import EagerBackend
 from mla_ops.ops.attn_mass.rules import check_inputs
+from mla_ops.ops.attn_mass.triton.backend import TritonBackend
 
 # In order of preference for backend="auto".
-BACKENDS: tuple[Backend, ...] = (EagerBackend(),)
+BACKENDS: tuple[Backend, ...] = (TritonBackend(), EagerBackend())
 
 Decision = dispatch.Decision[AttnMassProblem, Backend]
 

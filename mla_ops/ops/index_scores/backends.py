@@ -15,9 +15,10 @@ from mla_ops.ops.index_scores.backend import Backend
 from mla_ops.ops.index_scores.call import IndexScoresCall, IndexScoresProblem, Side, Wanted
 from mla_ops.ops.index_scores.eager import EagerBackend
 from mla_ops.ops.index_scores.rules import check_bwd_inputs, check_inputs
+from mla_ops.ops.index_scores.triton.backend import TritonBackend
 
 # In order of preference for backend="auto".
-BACKENDS: tuple[Backend, ...] = (EagerBackend(),)
+BACKENDS: tuple[Backend, ...] = (TritonBackend(), EagerBackend())
 
 Decision = dispatch.Decision[IndexScoresProblem, Backend]
 

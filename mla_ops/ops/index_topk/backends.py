@@ -15,9 +15,10 @@ from mla_ops.ops.index_topk.backend import Backend
 from mla_ops.ops.index_topk.call import IndexTopkCall, IndexTopkProblem
 from mla_ops.ops.index_topk.eager import EagerBackend
 from mla_ops.ops.index_topk.rules import check_inputs
+from mla_ops.ops.index_topk.triton.backend import TritonBackend
 
 # In order of preference for backend="auto".
-BACKENDS: tuple[Backend, ...] = (EagerBackend(),)
+BACKENDS: tuple[Backend, ...] = (TritonBackend(), EagerBackend())
 
 Decision = dispatch.Decision[IndexTopkProblem, Backend]
 Plan = dispatch.Plan[IndexTopkProblem, Backend]

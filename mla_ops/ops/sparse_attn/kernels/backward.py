@@ -7,7 +7,7 @@ With P the softmax over the valid slots (no sink) and keep = exp(lse) / (exp(lse
     dsink = -sum_rows (1 - keep) * delta
 
 Rows of dkv are shared by many queries. They are summed with fp32 atomics, or, when the result must be reproducible,
-every slot stores its own row at its place and `backward_reduce.py` sums the rows of one key in a fixed order.
+every slot stores its own row at its place and `mla_ops/kernels/row_sums.py` sums the rows of one key in a fixed order.
 """
 
 import triton
@@ -27,24 +27,9 @@ from mla_ops.kernels.primitives import (
     transpose_chunks,
     zero_chunks,
 )
+from mla_ops.kernels.row_sums import put_rows
 
 LOG2_E = tl.constexpr(1.4426950408889634)
-
-
-@triton.jit
-def put_dkv_rows(
-    dkv_ptr, row_offsets, valid, tile,
-    START: tl.constexpr, WIDTH: tl.constexpr, END: tl.constexpr, IS_PLACED: tl.constexpr,
-):  # fmt: skip
-    """Hand over one fp32 tile of dkv: add it to the rows of the keys, or store it as the rows of the slots."""
-    cols = START + tl.arange(0, WIDTH)
-    mask = valid[:, None]
-    if START + WIDTH > END:
-        mask = mask & (cols < END)[None, :]
-    if IS_PLACED:
-        tl.store(dkv_ptr + row_offsets[:, None] + cols[None, :], tile.to(dkv_ptr.dtype.element_ty), mask=mask)
-    else:
-        tl.atomic_add(dkv_ptr + row_offsets[:, None] + cols[None, :], tile, mask=mask, sem="relaxed")
 
 
 # Lengths, and the batch strides that follow from them, change from call to call: one binary serves them all.
@@ -193,10 +178,10 @@ def _sparse_attn_bwd_kernel(
                 tile = tl.dot(dlogits_k, q_tiles[c], input_precision=INPUT_PRECISION)
                 if dout_ptr is not None:
                     tile = tl.dot(kept_weights_k, do_tiles[c], tile, input_precision=INPUT_PRECISION)
-                put_dkv_rows(dkv_ptr, dkv_offsets, valid, tile, c * BLOCK_DV, BLOCK_DV, D_TOTAL, places_ptr is not None)
+                put_rows(dkv_ptr, dkv_offsets, valid, tile, c * BLOCK_DV, BLOCK_DV, D_TOTAL, places_ptr is not None)
             for c in tl.static_range(NUM_DT):
                 tile = tl.dot(dlogits_k, q_tail[c], input_precision=INPUT_PRECISION)
-                put_dkv_rows(
+                put_rows(
                     dkv_ptr, dkv_offsets, valid, tile, TAIL + c * BLOCK_DT, BLOCK_DT, D_TOTAL, places_ptr is not None
                 )
 

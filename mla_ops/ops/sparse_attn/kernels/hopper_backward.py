@@ -23,9 +23,9 @@ NOTE [Additions in lines]
 A thread holds two neighbouring channels of a product. Swapped within a warp, until a thread has four and eight threads
 a line of 128 bytes, the same kernel takes a quarter less time: 16.0 to 16.9 against 21.7 ms.
 
-With places (NOTE [Places] in `backward_reduce.py`) nothing is added: `positions` holds the place of every slot, and a
-piece is stored there. Rows of two-byte channels are swapped once more within the row, not between rows: 16 bytes a
-thread, 64 bytes of a row at a time.
+With places (NOTE [Places] in `mla_ops/kernels/row_sums.py`) nothing is added: `positions` holds the place of every
+slot, and a piece is stored there. Rows of two-byte channels are swapped once more within the row, not between rows: 16
+bytes a thread, 64 bytes of a row at a time.
 
 NOTE [Registers of the gradients]
 12 warps start at 168 registers a thread, and `setmaxnreg` gives 232 to a thread of the gradients and 40 to one of the

@@ -19,12 +19,12 @@ from mla_ops.launching import (
 )
 from mla_ops.ops.sparse_attn.call import Gradients, Hints, Results, SparseAttnCall, SparseAttnProblem, Wanted
 from mla_ops.ops.sparse_attn.configs.launch import program_count, wave_programs
-from mla_ops.ops.sparse_attn.triton.deterministic import dkv_in_query_order
 from mla_ops.ops.sparse_attn.triton.forward import NOTHING, as_read, is_readable, readable
 from mla_ops.ops.sparse_attn.triton.kernel_sets import Choice, choose
 from mla_ops.ops.sparse_attn.triton.key_order import add_in_key_order, rows_per_launch
 from mla_ops.ops.sparse_attn.triton.launch import Into
 from mla_ops.ops.sparse_attn.triton.portable import needs_int64_offsets
+from mla_ops.row_sums import sum_in_query_order
 
 
 class BackwardPlan(NamedTuple):
@@ -141,8 +141,11 @@ def launch_backward(
         config = configs[-1]
         if plan.is_deterministic:
             head_blocks = program_count(1, q.shape[-2] // kv.shape[-2], 1, config.block_h)
-            dkv = dkv_in_query_order(
-                call,
+            dkv = sum_in_query_order(
+                kv,
+                call.indices,
+                call.topk_length,
+                row_dtype(kv.dtype),
                 lambda partial, *where: run(-1, Into(others[0], partial, others[1], *where)),
                 head_blocks,
                 plan.wave_programs,
@@ -172,3 +175,14 @@ def _zeros(call: SparseAttnCall, results: Results, wanted: Wanted) -> tuple[torc
         call.kv.new_zeros(call.kv.shape if wanted.dkv else 0),
         results.lse.new_zeros(0 if sink is None else sink.shape),
     )
+
+
+def row_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of the rows that are held for inputs of `dtype`: bf16 for bf16, else fp32.
+
+    A row in bf16 is one more rounding, by 2^-9 at most, of a sum over heads whose factors, P and dS, were rounded as
+    much before they were multiplied. Errors of independent terms add in squares: where the terms of dkv don't cancel
+    systematically, those of P and dS, of the rows and of the result are equal, so the whole error grows by
+    sqrt(3 / 2). The sum over queries stays fp32. A row in fp16 could overflow where the sum doesn't.
+    """
+    return torch.bfloat16 if dtype == torch.bfloat16 else torch.float32

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from mla_ops.device import DeviceTraits
-from mla_ops.launching import Wrap, alignment, as_it_is, outer_strides, unfilled
+from mla_ops.launching import INT32_OFFSETS, Wrap, alignment, as_it_is, outer_strides, unfilled
 from mla_ops.ops.sparse_attn.call import Gradients, Hints, Results, Side, SparseAttnCall, SparseAttnProblem
 from mla_ops.ops.sparse_attn.configs.launch import (
     BwdConfig,
@@ -22,9 +22,6 @@ from mla_ops.ops.sparse_attn.configs.launch import (
 )
 from mla_ops.ops.sparse_attn.configs.lookup import backward_configs, forward_config, key_of
 from mla_ops.ops.sparse_attn.triton.launch import Into
-
-# Element offsets of KV rows from here on are computed in 64 bits.
-INT32_OFFSETS = 2**31
 
 # What a program of the merge kernel has in registers at a time.
 MERGED_CHANNELS, MERGED_SPLITS = 128, 8

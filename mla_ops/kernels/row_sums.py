@@ -1,4 +1,4 @@
-"""Deterministic sum of the dkv rows that the slots of the backward kernel stored.
+"""Rows that slots give to their keys: added as they come, or stored at their places and summed in a fixed order.
 
 NOTE [Places]
 A counting sort gives every valid slot its place among those of its chunk of queries, by key row and then by query, so
@@ -14,6 +14,22 @@ import triton
 import triton.language as tl
 
 from mla_ops.kernels.primitives import check_positions
+
+
+@triton.jit
+def put_rows(
+    rows_ptr, row_offsets, valid, tile,
+    START: tl.constexpr, WIDTH: tl.constexpr, END: tl.constexpr, IS_PLACED: tl.constexpr,
+):  # fmt: skip
+    """Hand over one fp32 tile of rows: add it to the rows of the keys, or store it as the rows of the slots."""
+    cols = START + tl.arange(0, WIDTH)
+    mask = valid[:, None]
+    if START + WIDTH > END:
+        mask = mask & (cols < END)[None, :]
+    if IS_PLACED:
+        tl.store(rows_ptr + row_offsets[:, None] + cols[None, :], tile.to(rows_ptr.dtype.element_ty), mask=mask)
+    else:
+        tl.atomic_add(rows_ptr + row_offsets[:, None] + cols[None, :], tile, mask=mask, sem="relaxed")
 
 
 @triton.jit
@@ -102,15 +118,15 @@ def _place_slots_kernel(
 
 @triton.jit(do_not_specialize=["chunk", "chunk_keys", "blocks", "first_key"])
 def _sum_placed_rows_kernel(
-    partial_ptr,  # [places of a chunk, head blocks, d_total], fp32 or bf16
+    partial_ptr,  # [places of a chunk, head blocks, width], fp32 or bf16
     starts_ptr,  # int32 [chunks * keys * blocks + 1]: where the slots of each begin, and at last where all end
-    dkv_ptr,  # [keys, d_total]
+    sums_ptr,  # [keys, width]
     chunk, chunk_keys, blocks, first_key,
-    HEAD_BLOCKS: tl.constexpr, D_TOTAL: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+    HEAD_BLOCKS: tl.constexpr, WIDTH: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
     IS_FIRST: tl.constexpr,
 ):  # fmt: skip
-    """Add some channels of the rows of one key in fp32, in order of their places, and to what dkv has already."""
-    COLUMN_BLOCKS: tl.constexpr = (D_TOTAL + BLOCK_D - 1) // BLOCK_D
+    """Add some channels of the rows of one key in fp32, in order of their places, and to what the sum has already."""
+    COLUMN_BLOCKS: tl.constexpr = (WIDTH + BLOCK_D - 1) // BLOCK_D
     program = tl.program_id(0).to(tl.int64)
     key, column_block = program // COLUMN_BLOCKS, program % COLUMN_BLOCKS
     # A cast and not `.to`: an argument that a compiled graph knows to be 1 arrives as a number of Python's.
@@ -119,15 +135,15 @@ def _sum_placed_rows_kernel(
     first = (tl.load(starts_ptr + key * blocks) - first_start).to(tl.int64) * HEAD_BLOCKS
     end = (tl.load(starts_ptr + (key + 1) * blocks) - first_start).to(tl.int64) * HEAD_BLOCKS
     cols = column_block * BLOCK_D + tl.arange(0, BLOCK_D)
-    in_row = cols < D_TOTAL
+    in_row = cols < WIDTH
 
     acc = tl.zeros([BLOCK_ROWS, BLOCK_D], tl.float32)
     for start in tl.range(first, end, BLOCK_ROWS):
         rows = start + tl.arange(0, BLOCK_ROWS)
         mask = (rows < end)[:, None] & in_row[None, :]
-        acc += tl.load(partial_ptr + rows[:, None] * D_TOTAL + cols[None, :], mask=mask, other=0.0).to(tl.float32)
+        acc += tl.load(partial_ptr + rows[:, None] * WIDTH + cols[None, :], mask=mask, other=0.0).to(tl.float32)
     total = tl.sum(acc, 0)
-    dkv_ptr += (first_key + key) * D_TOTAL
+    sums_ptr += (first_key + key) * WIDTH
     if not IS_FIRST:
-        total += tl.load(dkv_ptr + cols, mask=in_row, other=0.0)
-    tl.store(dkv_ptr + cols, total.to(dkv_ptr.dtype.element_ty), mask=in_row)
+        total += tl.load(sums_ptr + cols, mask=in_row, other=0.0)
+    tl.store(sums_ptr + cols, total.to(sums_ptr.dtype.element_ty), mask=in_row)

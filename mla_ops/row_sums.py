@@ -1,4 +1,4 @@
-"""dkv without atomic sums: the backward kernel stores a row for every slot, and a second kernel adds those of each key.
+"""Gradients of keys without atomic sums: a backward stores a row for every slot, a second kernel adds those of a key.
 
 Like every launcher, this allocates from shapes, never synchronises and reads no data.
 """
@@ -13,7 +13,6 @@ from typing import NamedTuple
 import torch
 
 from mla_ops.launching import Wrap, as_it_is, outer_strides, unfilled
-from mla_ops.ops.sparse_attn.call import SparseAttnCall
 
 # Bytes of the rows that may be held at a time; queries are processed in chunks below it.
 WORKSPACE_BYTES = 1 << 30
@@ -24,39 +23,42 @@ WORKSPACE_BYTES = 1 << 30
 COUNTERS = 1 << 22
 
 
-def dkv_in_query_order(
-    call: SparseAttnCall,
+def sum_in_query_order(
+    keys: torch.Tensor,
+    indices: torch.Tensor,
+    topk_length: torch.Tensor | None,
+    row_dtype: torch.dtype,
     run_rows: Callable[[torch.Tensor, torch.Tensor, int, int], None],
     head_blocks: int,
     wave_programs: int,
     wrap: Wrap,
 ) -> torch.Tensor:
-    """Return dkv as a sum whose order depends on the indices alone (and the chunks, which depend on sizes and device).
+    """Return the gradient of `keys`, a sum whose order depends on the indices alone, and on chunks of queries.
 
+    The chunks depend on sizes and device. `keys` is `[batch, seq_kv, kv_group, width]`, or without batch.
     `run_rows(partial, places, first_row, num_rows)` runs the backward kernel over some queries and stores the rows of
     their (slot, head block) pairs in `partial`; `wave_programs` are those of its programs that run at a time. Held are
 
-        n * kv_group * topk * head_blocks * d_total elements of `row_dtype`, for a chunk of n queries (see `cut`): at
+        n * kv_group * topk * head_blocks * width elements of `row_dtype`, for a chunk of n queries (see `cut`): at
             most WORKSPACE_BYTES, unless one query has more
         4 bytes for every slot of all queries
         8 bytes for each of max(COUNTERS, keys of a chunk) counters, and at most as many again
     """
-    from mla_ops.ops.sparse_attn.kernels.backward_reduce import _sum_placed_rows_kernel
+    from mla_ops.kernels.row_sums import _sum_placed_rows_kernel
 
-    kv, indices, topk_length = call.kv, call.indices, call.topk_length
     is_traced = wrap is not as_it_is
     seq_q, kv_group, topk = indices.shape[-3:]
-    seq_kv, _, d_total = kv.shape[-3:]
-    dtype, batch = row_dtype(kv.dtype), indices.shape[:-2].numel() // seq_q
-    elements_per_row = kv_group * topk * head_blocks * d_total
+    seq_kv, _, width = keys.shape[-3:]
+    batch = indices.shape[:-2].numel() // seq_q
+    elements_per_row = kv_group * topk * head_blocks * width
     chunk_batch, chunk_queries = cut(
-        batch, seq_q, elements_per_row * dtype.itemsize, wave_programs, kv_group * head_blocks
+        batch, seq_q, elements_per_row * row_dtype.itemsize, wave_programs, kv_group * head_blocks
     )
     chunk_keys = chunk_batch * seq_kv * kv_group
-    places = unfilled(indices.shape, torch.int32, kv, is_traced=is_traced)
-    partial = unfilled((chunk_batch * chunk_queries * elements_per_row,), dtype, kv, is_traced=is_traced)
-    dkv = unfilled(kv.shape, kv.dtype if chunk_queries == seq_q else torch.float32, kv, is_traced=is_traced)
-    block_d = min(64, 1 << (d_total - 1).bit_length())
+    places = unfilled(indices.shape, torch.int32, keys, is_traced=is_traced)
+    partial = unfilled((chunk_batch * chunk_queries * elements_per_row,), row_dtype, keys, is_traced=is_traced)
+    sums = unfilled(keys.shape, keys.dtype if chunk_queries == seq_q else torch.float32, keys, is_traced=is_traced)
+    block_d = min(64, 1 << (width - 1).bit_length())
     for slab in slabs(batch, seq_q, chunk_batch, chunk_queries, chunk_keys):
         starts, blocks = _place_slots(slab, seq_kv, indices, topk_length, places, chunk_batch, chunk_queries, wrap)
         chunks = product(slab.batches[::chunk_batch], slab.queries[::chunk_queries])
@@ -66,11 +68,11 @@ def dkv_in_query_order(
             run_rows(partial, places, first_batch * seq_q + first_query, num_batch * num_queries)
             num_keys = num_batch * seq_kv * kv_group
             if num_keys > 0:
-                wrap(_sum_placed_rows_kernel)[(num_keys * -(-d_total // block_d),)](
-                    partial, starts, dkv, chunk, chunk_keys, blocks, first_batch * seq_kv * kv_group,
-                    head_blocks, d_total, 16, block_d, first_query == 0, num_warps=2,
+                wrap(_sum_placed_rows_kernel)[(num_keys * -(-width // block_d),)](
+                    partial, starts, sums, chunk, chunk_keys, blocks, first_batch * seq_kv * kv_group,
+                    head_blocks, width, 16, block_d, first_query == 0, num_warps=2,
                 )  # fmt: skip
-    return dkv.to(kv.dtype)
+    return sums.to(keys.dtype)
 
 
 class Slab(NamedTuple):
@@ -105,7 +107,7 @@ def _place_slots(
     wrap: Wrap,
 ) -> tuple[torch.Tensor, int]:
     """Write the places of a slab's slots; return where the slots of each counter start, and counters per key."""
-    from mla_ops.ops.sparse_attn.kernels.backward_reduce import _place_slots_kernel, _rank_slots_kernel
+    from mla_ops.kernels.row_sums import _place_slots_kernel, _rank_slots_kernel
 
     kv_group, topk = indices.shape[-2:]
     strides = outer_strides(indices.stride())
@@ -147,14 +149,3 @@ def cut(batch: int, seq_q: int, row_bytes: int, wave_programs: int, programs_per
         return min(batch, fitting // seq_q), seq_q
     wave = wave_programs // gcd(wave_programs, programs_per_row)
     return 1, max(fitting // wave * wave, min(fitting, wave))
-
-
-def row_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype of the rows that are held for inputs of `dtype`: bf16 for bf16, else fp32.
-
-    A row in bf16 is one more rounding, by 2^-9 at most, of a sum over heads whose factors, P and dS, were rounded as
-    much before they were multiplied. Errors of independent terms add in squares: where the terms of dkv don't cancel
-    systematically, those of P and dS, of the rows and of the result are equal, so the whole error grows by
-    sqrt(3 / 2). The sum over queries stays fp32. A row in fp16 could overflow where the sum doesn't.
-    """
-    return torch.bfloat16 if dtype == torch.bfloat16 else torch.float32

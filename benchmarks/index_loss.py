@@ -1,0 +1,399 @@
+"""The indexer's loss on a GPU, stage by stage, and beside plain torch.
+
+    python benchmarks/index_loss.py [--sweep] [--no-torch]     writes results/<date>-<device>-index-loss.json
+
+Stages are what the operators launch: attention mass, index scores, the backward of the scores, the same in
+deterministic mode; and the loss: mass, scores, KL and the backward together, without selection. Times are medians of
+replays of one CUDA graph over random inputs, with a cold L2 cache. A shape is timed only after the results of its first
+queries match an fp32 gather.
+
+Plain torch is measured at the first shape, as eager and as compiled code, in CUDA graphs too, with the memory that it
+holds at most beside its inputs: once on a given list, and once with the selection, whose dense scores it then reuses.
+`--sweep` times other launch configurations of every stage instead; a result unlike the table's is an error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton.testing
+from torch import Tensor
+
+from mla_ops.bench.provenance import write
+from mla_ops.bench.shapes import ATOMIC_BYTES_PER_S
+from mla_ops.device import traits_of
+from mla_ops.ops.attn_mass.call import AttnMassCall
+from mla_ops.ops.attn_mass.triton.launch import launch_mass, plan_mass
+from mla_ops.ops.index_scores.call import IndexScoresCall, Wanted
+from mla_ops.ops.index_scores.triton.backward import launch_backward, plan_backward
+from mla_ops.ops.index_scores.triton.forward import launch_forward, plan_forward
+from mla_ops.tiling import TileConfig
+
+Record = dict[str, Any]
+Results = tuple[Tensor, ...]
+# Seen on an H100 in micro-benchmarks: rows gathered through L2, from that many bytes a row on.
+GATHER_BYTES_PER_S = {1152: 8.0e12, 0: 6.5e12}
+WARM_UP_MS, TIMED_MS = 15, 60
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One layer, one sequence, G = 1."""
+
+    seq_q: int
+    seq_kv: int
+    topk: int
+    heads: int
+    d_total: int
+    index_heads: int
+    index_head_dim: int
+    causal: bool
+
+    def draw(self) -> tuple[AttnMassCall, IndexScoresCall, Tensor]:
+        """Return calls with random keys, ascending as a selection gives them, and a gradient of the scores."""
+
+        def normal(*size: int) -> Tensor:
+            return torch.randn(size, device="cuda").bfloat16()
+
+        order = torch.rand(self.seq_q, self.seq_kv, device="cuda")
+        if self.causal:
+            order = order.tril() - torch.ones_like(order).triu(1)
+        best = order.topk(self.topk, dim=-1)
+        indices = best.indices.masked_fill(best.values < 0, self.seq_kv).sort(-1).values
+        indices = indices.masked_fill(indices == self.seq_kv, -1).int()[:, None]
+        del order, best
+        q, kv = normal(self.seq_q, self.heads, self.d_total), normal(self.seq_kv, 1, self.d_total)
+        q_idx = normal(self.seq_q, self.index_heads, self.index_head_dim)
+        k_idx = normal(self.seq_kv, 1, self.index_head_dim)
+        weights = torch.randn(self.seq_q, self.index_heads, device="cuda")
+        weights *= (self.index_heads * self.index_head_dim) ** -0.5
+        scale = self.d_total**-0.5
+        lse = torch.cat(
+            [
+                gathered_logits(q[rows], kv, indices[rows], scale).logsumexp(-1)
+                for rows in torch.arange(self.seq_q, device="cuda").split(max(1, 2**18 // self.topk))
+            ]
+        )
+        dscores = torch.randn(indices.shape, device="cuda") / self.topk
+        return (
+            AttnMassCall(q, kv, indices, lse, scale),
+            IndexScoresCall(q_idx, k_idx, weights, indices),
+            dscores,
+        )
+
+    def costs(self, stage: str) -> tuple[float, float]:
+        """Return the FLOPs of a stage and its floor in us: the gathered rows, and the fp32 rows that are added."""
+        slots = self.seq_q * self.topk
+        width, heads, products = {
+            "mass": (self.d_total, self.heads, 1), "scores": (self.index_head_dim, self.index_heads, 1),
+        }.get(stage, (self.index_head_dim, self.index_heads, 3))  # fmt: skip
+        gather = next(rate for row_bytes, rate in GATHER_BYTES_PER_S.items() if 2 * width >= row_bytes)
+        seconds = slots * 2 * width / gather
+        if products == 3:
+            seconds += slots * 4 * width / ATOMIC_BYTES_PER_S
+        return 2.0 * slots * width * heads * products, 1e6 * seconds
+
+
+SHAPES = {
+    "project": Shape(4096, 4096, 256, 28, 128, 4, 64, causal=True),
+    "wide": Shape(4096, 8192, 2048, 64, 576, 64, 128, causal=False),
+}
+
+
+def tiles(*rows: tuple[int, ...]) -> list[TileConfig]:
+    return [TileConfig(*row) for row in rows]
+
+
+# (block_h, block_k, max_chunk, num_warps, num_stages[, max_registers])
+SWEEPS: dict[tuple[str, str], list[TileConfig]] = {
+    ("project", "mass"): tiles(
+        (32, 64, 128, 4, 2), (32, 64, 128, 4, 3), (32, 64, 64, 4, 2), (32, 64, 64, 2, 2), (32, 64, 128, 2, 3),
+        (32, 32, 64, 1, 2), (32, 32, 64, 1, 2, 128), (32, 32, 64, 1, 3), (32, 32, 128, 1, 2), (32, 32, 64, 2, 2),
+        (32, 16, 64, 1, 3), (32, 128, 128, 4, 2), (32, 128, 128, 8, 2), (32, 256, 128, 8, 2),
+    ),
+    ("project", "scores"): tiles(
+        (16, 64, 64, 4, 2), (16, 64, 64, 4, 3), (16, 64, 64, 2, 2), (16, 64, 64, 1, 2), (16, 32, 64, 1, 2),
+        (8, 32, 64, 1, 2), (8, 32, 64, 1, 3), (8, 64, 64, 1, 2), (8, 64, 64, 1, 3), (8, 64, 64, 2, 2),
+        (16, 128, 64, 4, 2), (8, 128, 64, 2, 2), (16, 256, 64, 4, 2), (8, 256, 64, 4, 2),
+    ),
+    ("project", "scores_bwd"): tiles(
+        (16, 64, 64, 4, 2), (16, 64, 64, 4, 3), (16, 64, 64, 2, 2), (16, 64, 32, 4, 2), (16, 64, 64, 8, 2),
+        (16, 32, 64, 1, 2), (16, 32, 64, 1, 3), (16, 32, 32, 1, 2), (16, 32, 64, 2, 2), (16, 32, 64, 2, 3),
+        (16, 16, 64, 1, 2), (16, 128, 64, 4, 2), (16, 128, 64, 8, 2), (16, 64, 64, 4, 2, 128),
+    ),
+    ("wide", "mass"): tiles(
+        (64, 64, 512, 4, 2), (64, 64, 64, 4, 2), (64, 64, 128, 4, 2), (64, 64, 512, 8, 2), (64, 64, 64, 8, 2),
+        (64, 32, 64, 4, 2), (64, 32, 64, 4, 3), (64, 32, 64, 8, 2), (64, 32, 512, 4, 2), (32, 64, 64, 4, 2),
+        (32, 64, 512, 4, 2), (32, 32, 64, 4, 2), (32, 32, 64, 2, 2), (64, 128, 512, 8, 1),
+    ),
+    ("wide", "scores"): tiles(
+        (64, 64, 128, 4, 3), (64, 64, 128, 4, 2), (64, 64, 128, 4, 4), (64, 64, 64, 4, 3), (64, 128, 128, 4, 2),
+        (64, 128, 128, 8, 2), (64, 128, 128, 8, 3), (64, 64, 128, 8, 3), (64, 32, 64, 2, 2), (64, 32, 128, 4, 3),
+        (64, 256, 128, 8, 2), (32, 64, 128, 4, 3),
+    ),
+    ("wide", "scores_bwd"): tiles(
+        (64, 64, 128, 8, 2), (64, 64, 64, 8, 2), (64, 64, 32, 8, 2), (64, 64, 128, 8, 3), (64, 64, 64, 4, 2),
+        (64, 64, 32, 4, 2), (64, 64, 128, 4, 2), (64, 32, 64, 4, 2), (64, 32, 64, 4, 3), (64, 32, 128, 8, 2),
+        (64, 128, 128, 8, 2), (32, 64, 128, 4, 2), (32, 64, 64, 4, 2), (32, 32, 64, 4, 2),
+    ),
+}  # fmt: skip
+
+
+@contextmanager
+def deterministic_algorithms(is_on: bool) -> Iterator[None]:
+    torch.use_deterministic_algorithms(is_on)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def stage_of(
+    stage: str, mass: AttnMassCall, scores: IndexScoresCall, dscores: Tensor, config: TileConfig | None = None
+) -> Callable[[], Results]:
+    """Return what launches a stage, planned once."""
+    traits = traits_of(torch.device("cuda"))
+    if stage == "mass":
+        mass_plan = plan_mass(mass, traits, config=config)
+        return lambda: (launch_mass(mass, mass_plan),)
+    if stage == "scores":
+        scores_plan = plan_forward(scores, traits, config=config)
+        return lambda: (launch_forward(scores, scores_plan),)
+    with deterministic_algorithms(stage == "scores_bwd, deterministic"):
+        plan = plan_backward(scores, traits, Wanted(), config=config)
+
+    def backward() -> Results:
+        with deterministic_algorithms(plan.is_deterministic):
+            return launch_backward(scores, dscores, Wanted(), plan)
+
+    return backward
+
+
+STAGES = ("mass", "scores", "scores_bwd", "scores_bwd, deterministic")
+
+
+def kl(mass: Tensor, scores: Tensor, dloss: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the loss `[Sq, 1]` of fp32 `[Sq, 1, topk]` and the gradient of its scores."""
+    total = mass.sum(-1, keepdim=True)
+    target = mass / total.where(total > 0, 1.0)
+    log_share = scores.where(scores > -torch.inf, -1e30).log_softmax(-1)
+    loss = (torch.xlogy(target, target) - target * log_share).sum(-1)
+    is_used = (total > 0) & (scores > -torch.inf)
+    return loss, (dloss.unsqueeze(-1) * (log_share.exp() - target)).where(is_used, 0.0)
+
+
+def loss_of(mass: AttnMassCall, scores: IndexScoresCall, dscores: Tensor) -> Callable[[], Results]:
+    """Return mass, scores, KL and the backward. Once there is `mla_ops.index_loss`, the selection joins them here."""
+    traits, compiled = traits_of(torch.device("cuda")), torch.compile(kl, dynamic=False)
+    mass_plan, scores_plan = plan_mass(mass, traits), plan_forward(scores, traits)
+    plan = plan_backward(scores, traits)
+    dloss = torch.full(mass.indices.shape[:-1], 1 / len(mass.indices), device="cuda")
+
+    def run() -> Results:
+        loss, gradient = compiled(launch_mass(mass, mass_plan), launch_forward(scores, scores_plan), dloss)
+        return loss, *launch_backward(scores, gradient, Wanted(), plan)
+
+    return run
+
+
+def gathered_logits(q: Tensor, keys: Tensor, indices: Tensor, scale: float = 1.0) -> Tensor:
+    """Return fp32 `[seq_q, heads, topk]`, -inf where a slot is invalid."""
+    rows = keys[indices[:, 0].clamp_min(0).long(), 0].float()
+    return (torch.einsum("shd,skd->shk", q.float(), rows) * scale).masked_fill(indices < 0, -torch.inf)
+
+
+def check(mass: AttnMassCall, scores: IndexScoresCall, dscores: Tensor) -> dict[str, float]:
+    """Compare every stage with fp32 on some queries of all lengths; return relative distances."""
+    some = torch.arange(len(mass.q), device="cuda")[:: len(mass.q) // 32]
+    mass = mass._replace(q=mass.q[some], indices=mass.indices[some], lse=mass.lse[some])
+    scores = scores._replace(q_idx=scores.q_idx[some], weights=scores.weights[some], indices=mass.indices)
+    dscores = dscores[some]
+    valid = mass.indices >= 0
+    logits = gathered_logits(mass.q, mass.kv, mass.indices, mass.softmax_scale)
+    leaves = [tensor.float().requires_grad_() for tensor in scores[:3]]
+    matches = gathered_logits(*leaves[:2], scores.indices)
+    shares = matches.relu() * leaves[2].unsqueeze(-1)
+    of_slots = shares.sum(1, keepdim=True).masked_fill(~valid, 0)
+    of_slots.backward(dscores.masked_fill(~valid, 0))
+    gradients = {name: leaf.grad for name, leaf in zip(("dq", "dk", "dw"), leaves, strict=True)}
+    expected = {
+        "mass": {"mass": torch.exp(logits - mass.lse.unsqueeze(-1)).sum(1, keepdim=True)},
+        "scores": {"scores": of_slots.detach()},
+        "scores_bwd": gradients,
+        "scores_bwd, deterministic": gradients,
+    }
+    errors = {}
+    for stage, results in expected.items():
+        actual = stage_of(stage, mass, scores, dscores)()
+        for (name, want), got in zip(results.items(), actual, strict=True):
+            if name == "scores":
+                assert torch.equal(got == -torch.inf, ~valid)
+                got = got.masked_fill(~valid, 0)
+            errors[f"{stage}: {name}"] = error = float((got.float() - want).norm() / want.norm())
+            if not error < 1e-2:  # also when it is NaN
+                raise AssertionError(f"{name} of {stage} is off by {error:.2e}; nothing is timed that is wrong")
+    return errors
+
+
+def graph_us(function: Callable[[], Any]) -> float:
+    """Return the median time of a replay of the function's CUDA graph."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            function()
+    torch.cuda.current_stream().wait_stream(side)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        function()
+    ms = triton.testing.do_bench(graph.replay, warmup=WARM_UP_MS, rep=TIMED_MS, return_mode="median")
+    return round(1e3 * float(ms), 1)
+
+
+def peak_mb(function: Callable[[], Any]) -> float:
+    """Return the MB that a call holds at most beside what was there."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    function()
+    torch.cuda.synchronize()
+    return round((torch.cuda.max_memory_allocated() - before) / 1e6, 1)
+
+
+def torch_on_list(
+    q: Tensor, kv: Tensor, lse: Tensor, scale: float, indices: Tensor, q_idx: Tensor, k_idx: Tensor, weights: Tensor
+) -> Tensor:
+    """The loss on a given list `[S, topk]`, as one writes it: rows gathered, products in bf16."""
+    rows = indices.clamp_min(0).long()
+    logits = scale * torch.einsum("shd,skd->shk", q, kv[rows, 0]).float()
+    matches = torch.einsum("shd,skd->shk", q_idx, k_idx[rows, 0]).relu()
+    scores = torch.einsum("shk,sh->sk", matches, weights.to(matches.dtype)).float()
+    return torch_kl(logits, lse, indices, scores)
+
+
+def torch_whole(
+    q: Tensor, kv: Tensor, lse: Tensor, scale: float, topk: int, q_idx: Tensor, k_idx: Tensor, weights: Tensor
+) -> Tensor:
+    """The selection too, from dense causal scores that the loss reuses."""
+    matches = torch.einsum("shd,td->sht", q_idx, k_idx[:, 0]).relu()
+    dense = torch.einsum("sht,sh->st", matches, weights.to(matches.dtype))
+    position = torch.arange(len(q), device=q.device)
+    best, indices = dense.masked_fill(position[None, :] > position[:, None], -torch.inf).topk(topk, dim=-1)
+    indices = indices.masked_fill(best == -torch.inf, -1)
+    logits = scale * torch.einsum("shd,skd->shk", q, kv[indices.clamp_min(0), 0]).float()
+    return torch_kl(logits, lse, indices, best.float())
+
+
+def torch_kl(logits: Tensor, lse: Tensor, indices: Tensor, scores: Tensor) -> Tensor:
+    unused = indices < 0
+    target = torch.exp(logits - lse.unsqueeze(-1)).masked_fill(unused.unsqueeze(1), 0.0).mean(1)
+    log_share = scores.masked_fill(unused, -torch.inf).log_softmax(-1).masked_fill(unused, 0.0)
+    return (target * (target.clamp_min(1e-9).log() - log_share)).sum(-1).mean()
+
+
+def show(record: Record) -> None:
+    rate = f"{record['tflops']:8.1f} TFLOP/s, floor {record['floor_us']:7.1f} us" if "tflops" in record else ""
+    what = f"{record['shape']:9}{record['stage']:28}{record['impl']:30}"
+    print(f"{what}{record['us']:10.1f} us   peak {record['peak_mb']:8.1f} MB{rate}", flush=True)
+
+
+def time_torch(name: str, mass: AttnMassCall, scores: IndexScoresCall) -> list[Record]:
+    leaves = [tensor.detach().clone().requires_grad_() for tensor in scores[:3]]
+    plain: dict[str, tuple[Callable[..., Tensor], Any]] = {
+        "torch, given list": (torch_on_list, mass.indices[:, 0]),
+        "torch, selecting": (torch_whole, mass.indices.shape[-1]),
+    }
+    records = []
+    for impl, (function, which) in plain.items():
+        for kind, run in (("eager", function), ("compiled", torch.compile(function, dynamic=False))):
+
+            def both(run: Callable[..., Tensor] = run, which: Any = which) -> Results:
+                loss = run(mass.q, mass.kv, mass.lse, mass.softmax_scale, which, *leaves)
+                return torch.autograd.grad(loss, leaves)
+
+            both()
+            record: Record = {"shape": name, "stage": "loss", "impl": f"{impl}, {kind}"}
+            record |= {"peak_mb": peak_mb(both), "us": graph_us(both)}
+            show(record)
+            records.append(record)
+    return records
+
+
+def time_stages(name: str, shape: Shape, calls: tuple[AttnMassCall, IndexScoresCall, Tensor]) -> list[Record]:
+    errors = check(*calls)
+    records = []
+    for stage in (*STAGES, "loss"):
+        function = loss_of(*calls) if stage == "loss" else stage_of(stage, *calls)
+        function()
+        record: Record = {"shape": name, "stage": stage, "impl": "mla_ops"}
+        record |= {"peak_mb": peak_mb(function), "us": graph_us(function)}
+        if stage != "loss":
+            flops, floor_us = shape.costs(stage)
+            record |= {"tflops": round(flops / record["us"] / 1e6, 1), "floor_us": round(floor_us, 1)}
+            record["errors"] = {key: error for key, error in errors.items() if key.startswith(f"{stage}:")}
+        show(record)
+        records.append(record)
+    return records
+
+
+def sweep(name: str, calls: tuple[AttnMassCall, IndexScoresCall, Tensor]) -> list[Record]:
+    records = []
+    for stage in ("mass", "scores", "scores_bwd"):
+        expected = stage_of(stage, *calls)()
+        for config in SWEEPS[name, stage]:
+            record: Record = {"shape": name, "stage": stage, "impl": "mla_ops", "config": asdict(config)}
+            try:
+                function = stage_of(stage, *calls, config)
+                for got, want in zip(function(), expected, strict=True):
+                    torch.testing.assert_close(
+                        got, want, rtol=2e-2, atol=2e-3 * float(want[want.isfinite()].abs().max())
+                    )
+                record["us"] = graph_us(function)
+            except Exception as error:  # a configuration that does not launch is a result of its own
+                torch.cuda.synchronize()
+                record["error"] = f"{type(error).__name__}: {error}"[:200]
+                if isinstance(error, AssertionError):
+                    traceback.print_exc()
+            shown = f"{record['us']:10.1f} us" if "us" in record else record["error"][:60]
+            print(f"{name:9}{stage:12}{tuple(asdict(config).values())!s:34}{shown}", flush=True)
+            records.append(record)
+    return records
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("shapes", nargs="*", metavar="SHAPE", help=f"of {', '.join(SHAPES)}; all of them by default")
+    parser.add_argument("--sweep", action="store_true", help="time other launch configurations")
+    parser.add_argument("--no-torch", action="store_true", help="leave plain torch out")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--commit", help="recorded in the results, where history did not travel along")
+    arguments = parser.parse_args()
+    what = "index-loss-sweep" if arguments.sweep else "index-loss"
+    records: list[Record] = []
+    for name in arguments.shapes or SHAPES:
+        torch.manual_seed(0)
+        calls = SHAPES[name].draw()
+        if arguments.sweep:
+            check(*calls)
+            records += sweep(name, calls)
+        else:
+            records += time_stages(name, SHAPES[name], calls)
+            if name == "project" and not arguments.no_torch:
+                records += time_torch(name, *calls[:2])
+        # After every shape: a run that is cut short leaves what it had.
+        path = write(arguments.out, what, torch.device("cuda"), records, arguments.commit)
+        del calls
+        torch.cuda.empty_cache()
+    print(f"wrote {path}")
+
+
+if __name__ == "__main__":
+    main()

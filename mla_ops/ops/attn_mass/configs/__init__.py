@@ -1,0 +1,1 @@
+"""Launch configurations as tables, and the one rule that picks a row."""

@@ -1,0 +1,1 @@
+"""`@triton.jit` code and nothing else; imported when something is launched."""

@@ -1,0 +1,1 @@
+"""How the kernels of `mla::index_topk` are launched: configurations as values, and the rule that picks one."""

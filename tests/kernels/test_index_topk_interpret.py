@@ -1,0 +1,19 @@
+"""The kernel tests under Triton's interpreter, in a process of its own: the switch is read when a kernel is defined."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+def test_kernels_under_the_interpreter() -> None:
+    pytest.importorskip("triton", reason="triton is not installed")
+    tests = Path(__file__).with_name("test_index_topk_kernels.py")
+    command = [sys.executable, "-m", "pytest", str(tests), "-q", "-x", "-p", "no:cacheprovider", "-W", "ignore"]
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    result = subprocess.run(command, env=environment, cwd=tests.parents[2], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
