@@ -241,7 +241,9 @@ def test_the_dense_loss_is_that_of_a_list_of_all_keys(is_packed: bool) -> None:
     expected = (listed * row_weight).sum()
     torch.testing.assert_close(dense, expected, rtol=1e-5, atol=1e-5)
     parameters = list(indexer.parameters())
-    for got, want in zip(*(torch.autograd.grad(loss, parameters, retain_graph=True) for loss in (dense, expected)), strict=True):
+    for got, want in zip(
+        *(torch.autograd.grad(loss, parameters, retain_graph=True) for loss in (dense, expected)), strict=True
+    ):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5 * want.abs().max().item())
 
 
