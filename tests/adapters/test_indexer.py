@@ -323,6 +323,24 @@ def test_the_loss_trains_the_indexer_and_what_feeds_it_only_when_asked(detach_in
     assert [tensor.grad is None for tensor in (hidden, query)] == [detach_input] * 2
 
 
+@pytest.mark.parametrize("is_dense", [True, False], ids=["dense", "sparse"])
+def test_the_loss_leaves_the_graph_of_the_attention_alone(is_dense: bool) -> None:
+    """The indexer's backward may come first, and the attention's graph is still there."""
+    indexer = make_indexer()
+    rows = indexer.project(hidden_states(1, 20))
+    indices = indexer.select(*rows)
+    leaf, kv, _ = attention_rows(indices)
+    q = leaf * leaf  # whose backward needs what is saved
+    out, lse = sparse_attn(q, kv, indices, d_v=D_V, softmax_scale=SCALE)
+    if is_dense:
+        indexer.dense_loss(q, kv, lse, *rows, torch.ones(1, 20), softmax_scale=SCALE).backward()
+    else:
+        indexer.loss(q, kv, indices, lse, *rows, softmax_scale=SCALE).sum().backward()
+    assert leaf.grad is None
+    out.sum().backward()
+    assert leaf.grad.abs().max() > 0
+
+
 def test_autocast_keeps_head_weights_in_fp32() -> None:
     indexer, hidden = make_indexer(torch.float32), hidden_states(1, ROWS, dtype=torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):

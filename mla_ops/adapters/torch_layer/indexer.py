@@ -345,9 +345,10 @@ class Indexer(nn.Module):
         """
         starts, ends, causal = self._bounds(q_idx, k_idx, starts, ends, packed, causal)
         return index_loss_dense(
-            q,
-            k,
-            lse,
+            # Constants of this loss: as inputs of its node they would pull the model's own graph into its backward.
+            q.detach(),
+            k.detach(),
+            lse.detach(),
             q_idx,
             k_idx,
             weights,
