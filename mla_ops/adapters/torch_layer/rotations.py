@@ -49,7 +49,8 @@ def hadamard(x: torch.Tensor) -> torch.Tensor:
     signs = x.new_ones(1, 1)
     while signs.shape[0] < x.shape[-1]:
         signs = torch.cat([torch.cat([signs, signs], dim=1), torch.cat([signs, -signs], dim=1)])
-    return torch.matmul(x, signs) * x.shape[-1] ** -0.5
+    rotated: torch.Tensor = x @ signs
+    return rotated * x.shape[-1] ** -0.5
 
 
 def positions_of(
