@@ -59,12 +59,12 @@ def check(inputs: IndexInputs, target: Target, **options: Any) -> torch.Tensor:
     return actual
 
 
-def choose(scores: list[float] | torch.Tensor, topk: int, target: Target, **options: Any) -> list[int]:
+def choose(scores: list[float] | torch.Tensor, topk: int, target: Target) -> list[int]:
     """The choice of one query among keys with these scores, which one channel and one head hand through."""
     scores = torch.as_tensor(scores, dtype=torch.float32, device=target.device)
     one = torch.ones(1, 1, 1, device=target.device)
     inputs = IndexInputs(one, scores[:, None, None], one[0], topk, None, None, None)
-    return check(inputs, target, causal=False, relu=False, **options).flatten().tolist()
+    return check(inputs, target, causal=False, relu=False).flatten().tolist()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -160,14 +160,17 @@ def test_a_choice_on_random_data_is_wrong_by_no_more_than_rounding(
 
 @pytest.mark.parametrize("precision", ["high", "medium"])
 def test_fp32_is_multiplied_as_fp32_whatever_torch_may_round(precision: str, target: Target) -> None:
-    # The scores differ in the last of 24 bits, which TF32 and bf16 drop.
-    keys = 1.0 + torch.randperm(512, generator=torch.Generator().manual_seed(0)) * 2.0**-23
+    # The scores differ in the last of 24 bits, which TF32 and bf16 drop. Fewer channels than 64 oneDNN does not round.
+    k_idx = torch.zeros(512, 1, 64, device=target.device)
+    k_idx[:, 0, 5] = 1.0 + torch.randperm(512, generator=torch.Generator().manual_seed(0)) * 2.0**-23
+    one = torch.ones(1, 1, 64, device=target.device)
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(precision)
     try:
-        choose(keys, 100, target)
+        actual = run(IndexInputs(one, k_idx, one[0, :, :1], 100, None, None, None), target, causal=False)
     finally:
         torch.set_float32_matmul_precision(before)
+    assert actual.flatten().tolist() == k_idx[:, 0, 5].topk(100).indices.sort().values.tolist()
 
 
 def test_scores_are_fp32_for_fp64_inputs_too() -> None:
@@ -202,6 +205,14 @@ def test_a_clipped_key_ties_with_others_whatever_the_sign_of_its_weight(target: 
     weights = torch.tensor([[1.0], [-1.0], [0.0]], device=target.device)
     actual = check(IndexInputs(q, k, weights, 4, None, None, None), target, causal=False)
     assert actual.flatten().tolist() == [0, 1, 2, 3] * 3
+
+
+def test_zeros_of_scaled_keys_are_equal_whatever_the_sign_of_the_scale(target: Target) -> None:
+    inputs = make_index_inputs(replace(SMALL, seq_kv=40), FP8, target.device, exact=True)
+    inputs.k_idx.view(torch.uint8).zero_()
+    inputs.k_scale[:, ::2].neg_()
+    actual = check(inputs, target, causal=False)
+    assert (actual == torch.arange(6, device=target.device)).all()
 
 
 @pytest.mark.parametrize("scale", [1.0, -1.0, -1e5, 3e38, 1e-40], ids=str)
@@ -283,15 +294,19 @@ def test_a_poisoned_key_that_is_not_eligible_taints_nothing(target: Target) -> N
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_row_depends_on_nothing_but_itself(dtype: torch.dtype, target: Target) -> None:
-    case = IndexCase(batch=7, seq_q=45, seq_kv=1700, topk=64, index_head_dim=64, kv_group=2)
+    case = IndexCase(batch=7, seq_q=150, seq_kv=1700, topk=64, index_head_dim=64, kv_group=2)
     inputs = make_index_inputs(case, dtype, target.device)
-    ends = torch.arange(45, device=target.device) + (1700 - 44)
+    # The keys are one vector with its channels in any order, the queries weigh all channels alike: the scores are equal
+    # but for the order in which their products are summed, and every last bit decides.
+    order = torch.rand(7, 1700, 2, 64, generator=torch.Generator().manual_seed(0)).argsort(-1).to(target.device)
+    inputs = replace(inputs, q_idx=torch.ones_like(inputs.q_idx), k_idx=inputs.k_idx[0, 0, 0][order])
+    ends = torch.arange(150, device=target.device) + (1700 - 149)
     whole = run(replace(inputs, ends=ends), target, causal=False)
     assert torch.equal(run(replace(inputs, ends=ends), target, causal=False), whole)
     assert torch.equal(run(inputs, target), whole)
     scale = inputs.k_scale
     for b in range(7):
-        for rows in (slice(0, 45), slice(b, b + 1), slice(3, 5 + b), slice(40, 45)):
+        for rows in (slice(0, 150), slice(20 * b, 20 * b + 1), slice(3, 5 + b), slice(120, 140)):
             part = replace(
                 inputs,
                 q_idx=inputs.q_idx[b : b + 1, rows],
@@ -372,13 +387,13 @@ def test_inputs_are_not_changed(target: Target) -> None:
 # 9. Workspace, and nothing that depends on data on the host
 
 
-@pytest.mark.parametrize(("rows", "block", "ranked"), [(1, 1, 1), (3, 4, 8), (7, 5, 10), (64, 24, 24), (2, 16, 16)])
+@pytest.mark.parametrize(("rows", "block", "compared"), [(1, 1, 1), (3, 4, 8), (7, 5, 10), (64, 24, 24), (2, 16, 16)])
 @pytest.mark.parametrize("causal", [True, False])
-def test_tiles_of_any_size_choose_the_same(rows: int, block: int, ranked: int, causal: bool) -> None:
+def test_tiles_of_any_size_choose_the_same(rows: int, block: int, compared: int, causal: bool) -> None:
     for case in (SMALL, IndexCase(seq_q=24, topk=9, kv_group=2), IndexCase(seq_q=20, seq_kv=7, topk=3)):
         inputs = make_index_inputs(case, exact=True, bounds=True)
         call = IndexTopkCall(*inputs.args, causal=causal)
-        tile = Tile(rows, block, ranked, min(case.topk, case.seq_kv))
+        tile = Tile(rows, block, compared, min(case.topk, case.seq_kv))
         actual = EagerBackend().run(call, tile)
         assert torch.equal(actual, index_topk_reference(*inputs.args, causal=causal))
 

@@ -3,12 +3,12 @@
 A tile of queries walks over blocks of keys; what it keeps are the best keys so far. Neither `[Sq, Skv]` nor
 `[Sq, index_heads, Skv]` ever exists, whatever the lengths.
 
-NOTE [Ranks make a choice unique]
-    A score and its position become one int64, a rank: above, the bits of the fp32 score, mapped to an integer of the
-    same order; below, the position, counted down. All ranks differ, and the larger one is the better key by every rule:
-    a larger score, of equal scores the lower position, NaN above `+inf`. Keys that are not eligible have the lowest
-    rank of all, which no score has. So `torch.topk`, which promises nothing about equal values, has one answer, and the
-    best of two blocks are the best among the best of each.
+NOTE [Ordinals make a choice unique]
+    A score and its position become one int64, an ordinal: above, the bits of the fp32 score, mapped to an integer of
+    the same order; below, the position, counted down. All ordinals differ, and the larger one is the better key by
+    every rule: a larger score, of equal scores the lower position, NaN above `+inf`. Keys that are not eligible have
+    the lowest ordinal, which no score has. So `torch.topk`, which promises nothing about equal values, has one answer,
+    and the best of two blocks are the best among the best of each.
 
 NOTE [Every product has the same shape]
     How a matrix product sums may change with its number of rows (MKL: other last bits for 1, 2, 3 or 4 rows than for
@@ -30,16 +30,22 @@ _SUPPORTED_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64
 
 # What a tile allocates beside the result, at most. The contract allows 256 MiB in all; a CUDA sort keeps some too.
 _WORKSPACE_BYTES = 192 * 2**20
-# Of one key or kept rank of one query: fp32 score, int32 bits and their temporaries, int64 rank, mask, copies for topk.
+# Of one key of one query: fp32 score, int32 bits and their temporaries, int64 ordinal, mask, copies for topk.
 _BYTES_PER_KEY = 56
-# (queries, keys) of a product. On the CPU a product stays in the L2 cache (128 KiB); elsewhere launches are what costs.
-_CPU_BLOCK = (32, 1024)
-_BLOCK = (256, 4096)
-# Keys that are ranked at once, at least: of 2048 kept ranks, a fifth of what topk reads is then read again.
-_MIN_RANKED = 8192
+# Keys of a product at most, and numbers in it. On the CPU a product of 256 KiB stays in the L2 cache: 8 x 256 queries
+# of 256 keys take 15 ms, and 52 ms with 32 queries a product, most of it spent between operators.
+_CPU_BLOCK, _CPU_PRODUCT = 512, 2**16
+# Elsewhere launches are what costs.
+_BLOCK, _PRODUCT = 4096, 2**20
+_MAX_ROWS = 256
+# Keys that are compared at once, at least: with a topk of 2048 a fifth of what `torch.topk` reads was kept before.
+_MIN_COMPARED = 8192
 
 _LOW_32_BITS = 2**32 - 1
-_LOWEST_RANK = -(2**63)
+_LOWEST_ORDINAL = -(2**63)
+
+# First eligible key and one past the last, of every query of a tile: [queries, 1] each.
+_Eligible = tuple[torch.Tensor, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -48,17 +54,19 @@ class Tile:
 
     rows: int  # queries of a tile
     block: int  # keys of a product
-    ranked: int  # keys that are ranked at once, a multiple of `block`
+    compared: int  # keys that are compared at once, a multiple of `block`
     kept: int  # best keys of each query that are kept
 
     @classmethod
     def of(cls, call: IndexTopkCall, traits: DeviceTraits) -> Tile:
-        """Choose the tile of a call: as large as `_CPU_BLOCK` or `_BLOCK` says, smaller where a large topk asks so."""
-        rows, block = _CPU_BLOCK if traits.type == "cpu" else _BLOCK
-        kept = min(call.topk, call.k_idx.shape[-3])
-        ranked = -(-max(_MIN_RANKED, 2 * kept) // block) * block
-        fitting = _WORKSPACE_BYTES // (_BYTES_PER_KEY * (ranked + kept))
-        return cls(max(1, min(rows, fitting)), block, ranked, kept)
+        """Choose the tile of a call: products of the size above, fewer queries where widths or topk are very large."""
+        block, product = (_CPU_BLOCK, _CPU_PRODUCT) if traits.type == "cpu" else (_BLOCK, _PRODUCT)
+        seq_kv = call.k_idx.shape[-3]
+        rows = min(_MAX_ROWS, product // max(1, min(block, seq_kv)))
+        kept = min(call.topk, seq_kv)
+        compared = -(-max(_MIN_COMPARED, 2 * kept) // block) * block
+        row_bytes = _BYTES_PER_KEY * (compared + kept) + torch.float64.itemsize * call.q_idx.shape[-2:].numel()
+        return cls(max(1, min(rows, _WORKSPACE_BYTES // row_bytes)), block, compared, kept)
 
 
 class EagerBackend:
@@ -84,7 +92,7 @@ class EagerBackend:
 
     def describe(self, plan: Tile) -> tuple[str, ...]:
         """See `Backend.describe`."""
-        return (f"tiles of {plan.rows} queries x {plan.ranked} keys, products of {plan.block} keys; nothing to warm",)
+        return (f"tiles of {plan.rows} queries x {plan.compared} keys, products of {plan.block} keys; nothing to warm",)
 
     def run(self, call: IndexTopkCall, plan: Tile) -> torch.Tensor:
         """See `Backend.run`."""
@@ -113,8 +121,8 @@ def _product_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if is_exact else torch.float64
 
 
-def _tiles(call: IndexTopkCall, plan: Tile) -> Iterator[tuple[int, int, slice, int, tuple[torch.Tensor, torch.Tensor]]]:
-    """Yield every (batch element, group, run of queries), how many keys it may see, and each query's first and end."""
+def _tiles(call: IndexTopkCall, plan: Tile) -> Iterator[tuple[int, int, slice, int, _Eligible]]:
+    """Yield every (batch element, group, run of queries), how many keys it may see at most, and what is eligible."""
     seq_q, seq_kv, kv_group = call.q_idx.shape[-3], call.k_idx.shape[-3], call.k_idx.shape[-2]
     batch = call.q_idx.shape[0] if call.q_idx.dim() == 4 else 1
     device = call.q_idx.device
@@ -132,35 +140,33 @@ def _tiles(call: IndexTopkCall, plan: Tile) -> Iterator[tuple[int, int, slice, i
                 yield b, g, span, min(visible, seq_kv), eligible
 
 
-def _best_positions(
-    queries: _Queries, keys: _Keys, visible: int, eligible: tuple[torch.Tensor, torch.Tensor], plan: Tile
-) -> torch.Tensor:
+def _best_positions(queries: _Queries, keys: _Keys, visible: int, eligible: _Eligible, plan: Tile) -> torch.Tensor:
     """Return the positions that each query of a tile chooses, ascending, then -1; int32, at most `plan.kept` of them.
 
     Keys from `visible` on are eligible for no query of the tile, and are not read beyond the block that it ends in.
     """
     best = torch.empty(queries.count, 0, dtype=torch.int64, device=keys.k.device)
-    for start in range(0, visible, plan.ranked):
-        stop = min(start + plan.ranked, -(-visible // plan.block) * plan.block, len(keys.k))
+    for start in range(0, visible, plan.compared):
+        stop = min(start + plan.compared, -(-visible // plan.block) * plan.block, len(keys.k))
         scores = torch.empty(queries.count, stop - start, dtype=torch.float32, device=keys.k.device)
         for key in range(start, stop, plan.block):
             block = slice(key, min(key + plan.block, len(keys.k)))
             scores[:, block.start - start : block.stop - start] = queries.scores(keys, block)
-        ranks = _ranks(scores, torch.arange(start, stop, device=keys.k.device), eligible)
-        candidates = torch.cat([best, ranks], dim=1) if start else ranks
+        ordinals = _ordinals(scores, torch.arange(start, stop, device=keys.k.device), eligible)
+        candidates = torch.cat([best, ordinals], dim=1) if start else ordinals
         best = candidates.topk(min(plan.kept, candidates.shape[1]), dim=1, sorted=False).values
     positions = (_LOW_32_BITS - (best & _LOW_32_BITS)).sort(dim=1).values
     return positions.masked_fill_(positions == _LOW_32_BITS, -1).to(torch.int32)
 
 
-def _ranks(scores: torch.Tensor, positions: torch.Tensor, eligible: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-    """Return the ranks `[queries, keys]` of scores of keys at `positions` (NOTE [Ranks make a choice unique])."""
+def _ordinals(scores: torch.Tensor, positions: torch.Tensor, eligible: _Eligible) -> torch.Tensor:
+    """Return the ordinals `[queries, keys]` of scores of keys at `positions` (NOTE [Ordinals make a choice unique])."""
     bits = scores.add(0.0).view(torch.int32)  # -0.0 becomes 0.0
     bits.bitwise_xor_((bits >> 31).bitwise_and_(0x7FFFFFFF))  # of negative numbers the larger bits are the smaller
     bits.masked_fill_(scores.isnan(), 2**31 - 1)
-    ranks = bits.long().bitwise_left_shift_(32).add_(_LOW_32_BITS - positions)
+    ordinals = bits.long().bitwise_left_shift_(32).add_(_LOW_32_BITS - positions)
     first, end = eligible
-    return ranks.masked_fill_((positions < first).logical_or_(positions >= end), _LOWEST_RANK)
+    return ordinals.masked_fill_((positions < first).logical_or_(positions >= end), _LOWEST_ORDINAL)
 
 
 @dataclass(frozen=True)
@@ -187,9 +193,8 @@ class _Keys:
 class _Queries:
     """A tile of queries of one group, every number in the dtype it is computed in."""
 
-    q: (
-        torch.Tensor
-    )  # [heads, rows of a tile, index_head_dim], zeros after `count` (NOTE [Every product has the same shape])
+    # [heads, rows of a tile, index_head_dim], zeros from `count` on (NOTE [Every product has the same shape])
+    q: torch.Tensor
     weights: torch.Tensor  # [heads, count, 1], fp32
     count: int
     relu: bool
