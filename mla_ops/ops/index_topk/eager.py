@@ -32,9 +32,12 @@ _SUPPORTED_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64
 _WORKSPACE_BYTES = 192 * 2**20
 # Of one key of one query: fp32 score, int32 bits and their temporaries, int64 ordinal, mask, copies for topk.
 _BYTES_PER_KEY = 56
-# (queries, keys) of a product. On the CPU a product stays in the L2 cache (128 KiB); elsewhere launches are what costs.
-_CPU_BLOCK = (32, 1024)
-_BLOCK = (256, 4096)
+# Keys of a product at most, and numbers in it. On the CPU a product of 256 KiB stays in the L2 cache: 8 x 256 queries
+# of 256 keys take 15 ms, and 52 ms with 32 queries a product, most of it spent between operators.
+_CPU_BLOCK, _CPU_PRODUCT = 512, 2**16
+# Elsewhere launches are what costs.
+_BLOCK, _PRODUCT = 4096, 2**20
+_MAX_ROWS = 256
 # Keys that are compared at once, at least: with a topk of 2048 a fifth of what `torch.topk` reads was kept before.
 _MIN_COMPARED = 8192
 
@@ -56,9 +59,11 @@ class Tile:
 
     @classmethod
     def of(cls, call: IndexTopkCall, traits: DeviceTraits) -> Tile:
-        """Choose the tile of a call: as large as `_CPU_BLOCK` or `_BLOCK` says, smaller where a large topk asks so."""
-        rows, block = _CPU_BLOCK if traits.type == "cpu" else _BLOCK
-        kept = min(call.topk, call.k_idx.shape[-3])
+        """Choose the tile of a call: products of the size above, fewer queries where widths or topk are very large."""
+        block, product = (_CPU_BLOCK, _CPU_PRODUCT) if traits.type == "cpu" else (_BLOCK, _PRODUCT)
+        seq_kv = call.k_idx.shape[-3]
+        rows = min(_MAX_ROWS, product // max(1, min(block, seq_kv)))
+        kept = min(call.topk, seq_kv)
         compared = -(-max(_MIN_COMPARED, 2 * kept) // block) * block
         row_bytes = _BYTES_PER_KEY * (compared + kept) + torch.float64.itemsize * call.q_idx.shape[-2:].numel()
         return cls(max(1, min(rows, _WORKSPACE_BYTES // row_bytes)), block, compared, kept)
