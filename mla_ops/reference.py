@@ -1,6 +1,7 @@
 """The readable definitions of the operators: in fp64, the truth that every path is compared with."""
 
 from mla_ops.ops.attn_mass.reference import attn_mass_reference
+from mla_ops.ops.index_loss_dense.reference import index_loss_dense_reference
 from mla_ops.ops.index_scores.reference import index_scores_bwd_reference, index_scores_reference
 from mla_ops.ops.index_topk.reference import index_scores_dense_reference, index_topk_reference
 from mla_ops.ops.sparse_attn.reference import (
@@ -11,6 +12,7 @@ from mla_ops.ops.sparse_attn.reference import (
 
 __all__ = [
     "attn_mass_reference",
+    "index_loss_dense_reference",
     "index_scores_bwd_reference",
     "index_scores_dense_reference",
     "index_scores_reference",

@@ -11,6 +11,7 @@ from mla_ops.registration import (
     attn_mass,
     attn_mass_sharding,
     attn_mass_transforms,
+    index_loss_dense,
     index_scores,
     index_scores_sharding,
     index_scores_transforms,
@@ -23,6 +24,7 @@ from mla_ops.registration import (
 )
 from mla_ops.registration.attn_mass import ATTN_MASS
 from mla_ops.registration.cache_key import tag_compile_caches
+from mla_ops.registration.index_loss_dense import INDEX_LOSS_DENSE
 from mla_ops.registration.index_scores import INDEX_SCORES, INDEX_SCORES_BWD
 from mla_ops.registration.index_topk import INDEX_TOPK
 from mla_ops.registration.refusals import refuse_wrapper
@@ -34,12 +36,14 @@ for _operator in (
     *(index_topk, index_topk_transforms, index_topk_sharding),
     *(index_scores, index_scores_transforms, index_scores_sharding),
     *(attn_mass, attn_mass_transforms, attn_mass_sharding),
+    index_loss_dense,
 ):
     _operator.register()
 tag_compile_caches()
 
 __all__ = [
     "ATTN_MASS",
+    "INDEX_LOSS_DENSE",
     "INDEX_SCORES",
     "INDEX_SCORES_BWD",
     "INDEX_TOPK",

@@ -7,6 +7,7 @@ from mla_ops.api.indexer_loss import (
     explain_index_scores,
     index_kl,
     index_loss,
+    index_loss_dense,
     index_scores,
     warmup_index_loss,
 )
@@ -21,6 +22,7 @@ __all__ = [
     "explain_index_topk",
     "index_kl",
     "index_loss",
+    "index_loss_dense",
     "index_scores",
     "index_topk",
     "sparse_attn",

@@ -5,18 +5,21 @@ from __future__ import annotations
 import torch
 
 from mla_ops.checks import check_tensor_types, shape_of
-from mla_ops.errors import InvalidInputError
+from mla_ops.errors import InvalidInputError, UnsupportedShardingError
 from mla_ops.launching import filled_alike
 from mla_ops.ops.attn_mass import backends as attn_mass_backends
 from mla_ops.ops.attn_mass import rules as attn_mass_rules
 from mla_ops.ops.attn_mass.backends import Decision as AttnMassDecision
 from mla_ops.ops.attn_mass.call import AttnMassCall
+from mla_ops.ops.index_loss_dense.call import IndexLossDenseCall
+from mla_ops.ops.index_loss_dense.rules import check_argument_types as check_dense_argument_types
 from mla_ops.ops.index_scores import backends as index_scores_backends
 from mla_ops.ops.index_scores import rules as index_scores_rules
 from mla_ops.ops.index_scores.backends import Decision as IndexScoresDecision
 from mla_ops.ops.index_scores.call import IndexScoresCall, Wanted
 from mla_ops.registration import (
     ATTN_MASS,
+    INDEX_LOSS_DENSE,
     INDEX_SCORES,
     INDEX_SCORES_BWD,
     cast_by_autocast,
@@ -213,6 +216,74 @@ def index_loss(
     mass = attn_mass(q, kv, indices, lse, softmax_scale=softmax_scale, topk_length=topk_length, backend=backend)
     scores = index_scores(q_idx, k_idx, weights, indices, topk_length=topk_length, relu=relu, backend=backend)
     return index_kl(mass, scores)
+
+
+def index_loss_dense(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    lse: torch.Tensor,
+    q_idx: torch.Tensor,
+    k_idx: torch.Tensor,
+    weights: torch.Tensor,
+    row_weight: torch.Tensor,
+    *,
+    softmax_scale: float,
+    starts: torch.Tensor | None = None,
+    ends: torch.Tensor | None = None,
+    causal: bool = True,
+    relu: bool = True,
+) -> torch.Tensor:
+    """Return the indexer's loss over all keys that its queries may see: the warm-up, where attention is dense.
+
+    The same loss as `index_loss`, where every eligible key is in the list, summed over rows with the weights given. A
+    row is a query of a KV group. The gradients are computed with the loss, in one pass over all pairs, which is why the
+    weights of the rows come first: `row_weight = mask / mask.sum()` makes a mean, and a coefficient or a loss scale
+    belongs there too, because gradients are rounded to the dtype of their argument before what arrives multiplies them.
+    Plain matrix products in strips, on any device: at most 256 MiB of workspace, nothing of the size `[seq_q, seq_kv]`.
+    One call of `torch.ops.mla.index_loss_dense` in a compiled graph. Differentiable once in `q_idx`, `k_idx` and
+    `weights`; all other tensors get no gradient. Under autocast `q`, `k`, `q_idx` and `k_idx` are cast, but for fp64.
+    Every tensor may drop its leading `batch` dimension (all of them together).
+
+    Args:
+        q: `[batch, seq_q, heads, d_total]`; bf16, fp16, fp32 or fp64. Absorbed queries or those of each head's own
+            keys: narrower rows are cheaper.
+        k: `[batch, seq_kv, kv_group, d_total]`, dtype of `q`; head `h` reads group `h // (heads // kv_group)`.
+        lse: `[batch, seq_q, heads]`, fp32: log-sum-exp of attention's scaled logits, or any other normaliser.
+        q_idx: `[batch, seq_q, index_heads, index_head_dim]`, and up to `weights`: as in `index_topk`, but for e4m3.
+        k_idx: `[batch, seq_kv, kv_group, index_head_dim]`.
+        weights: `[batch, seq_q, index_heads]`, fp32 or the dtype of `q_idx`.
+        row_weight: `[batch, seq_q]` or `[batch, seq_q, kv_group]`, fp32. What a row of weight 0 holds counts nothing,
+            NaN included.
+        softmax_scale: multiplies the logits of attention; any finite value.
+        starts: `[batch, seq_q]` or `[seq_q]`, int32 or int64: as in `index_topk`, as are `ends` and `causal`.
+        ends: `[batch, seq_q]` or `[seq_q]`, int32 or int64. Keys that only some queries may see must be finite.
+        causal: whether a query sees only keys up to its own position, the last query standing at the last key.
+        relu: whether `<q_idx, k_idx>` is clipped at 0 before it is weighted.
+
+    Returns:
+        A scalar in fp32: the sum over the rows of `row_weight` times the divergence, in nats. A row without an eligible
+        key, or without mass, adds 0 and gets gradients of 0.
+
+    Raises:
+        InvalidInputError: an argument breaks a rule above; raised before any work.
+        QuantizedInputError: an argument is a quantised wrapper tensor.
+        UnsupportedShardingError: an argument is a DTensor; call it with local tensors.
+        DoubleBackwardError: a gradient of a gradient was asked for.
+        ForwardModeError: a forward-mode derivative was asked for.
+
+    Reference: DeepSeek-V3.2 technical report, equation 3; `mla_ops.reference` is the definition.
+    """
+    tensors = (q, k, lse, q_idx, k_idx, weights, row_weight)
+    call = IndexLossDenseCall(*tensors, softmax_scale, starts, ends, causal, relu)
+    check_dense_argument_types(call)
+    if is_dtensor(q):
+        raise UnsupportedShardingError(
+            "q must be a plain tensor, got a DTensor: index_loss_dense has no sharding rules; use to_local()"
+        )
+    need_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (q_idx, k_idx, weights))
+    loss: torch.Tensor
+    loss, _, _, _ = INDEX_LOSS_DENSE(*call, need_grad)
+    return loss
 
 
 def explain_index_scores(

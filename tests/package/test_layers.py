@@ -50,6 +50,8 @@ COMPOSITES: dict[tuple[str, str], str] = {
         "index_scores",
         "index_topk",
     ): "scores on a list are those that selection ranks: one formula, one set of rules",
+    ("index_loss_dense", "index_topk"): "it scores the keys that selection ranks: one formula, one set of rules",
+    ("index_loss_dense", "attn_mass"): "its target is attention mass over all keys: one set of rules",
 }
 # What stands on the rooms, bottom-up.
 LAYERS: dict[str, set[str]] = {

@@ -14,7 +14,8 @@ import sys
 import traceback
 from pathlib import Path
 
-import distributed_index_topk  # noqa: F401  (registers its checks, as do the next three)
+import distributed_index_loss  # noqa: F401  (registers its checks, as do the next ones)
+import distributed_index_topk  # noqa: F401
 import distributed_keys  # noqa: F401
 import distributed_sharding  # noqa: F401
 import distributed_training  # noqa: F401

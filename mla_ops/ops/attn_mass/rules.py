@@ -36,52 +36,64 @@ def check_argument_types(
 def check_inputs(call: AttnMassCall) -> None:
     """Raise `InvalidInputError` at the first broken rule of `mla::attn_mass`; shapes in `mla_ops.attn_mass`."""
     q, kv, indices, lse, softmax_scale, topk_length = call
-    check_storage(q=q, kv=kv, indices=indices, lse=lse, topk_length=topk_length)
+    check_attention(q, kv, lse, softmax_scale, "kv")
+    check_storage(q=q, indices=indices, topk_length=topk_length)
+
+    lead = "batch, " if q.dim() == 4 else ""
+    check_rank("indices", indices, q.dim(), f"[{lead}seq_q, kv_group, topk]")
+    if indices.dtype not in INDEX_DTYPES:
+        raise InvalidInputError(f"indices must be int32 or int64, got {dtype_of(indices)}; use indices.to(torch.int32)")
+    if topk_length is not None:
+        check_rank("topk_length", topk_length, q.dim() - 2, f"[{lead}seq_q]")
+        if topk_length.dtype not in INDEX_DTYPES:
+            raise InvalidInputError(
+                f"topk_length must be int32 or int64, got {dtype_of(topk_length)}; use topk_length.to(torch.int32)"
+            )
+
+    *batch, seq_q, _, _ = q.shape
+    if batch:
+        require_size("indices", indices, 0, batch[0], "the batch of q")
+    require_size("indices", indices, -3, seq_q, "seq_q of q")
+    require_size("indices", indices, -2, kv.shape[-2], "kv_group of kv")
+    if topk_length is not None:
+        if batch:
+            require_size("topk_length", topk_length, 0, batch[0], "the batch of q")
+        require_size("topk_length", topk_length, -1, seq_q, "seq_q of q")
+
+
+def check_attention(q: torch.Tensor, kv: torch.Tensor, lse: torch.Tensor, softmax_scale: float, kv_name: str) -> None:
+    """Check what attention weights are made of, against each other; `kv_name` is what the caller calls the keys."""
+    check_storage(**{"q": q, kv_name: kv, "lse": lse})
 
     if q.dim() not in (3, 4):
         raise InvalidInputError(
             f"q must be [batch, seq_q, heads, d_total] or [seq_q, heads, d_total], got {shape_of(q)}"
         )
     lead = "batch, " if q.dim() == 4 else ""
-    check_rank("kv", kv, q.dim(), f"[{lead}seq_kv, kv_group, d_total]")
-    check_rank("indices", indices, q.dim(), f"[{lead}seq_q, kv_group, topk]")
+    check_rank(kv_name, kv, q.dim(), f"[{lead}seq_kv, kv_group, d_total]")
     check_rank("lse", lse, q.dim() - 1, f"[{lead}seq_q, heads]")
-    if topk_length is not None:
-        check_rank("topk_length", topk_length, q.dim() - 2, f"[{lead}seq_q]")
 
     if q.dtype not in FLOAT_DTYPES:
-        fix = "dequantise it with its scales" if is_quantised(q.dtype) else "use q.to(kv.dtype)"
+        fix = "dequantise it with its scales" if is_quantised(q.dtype) else f"use q.to({kv_name}.dtype)"
         raise InvalidInputError(f"q must be bfloat16, float16, float32 or float64, got {dtype_of(q)}; {fix}")
     if kv.dtype != q.dtype:
-        fix = "dequantise it with its scales" if is_quantised(kv.dtype) else "use kv.to(q.dtype)"
-        raise InvalidInputError(f"kv must have the dtype of q ({dtype_of(q)}), got {dtype_of(kv)}; {fix}")
-    if indices.dtype not in INDEX_DTYPES:
-        raise InvalidInputError(f"indices must be int32 or int64, got {dtype_of(indices)}; use indices.to(torch.int32)")
+        fix = "dequantise it with its scales" if is_quantised(kv.dtype) else f"use {kv_name}.to(q.dtype)"
+        raise InvalidInputError(f"{kv_name} must have the dtype of q ({dtype_of(q)}), got {dtype_of(kv)}; {fix}")
     if lse.dtype != torch.float32:
         raise InvalidInputError(f"lse must be float32, got {dtype_of(lse)}; use lse.float()")
-    if topk_length is not None and topk_length.dtype not in INDEX_DTYPES:
-        raise InvalidInputError(
-            f"topk_length must be int32 or int64, got {dtype_of(topk_length)}; use topk_length.to(torch.int32)"
-        )
 
     *batch, seq_q, heads, d_total = q.shape
     kv_group = kv.shape[-2]
     if batch:
-        for name, tensor in (("kv", kv), ("indices", indices), ("lse", lse)):
-            require_size(name, tensor, 0, batch[0], "the batch of q")
-    require_size("kv", kv, -1, d_total, "d_total of q")
-    require_size("indices", indices, -3, seq_q, "seq_q of q")
-    require_size("indices", indices, -2, kv_group, "kv_group of kv")
+        require_size(kv_name, kv, 0, batch[0], "the batch of q")
+        require_size("lse", lse, 0, batch[0], "the batch of q")
+    require_size(kv_name, kv, -1, d_total, "d_total of q")
     require_size("lse", lse, -2, seq_q, "seq_q of q")
     require_size("lse", lse, -1, heads, "heads of q")
-    require(kv_group >= 1, lambda: f"kv_group (kv.shape[-2]) must be at least 1, got kv {shape_of(kv)}")
+    require(kv_group >= 1, lambda: f"kv_group ({kv_name}.shape[-2]) must be at least 1, got {kv_name} {shape_of(kv)}")
     require(
         heads % kv_group == 0,
-        lambda: f"heads must be a multiple of kv_group, got heads={heads} (q) and kv_group={kv_group} (kv)",
+        lambda: f"heads must be a multiple of kv_group, got heads={heads} (q) and kv_group={kv_group} ({kv_name})",
     )
-    if topk_length is not None:
-        if batch:
-            require_size("topk_length", topk_length, 0, batch[0], "the batch of q")
-        require_size("topk_length", topk_length, -1, seq_q, "seq_q of q")
     if not math.isfinite(softmax_scale):
         raise InvalidInputError(f"softmax_scale must be finite, got {softmax_scale}")
