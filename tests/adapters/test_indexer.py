@@ -226,6 +226,27 @@ def test_starts_and_ends_bound_the_choice() -> None:
     assert torch.equal(far, best_of(scores, (position >= 4) & (position < before_window[:, None])))
 
 
+@pytest.mark.parametrize("is_packed", [False, True], ids=["batched", "packed"])
+def test_the_dense_loss_is_that_of_a_list_of_all_keys(is_packed: bool) -> None:
+    indexer = make_indexer(topk=ROWS)
+    hidden, packed = hidden_states(1, ROWS), None
+    if is_packed:
+        hidden, packed = hidden[0], packed_of(30, 1, ROWS - 31)
+    rows = indexer.project(hidden, packed=packed)
+    everything = indexer.select(*rows, packed=packed)
+    q, kv, lse = attention_rows(everything)
+    row_weight = torch.rand(hidden.shape[:-1], generator=torch.Generator().manual_seed(4))
+    dense = indexer.dense_loss(q, kv, lse, *rows, row_weight, softmax_scale=SCALE, packed=packed)
+    listed = indexer.loss(q, kv, everything, lse, *rows, softmax_scale=SCALE).squeeze(-1)
+    expected = (listed * row_weight).sum()
+    torch.testing.assert_close(dense, expected, rtol=1e-5, atol=1e-5)
+    parameters = list(indexer.parameters())
+    for got, want in zip(
+        *(torch.autograd.grad(loss, parameters, retain_graph=True) for loss in (dense, expected)), strict=True
+    ):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5 * want.abs().max().item())
+
+
 @pytest.mark.parametrize("options", [{}, {"use_hadamard": True}], ids=["plain", "hadamard"])
 def test_fp8_selects_by_the_quantised_rows_and_learns_from_the_others(options: dict[str, Any]) -> None:
     indexer = make_indexer(torch.float32, use_fp8=True, **options)

@@ -387,17 +387,3 @@ def test_index_loss_reaches_the_indexer_only() -> None:
         for name, parameter in model.named_parameters():
             touched = parameter.grad is not None and bool(parameter.grad.abs().sum() > 0)
             assert touched == (("indexer" in name) == expect_indexer), name
-
-
-def test_index_loss_is_zero_when_the_indexer_agrees() -> None:
-    torch.manual_seed(0)
-    config = ModelConfig(topk=8)
-    attention = LanguageModel(config).layers[0].attn
-    q, kv = torch.randn(1, 20, 4, 128), torch.randn(1, 20, 1, 128)
-    indices = torch.randint(0, 20, (1, 20, 1, 8), dtype=torch.int32)
-    _, lse = torch.ops.mla.sparse_attn(q, kv, indices, 64, attention.mla.meta.softmax_scale)
-    rows = kv[0, :, 0][indices[0, :, 0].long()][None]
-    logits = attention.mla.meta.softmax_scale * torch.einsum("bshd,bskd->bshk", q, rows)
-    agreeing = logits.softmax(-1).mean(2).log()
-    assert attention.index_loss(q, kv, indices, lse, agreeing).abs() < 1e-5
-    assert attention.index_loss(q, kv, indices, lse, agreeing.roll(1, dims=-1)) > 0.01

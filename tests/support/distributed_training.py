@@ -24,6 +24,7 @@ CONFIG = ModelConfig(
     topk=6,
     index_heads=2,
     index_head_dim=9,
+    index_rope_head_dim=8,
 )
 
 

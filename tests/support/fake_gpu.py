@@ -121,10 +121,10 @@ class LoweringBackend:
         self.frames += 1
         return self._compile(graph, inputs)
 
-    def is_inlined(self) -> bool:
-        """Whether graphs have kernels where the operators were; all must agree."""
+    def is_inlined(self, operator: str = "mla.") -> bool:
+        """Whether graphs have kernels where the operators were, of all names that start so; all must agree."""
         (answer,) = {"UserDefinedTritonKernel" in operations for operations in self.operations}
-        (is_extern,) = {any(name.startswith("mla.") for name in operations) for operations in self.operations}
+        (is_extern,) = {any(name.startswith(operator) for name in operations) for operations in self.operations}
         assert answer != is_extern
         return answer
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from mla_ops.adapters.seam import PackedSeq
 from mla_ops.adapters.torch_layer.rotations import RopeLayout, hadamard, positions_of, rotate
-from mla_ops.api import index_loss, index_scores, index_topk
+from mla_ops.api import index_loss, index_loss_dense, index_scores, index_topk
 from mla_ops.errors import MLALayoutError, MLAMetadataError
 
 KeyNorm = Literal["layer", "rms", "none"]
@@ -42,9 +42,10 @@ class Indexer(nn.Module):
         score[t, s] = sum over index heads j of weights[t, j] * relu(<q_idx[t, j], k_idx[s]>)
 
     `forward` is `project`, then `select`; call the two yourself to keep index keys in a cache. The indexer learns from
-    `loss` alone, which pulls its scores towards the attention on the selected keys. Compiles without a graph break, one
-    graph for every length above 1 when they are dynamic. The defaults are DeepSeek-V3.2's but for `use_hadamard` and
-    `use_fp8`.
+    `loss`, which pulls its scores towards the attention on the selected keys, and in a warm-up from `dense_loss`, which
+    does so on all keys. Compiles without a graph break, one
+    graph for every length above 1 when they are dynamic. The defaults are DeepSeek-V3.2's but for `query_size`,
+    `qk_rope_head_dim`, `use_hadamard` and `use_fp8`, which it has.
 
     Args:
         hidden_size: width of the hidden states.
@@ -224,13 +225,7 @@ class Indexer(nn.Module):
             MLALayoutError: `starts` or `ends` came with `packed`, which says both.
             InvalidInputError: tensors break the operator's rules.
         """
-        if packed is not None:
-            if starts is not None or ends is not None:
-                raise MLALayoutError("packed says which keys a query may choose; pass it without starts and ends")
-            if self.check_packed:
-                packed.check(q_idx.shape[0], k_idx.shape[0])
-            starts, ends = packed.key_bounds(q_idx.shape[0], causal=causal)
-            causal = False  # causality counts within a segment, and `ends` has it
+        starts, ends, causal = self._bounds(q_idx, k_idx, starts, ends, packed, causal)
         if self.use_fp8 or k_scale is not None:
             q_idx, q_scale = to_e4m3(q_idx)
             weights = weights.detach().float() * q_scale
@@ -308,6 +303,80 @@ class Indexer(nn.Module):
             relu=self.relu,
             backend=self.backend,
         )
+
+    def dense_loss(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        lse: torch.Tensor,
+        q_idx: torch.Tensor,
+        k_idx: torch.Tensor,
+        weights: torch.Tensor,
+        row_weight: torch.Tensor,
+        *,
+        softmax_scale: float,
+        starts: torch.Tensor | None = None,
+        ends: torch.Tensor | None = None,
+        packed: PackedSeq | None = None,
+        causal: bool = True,
+    ) -> torch.Tensor:
+        """Return the divergence over all keys that a query may see, summed with weights: the warm-up's loss.
+
+        Args:
+            q: the attention's queries, `[..., rows, heads, d_total]`; like `k` and `lse` they get no gradient.
+            k: the attention's keys, `[..., keys, 1, d_total]`.
+            lse: of dense attention, `[..., rows, heads]`.
+            q_idx: `[..., rows, index_heads, index_head_dim]`.
+            k_idx: `[..., keys, 1, index_head_dim]`.
+            weights: `[..., rows, index_heads]`.
+            row_weight: `[..., rows]` fp32; `mask / mask.sum()` makes a mean. A coefficient belongs in here too.
+            softmax_scale: the attention's.
+            starts: `[batch, rows]` or `[rows]`, the first key that a query may see; default: 0.
+            ends: one past the last key that it may see; default: all keys.
+            packed: the segments of a packed batch, instead of `starts` and `ends`.
+            causal: whether the last query sees all keys and each one before it a key less.
+
+        Returns:
+            A scalar in fp32.
+
+        Raises:
+            MLALayoutError: `starts` or `ends` came with `packed`, which says both.
+            InvalidInputError: tensors break the operator's rules.
+        """
+        starts, ends, causal = self._bounds(q_idx, k_idx, starts, ends, packed, causal)
+        return index_loss_dense(
+            q,
+            k,
+            lse,
+            q_idx,
+            k_idx,
+            weights,
+            row_weight,
+            softmax_scale=softmax_scale,
+            starts=starts,
+            ends=ends,
+            causal=causal,
+            relu=self.relu,
+        )
+
+    def _bounds(
+        self,
+        q_idx: torch.Tensor,
+        k_idx: torch.Tensor,
+        starts: torch.Tensor | None,
+        ends: torch.Tensor | None,
+        packed: PackedSeq | None,
+        causal: bool,
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, bool]:
+        """Return `starts`, `ends` and `causal` for the operators, which know no segments."""
+        if packed is None:
+            return starts, ends, causal
+        if starts is not None or ends is not None:
+            raise MLALayoutError("packed says which keys a query may choose; pass it without starts and ends")
+        if self.check_packed:
+            packed.check(q_idx.shape[0], k_idx.shape[0])
+        # Causality counts within a segment, and the ends have it.
+        return *packed.key_bounds(q_idx.shape[0], causal=causal), False
 
     def _query(self, hidden: torch.Tensor, query: torch.Tensor | None) -> torch.Tensor:
         """Return what queries are projected from."""

@@ -1,0 +1,27 @@
+"""Examples that run without a GPU, shortened."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_the_indexer_learns_where_dense_attention_goes() -> None:
+    command = [sys.executable, str(ROOT / "examples/train_indexer.py"), "--steps", "30", "--device", "cpu"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, check=False)
+    assert result.returncode == 0, result.stderr[-2000:]
+    stages = {line.split()[0]: line for line in result.stdout.splitlines()[1:]}
+    assert list(stages) == ["dense", "warm-up", "sparse"]
+    shares = {name: [float(share) for share in re.findall(r"([\d.]+)%", line)] for name, line in stages.items()}
+    for recall, best, _ in shares.values():
+        assert recall <= best
+    untrained, warm = shares["dense"], shares["warm-up"]
+    # Of what the best choice gains over a random one, the warm-up has most and an untrained indexer little.
+    assert untrained[0] - untrained[2] < 0.2 * (untrained[1] - untrained[2])
+    assert warm[0] - warm[2] > 0.5 * (warm[1] - warm[2])
