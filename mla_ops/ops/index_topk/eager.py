@@ -24,6 +24,7 @@ from dataclasses import dataclass
 import torch
 
 from mla_ops.device import DeviceTraits
+from mla_ops.gathering import unrounded_dtype
 from mla_ops.ops.index_topk.call import IndexTopkCall, IndexTopkProblem
 
 _SUPPORTED_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.float8_e4m3fn)
@@ -101,24 +102,13 @@ class EagerBackend:
         if indices.numel() == 0 or k_idx.shape[-3] == 0:
             return indices
         rows = indices if q_idx.dim() == 4 else indices[None]
-        dtype = _product_dtype(q_idx.device)
+        dtype = unrounded_dtype(q_idx.device)
         for b, g, span, visible, eligible in _tiles(call, plan):
             keys = _Keys.of(call, b, g, dtype)
             queries = _Queries.of(call, b, g, span, plan.rows, dtype)
             positions = _best_positions(queries, keys, visible, eligible, plan)
             rows[b, span, g, : positions.shape[-1]] = positions
         return indices
-
-
-def _product_dtype(device: torch.device) -> torch.dtype:
-    """Return in what queries and keys are multiplied: fp32, and fp64 where torch was told to round fp32 factors.
-
-    That setting (TF32, or bf16 in oneDNN) belongs to the process: switching it off for a while would race with other
-    threads. fp64 factors are never rounded.
-    """
-    library = torch.backends.cuda if device.type == "cuda" else torch.backends.mkldnn
-    is_exact = library.matmul.fp32_precision in ("none", "ieee")
-    return torch.float32 if is_exact else torch.float64
 
 
 def _tiles(call: IndexTopkCall, plan: Tile) -> Iterator[tuple[int, int, slice, int, _Eligible]]:
