@@ -46,8 +46,17 @@ class NamedKeys:
     kv_group: int
 
     @classmethod
-    def of(cls, keys: torch.Tensor, indices: torch.Tensor, topk_length: torch.Tensor | None) -> NamedKeys:
-        """Flatten `keys` `[..., seq_kv, kv_group, width]` and `indices` `[..., seq_q, kv_group, topk]`."""
+    def of(
+        cls,
+        keys: torch.Tensor,
+        indices: torch.Tensor,
+        topk_length: torch.Tensor | None,
+        dtype: torch.dtype | None = None,
+    ) -> NamedKeys:
+        """Flatten `keys` `[..., seq_kv, kv_group, width]` and `indices` `[..., seq_q, kv_group, topk]`.
+
+        `dtype` is what to compute in, by default `compute_dtype` of the keys.
+        """
         seq_q, kv_group, topk = indices.shape[-3:]
         key_rows = keys.reshape(keys.shape[:-1].numel(), keys.shape[-1])
         # Low precision is widened after each gather, or once before all of them if that is less work and little memory.
@@ -58,7 +67,7 @@ class NamedKeys:
             keys=key_rows,
             indices=indices.reshape(indices.shape[:-1].numel(), topk),
             topk_length=None if topk_length is None else topk_length.reshape(-1),
-            compute_dtype=compute_dtype(keys.dtype),
+            compute_dtype=dtype or compute_dtype(keys.dtype),
             seq_q=seq_q,
             seq_kv=keys.shape[-3],
             kv_group=kv_group,
@@ -118,6 +127,17 @@ class NamedKeys:
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return what eager backends compute in: fp64 for fp64, fp32 for everything else."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def unrounded_dtype(device: torch.device) -> torch.dtype:
+    """Return what multiplies fp32 factors unrounded: fp32, and fp64 where torch was told to round fp32 factors.
+
+    That setting (TF32, or bf16 in oneDNN) belongs to the process: switching it off for a while would race with other
+    threads. fp64 factors are never rounded.
+    """
+    library = torch.backends.cuda if device.type == "cuda" else torch.backends.mkldnn
+    is_unrounded = library.matmul.fp32_precision in ("none", "ieee")
+    return torch.float32 if is_unrounded else torch.float64
 
 
 def _workspace_bytes() -> int:

@@ -14,19 +14,11 @@ from mla_ops.registration.transforms import (
     AUTOCAST_DEVICES,
     call_without_data,
     cast_index_inputs_by_autocast,
+    index_casting_kernel,
     vmap_by_folding,
 )
 
 _STARTS, _ENDS = 4, 5  # places among the arguments
-
-
-def _casting_kernel(device_type: str) -> Any:
-    def cast_and_call(q_idx: torch.Tensor, k_idx: torch.Tensor, weights: torch.Tensor, *args: Any) -> Any:
-        q_idx, k_idx, weights = cast_index_inputs_by_autocast(q_idx, k_idx, weights)
-        with torch.autocast(device_type, enabled=False):
-            return INDEX_TOPK(q_idx, k_idx, weights, *args)
-
-    return cast_and_call
 
 
 def _vmap_index_topk(
@@ -73,6 +65,6 @@ def index_topk_flops(q_idx_shape: Sequence[int], k_idx_shape: Sequence[int], *ar
 def register() -> None:
     """Attach autocast kernels, the vmap rule and the FLOP formula to the operator."""
     for device_type in AUTOCAST_DEVICES:
-        LIBRARY.impl("index_topk", _casting_kernel(device_type), f"Autocast{device_type.upper()}")
+        LIBRARY.impl("index_topk", index_casting_kernel(INDEX_TOPK, device_type), f"Autocast{device_type.upper()}")
     torch.library.register_vmap("mla::index_topk", _vmap_index_topk, lib=LIBRARY)
     register_flop_formulas({torch.ops.mla.index_topk: index_topk_flops})

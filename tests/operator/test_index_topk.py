@@ -294,19 +294,19 @@ def test_a_poisoned_key_that_is_not_eligible_taints_nothing(target: Target) -> N
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_row_depends_on_nothing_but_itself(dtype: torch.dtype, target: Target) -> None:
-    case = IndexCase(batch=7, seq_q=45, seq_kv=1700, topk=64, index_head_dim=64, kv_group=2)
+    case = IndexCase(batch=7, seq_q=150, seq_kv=1700, topk=64, index_head_dim=64, kv_group=2)
     inputs = make_index_inputs(case, dtype, target.device)
     # The keys are one vector with its channels in any order, the queries weigh all channels alike: the scores are equal
     # but for the order in which their products are summed, and every last bit decides.
     order = torch.rand(7, 1700, 2, 64, generator=torch.Generator().manual_seed(0)).argsort(-1).to(target.device)
     inputs = replace(inputs, q_idx=torch.ones_like(inputs.q_idx), k_idx=inputs.k_idx[0, 0, 0][order])
-    ends = torch.arange(45, device=target.device) + (1700 - 44)
+    ends = torch.arange(150, device=target.device) + (1700 - 149)
     whole = run(replace(inputs, ends=ends), target, causal=False)
     assert torch.equal(run(replace(inputs, ends=ends), target, causal=False), whole)
     assert torch.equal(run(inputs, target), whole)
     scale = inputs.k_scale
     for b in range(7):
-        for rows in (slice(0, 45), slice(b, b + 1), slice(3, 5 + b), slice(40, 45)):
+        for rows in (slice(0, 150), slice(20 * b, 20 * b + 1), slice(3, 5 + b), slice(120, 140)):
             part = replace(
                 inputs,
                 q_idx=inputs.q_idx[b : b + 1, rows],

@@ -106,7 +106,7 @@ def test_calls_that_look_alike_share_a_plan(monkeypatch: pytest.MonkeyPatch) -> 
 def test_explain_prints_the_plan_and_the_reasons() -> None:
     inputs = make_index_inputs(CASE, bounds=True)
     text = str(mla_ops.explain_index_topk(*inputs.args[:4], **inputs.kwargs, backend="eager"))
-    for words in ("mla::index_topk on cpu", "index_heads=4", "topk=6", "tiles of 32 queries", "nothing to warm"):
+    for words in ("mla::index_topk on cpu", "index_heads=4", "topk=6", "tiles of 256 queries", "nothing to warm"):
         assert words in text
     mla_ops.warmup_index_topk(*inputs.args[:4], **inputs.kwargs)
 

@@ -13,7 +13,7 @@ import torch
 
 from mla_ops import gathering, settings
 from mla_ops.device import DeviceTraits
-from mla_ops.gathering import NamedKeys
+from mla_ops.gathering import NamedKeys, compute_dtype, unrounded_dtype
 from mla_ops.ops.index_scores.call import IndexScoresCall, IndexScoresProblem, Side, Wanted
 
 _SUPPORTED_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -116,7 +116,9 @@ class _Rows:
     @classmethod
     def of(cls, call: IndexScoresCall) -> _Rows:
         *_, heads, index_head_dim = call.q_idx.shape
-        k = NamedKeys.of(call.k_idx, call.indices, call.topk_length)
+        # fp64 factors stay fp64; all others are multiplied as selection multiplies them.
+        dtype = torch.promote_types(compute_dtype(call.q_idx.dtype), unrounded_dtype(call.q_idx.device))
+        k = NamedKeys.of(call.k_idx, call.indices, call.topk_length, dtype)
         num_rows, heads_per_group = len(k.indices), heads // k.kv_group
         q = call.q_idx.reshape(num_rows, heads_per_group, index_head_dim)
         return cls(q, call.weights.reshape(num_rows, 1, heads_per_group), k)

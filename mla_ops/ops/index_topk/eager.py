@@ -24,6 +24,7 @@ from dataclasses import dataclass
 import torch
 
 from mla_ops.device import DeviceTraits
+from mla_ops.gathering import unrounded_dtype
 from mla_ops.ops.index_topk.call import IndexTopkCall, IndexTopkProblem
 
 _SUPPORTED_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.float8_e4m3fn)
@@ -32,9 +33,12 @@ _SUPPORTED_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64
 _WORKSPACE_BYTES = 192 * 2**20
 # Of one key of one query: fp32 score, int32 bits and their temporaries, int64 ordinal, mask, copies for topk.
 _BYTES_PER_KEY = 56
-# (queries, keys) of a product. On the CPU a product stays in the L2 cache (128 KiB); elsewhere launches are what costs.
-_CPU_BLOCK = (32, 1024)
-_BLOCK = (256, 4096)
+# Keys of a product at most, and numbers in it. On the CPU a product of 256 KiB stays in the L2 cache: 8 x 256 queries
+# of 256 keys take 15 ms, and 52 ms with 32 queries a product, most of it spent between operators.
+_CPU_BLOCK, _CPU_PRODUCT = 512, 2**16
+# Elsewhere launches are what costs.
+_BLOCK, _PRODUCT = 4096, 2**20
+_MAX_ROWS = 256
 # Keys that are compared at once, at least: with a topk of 2048 a fifth of what `torch.topk` reads was kept before.
 _MIN_COMPARED = 8192
 
@@ -56,9 +60,11 @@ class Tile:
 
     @classmethod
     def of(cls, call: IndexTopkCall, traits: DeviceTraits) -> Tile:
-        """Choose the tile of a call: as large as `_CPU_BLOCK` or `_BLOCK` says, smaller where a large topk asks so."""
-        rows, block = _CPU_BLOCK if traits.type == "cpu" else _BLOCK
-        kept = min(call.topk, call.k_idx.shape[-3])
+        """Choose the tile of a call: products of the size above, fewer queries where widths or topk are very large."""
+        block, product = (_CPU_BLOCK, _CPU_PRODUCT) if traits.type == "cpu" else (_BLOCK, _PRODUCT)
+        seq_kv = call.k_idx.shape[-3]
+        rows = min(_MAX_ROWS, product // max(1, min(block, seq_kv)))
+        kept = min(call.topk, seq_kv)
         compared = -(-max(_MIN_COMPARED, 2 * kept) // block) * block
         row_bytes = _BYTES_PER_KEY * (compared + kept) + torch.float64.itemsize * call.q_idx.shape[-2:].numel()
         return cls(max(1, min(rows, _WORKSPACE_BYTES // row_bytes)), block, compared, kept)
@@ -96,24 +102,13 @@ class EagerBackend:
         if indices.numel() == 0 or k_idx.shape[-3] == 0:
             return indices
         rows = indices if q_idx.dim() == 4 else indices[None]
-        dtype = _product_dtype(q_idx.device)
+        dtype = unrounded_dtype(q_idx.device)
         for b, g, span, visible, eligible in _tiles(call, plan):
             keys = _Keys.of(call, b, g, dtype)
             queries = _Queries.of(call, b, g, span, plan.rows, dtype)
             positions = _best_positions(queries, keys, visible, eligible, plan)
             rows[b, span, g, : positions.shape[-1]] = positions
         return indices
-
-
-def _product_dtype(device: torch.device) -> torch.dtype:
-    """Return in what queries and keys are multiplied: fp32, and fp64 where torch was told to round fp32 factors.
-
-    That setting (TF32, or bf16 in oneDNN) belongs to the process: switching it off for a while would race with other
-    threads. fp64 factors are never rounded.
-    """
-    library = torch.backends.cuda if device.type == "cuda" else torch.backends.mkldnn
-    is_exact = library.matmul.fp32_precision in ("none", "ieee")
-    return torch.float32 if is_exact else torch.float64
 
 
 def _tiles(call: IndexTopkCall, plan: Tile) -> Iterator[tuple[int, int, slice, int, _Eligible]]:

@@ -62,7 +62,9 @@ def index_topk_reference(
 
     # From the largest score down, NaN first; of equal scores (-0.0 is 0.0) the lower position first. Then, still in
     # that order, the eligible keys before all others.
-    order = (scores + 0.0).sort(dim=-1, descending=True, stable=True).indices
+    # Every NaN is made the same one: torch sorts by bits on CUDA, where a negative NaN comes last.
+    scores = (scores + 0.0).masked_fill(scores.isnan(), torch.nan)
+    order = scores.sort(dim=-1, descending=True, stable=True).indices
     is_key = eligible.gather(-1, order)
     first = is_key.to(torch.int8).sort(dim=-1, descending=True, stable=True).indices
     order, is_key = order.gather(-1, first), is_key.gather(-1, first)
