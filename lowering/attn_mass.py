@@ -34,8 +34,8 @@ def _lower(
     traits = traits_of(q.get_device())
     try:
         require_inlinable({"seq_q": seq_q, "seq_kv": seq_kv, "topk": topk}, compiled_for)
-        sizes = (inductor.hint(size) for size in (d_total, heads, kv_group, topk))
-        problem = AttnMassProblem(*sizes, dtype=q.get_dtype())
+        d_total, heads, kv_group, topk = (inductor.hint(size) for size in (d_total, heads, kv_group, topk))
+        problem = AttnMassProblem(d_total, heads, kv_group, topk, q.get_dtype())
         require_triton(select(problem, traits, backend))
     except StayExtern as reason:
         return extern(ATTN_MASS, (q, kv, indices, lse, softmax_scale, topk_length, backend), reason)

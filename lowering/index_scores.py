@@ -46,7 +46,8 @@ def _lower_forward(
     use_int64_offsets = needs_int64_offsets(k_idx)
 
     def launch(*tensors: Any) -> Any:
-        call = IndexScoresCall(*tensors, relu=relu)
+        q_idx, k_idx, weights, indices, topk_length = tensors
+        call = IndexScoresCall(q_idx, k_idx, weights, indices, topk_length, relu)
         plan = plan_forward(call, traits, use_int64_offsets=use_int64_offsets)
         return launch_forward(call, plan, wrap=torch.library.wrap_triton)
 
@@ -75,8 +76,9 @@ def _lower_backward(
         return extern(INDEX_SCORES_BWD, args, reason)
     use_int64_offsets = needs_int64_offsets(k_idx)
 
-    def launch(dscores: Any, *tensors: Any) -> Any:
-        call = IndexScoresCall(*tensors, relu=relu)
+    def launch(*tensors: Any) -> Any:
+        dscores, q_idx, k_idx, weights, indices, topk_length = tensors
+        call = IndexScoresCall(q_idx, k_idx, weights, indices, topk_length, relu)
         plan = plan_backward(call, traits, wanted, use_int64_offsets=use_int64_offsets)
         return launch_backward(call, dscores, wanted, plan, wrap=torch.library.wrap_triton)
 
@@ -92,8 +94,8 @@ def _require(
     lengths = {"batch": (*batch, 1)[0], "seq_q": seq_q, "seq_kv": seq_kv, "topk": indices.get_size()[-1]}
     compiled_for = {"index_heads": heads, "kv_group": kv_group, "index_head_dim": width}
     require_inlinable(lengths, compiled_for)
-    sizes = (inductor.hint(size) for size in (width, heads, kv_group, lengths["topk"]))
-    problem = IndexScoresProblem(*sizes, dtype=q_idx.get_dtype(), needs_grad=side == "backward")
+    width, heads, kv_group, topk = (inductor.hint(size) for size in (width, heads, kv_group, lengths["topk"]))
+    problem = IndexScoresProblem(width, heads, kv_group, topk, q_idx.get_dtype(), needs_grad=side == "backward")
     traits = traits_of(q_idx.get_device())
     require_triton(select(problem, traits, backend))
     if is_dk_wanted and torch.are_deterministic_algorithms_enabled():

@@ -68,11 +68,11 @@ def _require(
         if inductor.is_symbolic(size):
             raise StayExtern(f"{name} is symbolic and decides how keys are selected")
     device = q_idx.get_device()
-    sizes = (inductor.hint(size) for size in (width, heads, kv_group, topk))
-    problem, traits = IndexTopkProblem(*sizes, dtype=q_idx.get_dtype()), traits_of(device)
+    width, heads, kv_group, topk = (inductor.hint(size) for size in (width, heads, kv_group, topk))
+    problem, traits = IndexTopkProblem(width, heads, kv_group, topk, q_idx.get_dtype()), traits_of(device)
     require_triton(select(problem, traits, backend))
-    like = [_without_data(node) for node in (q_idx, k_idx, weights)]
-    plan = plan_topk(IndexTopkCall(*like, topk=problem.topk, causal=causal), problem, traits)
+    q_like, k_like, weights_like = (_without_data(node) for node in (q_idx, k_idx, weights))
+    plan = plan_topk(IndexTopkCall(q_like, k_like, weights_like, topk, causal=causal), problem, traits)
     if plan.strips and not plan.is_inlinable:
         raise StayExtern(
             f"it takes {len(plan.strips)} strips, keys selected {plan.selection.way}: more than one launch"

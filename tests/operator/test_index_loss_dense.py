@@ -321,3 +321,14 @@ def test_autocast_casts_queries_and_keys() -> None:
         loss = mla_ops.index_loss_dense(**call)
     low = {name: call[name].bfloat16() for name in ("q", "k", "q_idx", "k_idx")}
     assert torch.equal(loss, mla_ops.index_loss_dense(**{**call, **low}))
+
+
+def test_the_graph_of_the_attention_is_left_to_its_own_backward() -> None:
+    call = good_call()
+    q = call["q"].clone().requires_grad_()
+    for name in ("q_idx", "k_idx", "weights"):
+        call[name].requires_grad_()
+    made = (q * 2.0).square()  # saves a tensor that a backward frees
+    mla_ops.index_loss_dense(**{**call, "q": made}).backward()
+    made.sum().backward()
+    assert torch.equal(q.grad, 8.0 * q)

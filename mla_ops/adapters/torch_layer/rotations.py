@@ -49,8 +49,8 @@ def hadamard(x: torch.Tensor) -> torch.Tensor:
     signs = x.new_ones(1, 1)
     while signs.shape[0] < x.shape[-1]:
         signs = torch.cat([torch.cat([signs, signs], dim=1), torch.cat([signs, -signs], dim=1)])
-    rotated: torch.Tensor = x @ signs
-    return rotated * x.shape[-1] ** -0.5
+    scale: float = x.shape[-1] ** -0.5
+    return (x @ signs) * scale
 
 
 def positions_of(
