@@ -149,7 +149,7 @@ def _index_loss_dense(
 ) -> Any:
     refuse_forward_mode(INDEX_LOSS_DENSE, q, k, lse, q_idx, k_idx, weights, row_weight)
     # No gradient passes to them, so their graph is none of the formula's: a backward of the loss alone would free it.
-    q, k, lse, row_weight = q.detach(), k.detach(), lse.detach(), row_weight.detach()
+    q, k, lse = q.detach(), k.detach(), lse.detach()
     arguments = (q, k, lse, q_idx, k_idx, weights, row_weight, softmax_scale, starts, ends, causal, relu, need_grad)
     if torch.is_grad_enabled() and (q_idx.requires_grad or k_idx.requires_grad or weights.requires_grad):
         return record(_IndexLossDense, keys, arguments)
