@@ -34,7 +34,7 @@ on_gpu_only = pytest.mark.skipif(INTERPRETED, reason="the interpreter has no e4m
 # Ways to choose, small enough that rows of a few hundred keys fill buffers, and take a sample.
 SELECTIONS: dict[str, tuple[Any, Any]] = {
     "in registers": ("in registers", None),
-    "sampled": ("in registers", SelectConfig(1024, num_warps=4, sample=128)),
+    "sampled": ("in registers", SelectConfig(1024, num_warps=4)),
     "streamed": ("streamed", StreamConfig(chunk=128, buffer=256, sample=256, num_warps=4)),
     "split": ("split", StreamConfig(chunk=128, buffer=512, sample=256, num_warps=4)),
     "split, small buffer": ("split", StreamConfig(chunk=128, buffer=256, sample=256, num_warps=4)),
@@ -258,7 +258,7 @@ def test_a_sample_that_misses_the_large_keys(selection: str) -> None:
 def test_long_plateau(selection: str) -> None:
     way, config = SELECTIONS[selection]
     if way == "in registers":
-        config = SelectConfig(16384, num_warps=16, sample=512)
+        config = SelectConfig(16384, num_warps=16)
     check(call_with_scores(plateau(100, 8220), topk=120), way=way, selection=config)
 
 

@@ -79,7 +79,7 @@ def chunk_widths(head_dim: int, element_size: int) -> tuple[int, int]:
 def select_config(seq_kv: int) -> SelectConfig:
     """Return how to choose from rows of up to `seq_kv <= MAX_IN_REGISTERS` keys in registers."""
     block = max(64, _power_of_two(seq_kv))
-    return SelectConfig(block, num_warps=max(1, block // 1024), sample=512 if block >= 2048 else 0)
+    return SelectConfig(block, num_warps=max(1, block // 1024), max_registers=80)
 
 
 @cache

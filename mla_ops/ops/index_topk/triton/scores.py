@@ -81,7 +81,7 @@ def plan_scores(
 def run_scores(
     call: IndexTopkCall, strip: Strip, scratch: torch.Tensor, row_stride: int, launch: ScoresLaunch, wrap: Wrap
 ) -> None:
-    """Write the order keys of a strip to the beginning of `scratch`; weights must be as the plan says."""
+    """Write the scores of a strip, the bits of fp32, to the beginning of `scratch`; weights must be as the plan says."""
     q_strides, k_strides, weights_strides, scale_strides = launch.strides
     config = launch.config
     row_blocks = strip.num_planes
