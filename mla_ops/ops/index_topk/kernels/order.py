@@ -8,9 +8,10 @@ way between two scores in bits takes 32 steps on any data.
 
 NOTE [The threshold]
 A row's choice follows from the largest t that at least topk scores reach. A search counts the scores that reach a
-guess: one pass over the registers, and passes are what a selection costs. The logit of the share that reaches a guess is
-nearly linear in the guess. So a search begins where the mean and the deviation of the scores put t, and interpolates
-logits; an end that stays for two passes counts half (the Illinois rule). Scores of an indexer take 6 to 9 passes.
+guess: one pass over the registers, and passes are what a selection costs. The logit of the share that reaches a
+guess is nearly linear in the guess. So a search begins where the mean and the deviation of the scores put t, and
+interpolates logits; an end that stays for two passes counts half (the Illinois rule). Scores of an indexer take 6 to
+9 passes.
 
 A count seen before says that scores are equal or far apart: then the lower end moves to a score that exists, and the
 search ends there if topk lies among equal ones. After 16 passes guesses halve the bits, so a search ends after 16 + 32
@@ -53,9 +54,9 @@ def reaches(scores, guess):
 def _sum(values, WARPS: tl.constexpr):
     """Return the fp32 sum of values, of fewer than 2**24 ones and zeros exactly.
 
-    Every thread first adds what it holds itself, four chains at a time. So a count takes one comparison and one addition
-    for each score; in a single chain of 32 the compiler packs the bits of comparisons instead, which takes three times
-    as many instructions.
+    Every thread first adds what it holds itself, in four chains. So a count takes one comparison and one addition for
+    each score; in a single chain of 32 the compiler packs the bits of comparisons instead, which takes three times as
+    many instructions.
     """
     SIZE: tl.constexpr = values.shape[0]
     HELD: tl.constexpr = SIZE // (128 * WARPS) if SIZE > 128 * WARPS else 1
@@ -78,8 +79,8 @@ def _logit(part, count):
 def narrow(scores, values, count, wanted, slack, WARPS: tl.constexpr):
     """Return `(t, reaching)`: the largest t that `wanted < count` scores reach, or one that up to `slack` more reach.
 
-    `scores` hold `count` keys, and NO_KEY. `values` are about the same with zeros for NO_KEY: they decide where a search
-    begins, never what it finds. See NOTE [The threshold].
+    `scores` hold `count` keys, and NO_KEY. `values` are about the same, with zeros for NO_KEY: they decide where a
+    search begins, never what it finds. See NOTE [The threshold].
     """
     wanted = tl.cast(wanted, tl.int32)
     reaching = tl.cast(count, tl.int32)
@@ -131,20 +132,26 @@ def narrow(scores, values, count, wanted, slack, WARPS: tl.constexpr):
 
 
 @triton.jit
-def taken(scores, is_key, threshold, reaching, TOPK: tl.constexpr):
-    """Return which slots are chosen: those above the threshold, and of the scores equal to it the first ones."""
-    is_taken = reaches(scores, threshold)
+def chosen_places(scores, is_key, threshold, reaching, TOPK: tl.constexpr):
+    """Return the place of every slot among those chosen, -1 where it is not.
+
+    Chosen are the scores above the threshold, and of those equal to it the first ones. Where these are counted, scores
+    tell the choice from there on: a compiler packs 32 predicates that leave a branch into bits, and takes as many
+    instructions for it as for a search.
+    """
     if reaching > TOPK:
         is_above = (scores <= threshold) == 0
         is_equal = (scores == threshold) & is_key
         num_above = tl.sum(is_above.to(tl.int32), 0)
-        # So many reach +inf and are above it only where they are NaN, which are equal.
+        # So many are above the threshold only where they are NaN, and equal.
         is_nan = num_above >= TOPK
         is_equal = (is_above & is_nan) | (is_equal & (is_nan == 0))
         left = tl.where(is_nan, TOPK, TOPK - num_above)
         is_first = is_equal & (tl.cumsum(is_equal.to(tl.int32), 0) <= left)
-        is_taken = is_first | (is_above & (is_nan == 0))
-    return is_taken
+        scores = tl.where(is_first | (is_above & (is_nan == 0)), 1.0, -1.0)
+        threshold = 0.0
+    place = tl.cumsum(tl.where(scores < threshold, 0, 1), 0) - 1
+    return tl.where(scores < threshold, -1, place)
 
 
 @triton.jit

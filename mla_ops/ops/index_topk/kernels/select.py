@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from mla_ops.ops.index_topk.kernels.order import NO_KEY, eligible, narrow, store_all, taken
+from mla_ops.ops.index_topk.kernels.order import NO_KEY, chosen_places, eligible, narrow, store_all
 
 
 @triton.jit
@@ -20,9 +20,8 @@ def _select(
     values = tl.load(row_ptr + slots, mask=slots < (past + 3) // 4 * 4, other=0).to(tl.float32, bitcast=True)
     scores = tl.where(is_key, values, NO_KEY)
     threshold, reaching = narrow(scores, values, past - first, TOPK, 0, WARPS)
-    is_taken = taken(scores, is_key, threshold, reaching, TOPK)
-    place = tl.cumsum(is_taken.to(tl.int32), 0) - 1
-    tl.store(indices_ptr + place, slots, mask=is_taken)
+    place = chosen_places(scores, is_key, threshold, reaching, TOPK)
+    tl.store(indices_ptr + place, slots, mask=place >= 0)
 
 
 @triton.jit(do_not_specialize=["first_plane", "first_query", "num_queries", "seq_q", "seq_kv", "row_stride"])

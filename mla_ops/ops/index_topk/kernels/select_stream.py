@@ -15,13 +15,13 @@ import triton.language as tl
 
 from mla_ops.ops.index_topk.kernels.order import (
     NO_KEY,
+    chosen_places,
     eligible,
     narrow,
     next_above,
     reaches,
     sample_rank,
     store_all,
-    taken,
 )
 
 # Keys of a sample that are neighbours.
@@ -52,15 +52,12 @@ def select_from_buffer(
     values = bits.to(tl.float32, bitcast=True)
     scores = tl.where(is_key, values, NO_KEY)
     threshold, reaching = narrow(scores, values, count, TOPK, 0, WARPS)
-    is_taken = taken(scores, is_key, threshold, reaching, TOPK)
-    # Where as many keys as are wanted have come, all of them are taken.
-    is_taken = is_taken & is_key
-    place = tl.cumsum(is_taken.to(tl.int32), 0) - 1
+    place = chosen_places(scores, is_key, threshold, reaching, TOPK)
     # Every thread has read its scores before one of them is overwritten.
     tl.debug_barrier()
-    tl.store(out_positions_ptr + place, positions, mask=is_taken)
+    tl.store(out_positions_ptr + place, positions, mask=place >= 0)
     if out_bits_ptr is not None:
-        tl.store(out_bits_ptr + place, bits, mask=is_taken)
+        tl.store(out_bits_ptr + place, bits, mask=place >= 0)
         tl.debug_barrier()
     return threshold
 
