@@ -41,8 +41,8 @@ def scores_config(key: ConfigKey, has_few_queries: bool) -> ScoresConfig:
     if key.element_size == 4:
         return _wide(key)
     if has_few_queries:
-        # Sums of e4m3 products are rounded coarsely, and otherwise by wgmma, which takes 64 rows, than by mma.sync. So that
-        # few queries choose as many do, heads are padded to 64, which costs nothing: decoding is bound by memory.
+        # Sums of e4m3 products are rounded coarsely, and otherwise by wgmma, which takes 64 rows, than by mma.sync. So
+        # heads are padded to 64, that few queries choose as many do. Padding is free: decoding is bound by memory.
         is_wgmma = key.arch == 90 and key.element_size == 1
         block_h = 64 if is_wgmma else min(64, max(16, _power_of_two(key.heads)))
         default = ScoresConfig("head rows", block_h, 128, width, chunks, num_warps=4, num_stages=2)

@@ -135,11 +135,11 @@ def narrow(scores, values, count, wanted, slack, WARPS: tl.constexpr):
 def chosen_places(scores, is_key, threshold, reaching, TOPK: tl.constexpr):
     """Return the place of every slot among those chosen, -1 where it is not.
 
-    Chosen are the scores above the threshold, and of those equal to it the first ones. Where these are counted, scores
-    tell the choice from there on: a compiler packs 32 predicates that leave a branch into bits, and takes as many
-    instructions for it as for a search.
+    Chosen are the scores above the threshold, and of those equal to it the first ones that are keys. Where these are
+    counted, scores tell the choice from there on: a compiler packs 32 predicates that leave a branch into bits, and
+    takes as many instructions for it as for a search.
     """
-    if reaching > TOPK:
+    if (reaching > TOPK) | (threshold == NO_KEY):
         is_above = (scores <= threshold) == 0
         is_equal = (scores == threshold) & is_key
         num_above = tl.sum(is_above.to(tl.int32), 0)
