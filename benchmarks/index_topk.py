@@ -6,7 +6,7 @@ writes results/<date>-<device>-index-topk.json and prints it. `--sweep` times ot
 
 A graph holds one call for each of a few sets of random inputs; graphs of a case take turns, ROUNDS times. The median
 over the rounds is recorded. A case is timed after its scores match fp32 products and its choice is that of a stable
-sort. torch's selection reads fp32 scores, ours the integers of the same order that our scores are kept as.
+sort. Both selections read fp32 scores.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from mla_ops.bench.provenance import write
 from mla_ops.device import traits_of
 from mla_ops.launching import as_it_is
 from mla_ops.ops.index_topk.call import IndexTopkCall, IndexTopkProblem
-from mla_ops.ops.index_topk.configs.launch import ScoresConfig, SelectConfig, StreamConfig
+from mla_ops.ops.index_topk.configs.launch import ScoresConfig, SelectConfig
 from mla_ops.ops.index_topk.triton.launch import TopkPlan, launch_topk, plan_topk
 from mla_ops.ops.index_topk.triton.scores import run_scores, transposed_weights
 from mla_ops.ops.index_topk.triton.selection import run_selection
@@ -99,12 +99,6 @@ def torch_topk(call: IndexTopkCall) -> Tensor:
     return indices.masked_fill(values == -torch.inf, -1).int()
 
 
-def order_keys(scores: Tensor) -> Tensor:
-    """Return fp32 scores without NaN as our selection reads them."""
-    bits = (scores + 0.0).view(torch.int32)
-    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
-
-
 def stage(name: str, call: IndexTopkCall, plan: TopkPlan, scratch: Tensor, indices: Tensor) -> None:
     """Run one stage of a call, strip by strip; a selection chooses among whatever the scratch holds."""
     if name == "call":
@@ -139,19 +133,18 @@ class Run:
         queries = min(CHECKED_ROWS, strip.num_queries)
         first = strip.first_query + strip.num_queries - queries
         scores = scores_of(call, slice(first, first + queries))
-        strips = self.scratch[: strip.rows * plan.row_stride].view(strip.num_planes, strip.num_queries, -1)
-        keys = strips[:, -queries:, : case.seq_kv]
+        strips = self.scratch[: strip.rows * plan.row_stride].view(torch.float32)
+        ours = strips.view(strip.num_planes, strip.num_queries, -1)[:, -queries:, : case.seq_kv]
+        ranked = ours
         if case.causal:
             positions = torch.arange(case.seq_kv, device=DEVICE)
             is_future = positions > positions[first + case.seq_kv - case.seq_q :][:queries, None]
-            keys = keys.masked_fill(is_future, torch.iinfo(torch.int32).min)
-            scores = scores.masked_fill(is_future, 0.0)
-        ours = (keys ^ ((keys >> 31) & 0x7FFFFFFF)).view(torch.float32)
-        ours = ours.masked_fill(is_future, 0.0) if case.causal else ours
+            ranked = ours.masked_fill(is_future, -torch.inf)
+            ours, scores = ours.masked_fill(is_future, 0.0), scores.masked_fill(is_future, 0.0)
         error = float((ours - scores).norm() / scores.norm())
         if not error < 1e-3:  # also when it is NaN
             raise AssertionError(f"scores are off by {error:.2e} at {case} with {plan.scores.config}")
-        best = keys.sort(dim=-1, descending=True, stable=True).indices[..., : case.topk].sort(dim=-1).values
+        best = ranked.sort(dim=-1, descending=True, stable=True).indices[..., : case.topk].sort(dim=-1).values
         chosen = self.indices[strip.first_plane :][: strip.num_planes, first : first + queries, 0]
         if not torch.equal(chosen, best.int()):
             raise AssertionError(f"the choice is not that of a stable sort at {case} with {plan.selection}")
@@ -232,19 +225,9 @@ def alternatives(case: Case, plan: TopkPlan) -> list[dict[str, Any]]:
     base, selection = plan.scores.config, plan.selection.config
     tiles: list[ScoresConfig] = []
     if base.way == "passing keys":
-        for rows, keys, warps in ((64, 128, 8), (64, 64, 4), (64, 128, 4), (128, 64, 8), (128, 128, 8), (32, 128, 4)):
-            for stages, key_tiles in ((1, 1), (2, 2), (2, 4), (2, 8), (3, 8)):
-                shape = {"block_rows": rows, "block_k": keys, "num_warps": warps}
-                tiles.append(replace(base, **shape, num_stages=stages, key_tiles=key_tiles))
-        tiles += [replace(base, way="passing heads", num_warps=4, num_stages=n, key_tiles=1) for n in (2, 4)]
+        tiles += [replace(base, num_stages=3), replace(base, key_tiles=4), replace(base, key_tiles=16)]
     elif base.way == "passing heads":
-        for rows, keys, warps, stages in (
-            (64, 128, 4, 2), (64, 128, 4, 4), (64, 128, 8, 3), (128, 128, 8, 3), (64, 256, 8, 3), (128, 64, 4, 3),
-            (64, 64, 4, 3), (64, 192, 4, 3), (128, 128, 8, 4),
-        ):  # fmt: skip
-            if keys & (keys - 1) == 0:
-                shape = {"block_rows": rows, "block_k": keys, "num_warps": warps}
-                tiles.append(replace(base, **shape, num_stages=stages))
+        tiles += [replace(base, num_stages=2), replace(base, block_k=64), replace(base, block_k=256, num_warps=8)]
         tiles.append(replace(base, max_registers=168))
     else:
         tiles += [replace(base, block_k=keys, num_warps=warps) for keys, warps in ((64, 4), (128, 8), (256, 8))]
@@ -253,20 +236,12 @@ def alternatives(case: Case, plan: TopkPlan) -> list[dict[str, Any]]:
     if "selection" not in case.stages:
         return found
     if isinstance(selection, SelectConfig):
-        for warps, registers in ((1, None), (2, None), (4, 96), (4, 80), (8, None), (8, 64)):
-            for sample in (0, 256, 512, 1024):
-                if sample in (512, 0) or registers is None:
-                    found.append({"selection": SelectConfig(selection.block, warps, sample, registers)})
-        found += [{"selection": replace(selection, sample=sample)} for sample in (0, 256, 1024)]
+        found += [{"selection": replace(selection, max_registers=cap)} for cap in (64, 72, 80, 96, 128)]
+        found += [{"selection": replace(selection, num_warps=warps, max_registers=None)} for warps in (2, 8)]
     else:
-        is_split = plan.selection.way == "split"
-        for chunk in (1024, 2048, 4096) if is_split else (1024, 2048):
-            for warps, registers in ((8, None), (8, 80), (16, None)) if not is_split else ((8, None), (16, 128)):
-                for sample in (1024, 2048, 4096) if chunk == 2048 else (2048,):
-                    buffer = max(selection.buffer, 8192 if chunk == 4096 else 0)
-                    config = StreamConfig(chunk, buffer, sample, warps, registers)
-                    found.append({"selection": config})
-        found.append({"selection": replace(selection, num_warps=4, max_registers=None)})
+        changes: list[dict[str, Any]] = [{"sample": 1024}, {"sample": 4096}, {"chunk": 1024}, {"max_registers": 80}]
+        changes += [{"num_warps": warps, "max_registers": None} for warps in (4, 8, 16)]
+        found += [{"selection": replace(selection, **change)} for change in changes]
     return found
 
 

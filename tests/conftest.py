@@ -14,6 +14,7 @@ import torch
 
 from mla_ops import dispatch, launching, row_sums
 from mla_ops.device import traits_of
+from mla_ops.ops.index_topk.triton import launch as index_topk
 from mla_ops.ops.sparse_attn import backends
 from mla_ops.ops.sparse_attn.triton import backward, forward, portable
 
@@ -97,7 +98,7 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
         return allocate_and_fill
 
     uninitialised = [(torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")]
-    uninitialised += [(module, "unfilled") for module in (forward, backward, portable, row_sums)]
+    uninitialised += [(module, "unfilled") for module in (forward, backward, portable, row_sums, index_topk)]
     for owner, name in uninitialised:
         monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
 

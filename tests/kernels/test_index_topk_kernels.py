@@ -26,25 +26,25 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
 # The interpreter multiplies the bit patterns of bf16.
 HALF = torch.float16 if INTERPRETED else torch.bfloat16
-TRAITS = DeviceTraits(type="cuda", arch=90, smem_bytes=232448, num_sms=132)
+TRAITS = DeviceTraits(type="cuda", arch=90, smem_bytes=232448, num_sms=2 if INTERPRETED else 132)
 
 pytestmark = [pytest.mark.usefixtures("poisoned_scratch")] + ([] if INTERPRETED else [pytest.mark.gpu])
 on_gpu_only = pytest.mark.skipif(INTERPRETED, reason="the interpreter has no e4m3 products, or takes minutes")
 
-# Ways to choose, small enough that rows of a few hundred keys fill buffers, and take a sample.
+# Ways to choose, small enough that rows of a few hundred keys fill buffers, and take a sample. The interpreter takes
+# seconds for each, so it sees shorter rows, fewer kinds of scores and fewer programs.
 SELECTIONS: dict[str, tuple[Any, Any]] = {
     "in registers": ("in registers", None),
-    "sampled": ("in registers", SelectConfig(1024, num_warps=4, sample=128)),
     "streamed": ("streamed", StreamConfig(chunk=128, buffer=256, sample=256, num_warps=4)),
     "split": ("split", StreamConfig(chunk=128, buffer=512, sample=256, num_warps=4)),
     "split, small buffer": ("split", StreamConfig(chunk=128, buffer=256, sample=256, num_warps=4)),
 }
-SEQ_KV = 700
+SEQ_KV = 300 if INTERPRETED else 700
 
 
 @pytest.fixture
 def poisoned_scratch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fill what is not initialised with the largest order key, which wins if it is ever taken for a score."""
+    """Fill what is not initialised with NaN bits, which win if they are ever taken for a score."""
     allocate = launch.unfilled
 
     def poisoned(*args: Any, **kwargs: Any) -> torch.Tensor:
@@ -147,7 +147,7 @@ def test_scores(way: str, dtype: torch.dtype, causal: bool) -> None:
     check(call._replace(relu=causal), scores=config)
 
 
-@pytest.mark.parametrize(("heads", "head_dim"), [(1, 16), (3, 40), (5, 192), (7, 100), (2, 8), (33, 64), (1, 1)])
+@pytest.mark.parametrize(("heads", "head_dim"), [(3, 40), (5, 192), (33, 64), (1, 1)])
 @pytest.mark.parametrize("seq_q", [2, 10])
 def test_any_number_of_heads_and_any_width(heads: int, head_dim: int, seq_q: int) -> None:
     check(make_call(seq_q=seq_q, seq_kv=50, heads=heads, head_dim=head_dim, topk=9))
@@ -170,7 +170,7 @@ def test_topk(selection: str, topk: int) -> None:
 @pytest.mark.parametrize("selection", SELECTIONS)
 def test_few_eligible_keys(selection: str) -> None:
     way, config = SELECTIONS[selection]
-    starts = torch.tensor([-(2**40), -(2**40), 3, 9, 0, 301, 641, 639, 2**40], device=DEVICE)
+    starts = torch.tensor([-(2**40), -(2**40), 3, 9, 0, 201, SEQ_KV - 59, SEQ_KV - 61, 2**40], device=DEVICE)
     ends = torch.tensor([-(2**40), 1, 62, 69, 61, SEQ_KV, 2**40, 2**40, 2**40], device=DEVICE)
     check(make_call(seq_q=len(ends), starts=starts, ends=ends, causal=False), way=way, selection=config)
 
@@ -218,9 +218,10 @@ SCORES = {
     "subnormal": RANDOM.round(decimals=2) * 1e-40,
     "outliers": torch.where(torch.arange(SEQ_KV) % 100 == 7, 1e30, RANDOM),
 }
+INTERPRETED_KINDS = ["random", "zero", "plateau below", "infinite", "minus infinity"]
 
 
-@pytest.mark.parametrize("name", SCORES)
+@pytest.mark.parametrize("name", INTERPRETED_KINDS if INTERPRETED else SCORES)
 def test_scores_of_every_kind(name: str) -> None:
     check_selections(call_with_scores(SCORES[name], topk=60))
 
@@ -245,11 +246,11 @@ def test_nan_passes_relu() -> None:
 def test_a_sample_that_misses_the_large_keys(selection: str) -> None:
     way, config = SELECTIONS[selection]
     scores = RANDOM.clone()
-    scores[150:400] += 100  # the sample takes the first 128 keys and the last
+    scores[130:170] += 100  # the sample takes the first 128 keys and the last
     check(call_with_scores(scores, topk=60), way=way, selection=config)
     scores = RANDOM - 100
     scores[:128] += 100
-    scores[150:170] += 300
+    scores[130:150] += 300
     scores[-128:] += 100
     check(call_with_scores(scores, topk=100), way=way, selection=config)
 
@@ -258,8 +259,8 @@ def test_a_sample_that_misses_the_large_keys(selection: str) -> None:
 def test_long_plateau(selection: str) -> None:
     way, config = SELECTIONS[selection]
     if way == "in registers":
-        config = SelectConfig(16384, num_warps=16, sample=512)
-    check(call_with_scores(plateau(100, 8220), topk=120), way=way, selection=config)
+        config = SelectConfig(1024 if INTERPRETED else 16384, num_warps=16)
+    check(call_with_scores(plateau(100, 900 if INTERPRETED else 8220), topk=120), way=way, selection=config)
 
 
 @pytest.mark.parametrize("dim", [1, 2, 3])
@@ -284,13 +285,13 @@ def test_strips(selection: str, monkeypatch: pytest.MonkeyPatch) -> None:
     way, config = SELECTIONS[selection]
     call = make_call(batch=2, seq_q=3, seq_kv=100, heads=2, topk=20)
     whole = check(call, way=way, selection=config)
-    counts = set()
-    for kilobytes in (1, 12, 100):
-        monkeypatch.setattr(launch, "MAX_WORKSPACE", kilobytes * 1024)
+    plan = plan_topk(call, IndexTopkProblem.of(call), traits(), way=way, selection=config)
+    row_bytes = 4 * plan.scratch_words // plan.strips[0].rows
+    for rows, strips in ((1, 6), (3, 2), (6, 1)):
+        monkeypatch.setattr(launch, "MAX_WORKSPACE", rows * row_bytes)
         plan = plan_topk(call, IndexTopkProblem.of(call), traits(), way=way, selection=config)
-        counts.add(len(plan.strips))
+        assert len(plan.strips) == strips
         assert torch.equal(launch_topk(call, plan), whole)
-    assert len(counts) > 1
 
 
 @pytest.mark.parametrize(("planes", "seq_q"), [(1, 1), (3, 5), (6, 100), (2, 129)])

@@ -41,7 +41,6 @@ class SelectConfig:
 
     block: int  # keys that a program holds
     num_warps: int
-    sample: int  # keys of the sample that narrows the search down, 0 for none
     max_registers: int | None = None
 
 

@@ -1,4 +1,4 @@
-"""Scores of a strip of rows: order keys of `sum_j weights_j * relu(<q_j, k>)` for its queries and every key.
+"""Scores of a strip of rows: the bits of fp32 `sum_j weights_j * relu(<q_j, k>)` for its queries and every key.
 
 A strip holds `num_queries` queries from `first_query` on, of every plane (a batch element and a KV group) from
 `first_plane` on: row `(plane - first_plane) * num_queries + query - first_query`. Rows are `row_stride` apart, a
@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from mla_ops.kernels.primitives import add_row_products, known_multiple, load_chunks
-from mla_ops.ops.index_topk.kernels.order import eligible, order_key
+from mla_ops.ops.index_topk.kernels.order import eligible
 
 
 @triton.jit
@@ -132,7 +132,7 @@ def _score_passing_heads_kernel(
             total += weight.to(tl.float32)[:, None] * clipped
     strip_rows = (plane - first_plane) * num_queries + rows
     strip_rows = strip_rows[:, None] * known_multiple(row_stride, BLOCK_K)
-    tl.store(strip_ptr + strip_rows + keys[None, :], order_key(total), mask=is_row[:, None])
+    tl.store(strip_ptr + strip_rows + keys[None, :], total.to(tl.int32, bitcast=True), mask=is_row[:, None])
 
 
 @triton.jit(
@@ -211,7 +211,7 @@ def _score_passing_keys_kernel(
                 products = tl.dot(q_tiles[h * CHUNKS + c], k_tile, products, input_precision="ieee")
             clipped = _clipped(products, k_scale, k_scale_ptr is not None, HAS_RELU)
             total += weights[h][:, None] * clipped
-        tl.store(strip_ptr + keys[None, :], order_key(total), mask=is_row[:, None])
+        tl.store(strip_ptr + keys[None, :], total.to(tl.int32, bitcast=True), mask=is_row[:, None])
 
 
 @triton.jit(
@@ -274,4 +274,4 @@ def _score_head_rows_kernel(
                 weighted = weight[:, None] * _clipped(products, k_scale, k_scale_ptr is not None, HAS_RELU)
                 # The zeros of a padded head times an infinite key are NaN.
                 total += tl.sum(tl.where(is_head[:, None], weighted, 0.0), 0)
-            tl.store(strip_ptr + row * known_multiple(row_stride, BLOCK_K) + keys, order_key(total))
+            tl.store(strip_ptr + row * known_multiple(row_stride, BLOCK_K) + keys, total.to(tl.int32, bitcast=True))

@@ -3,76 +3,25 @@
 import triton
 import triton.language as tl
 
-from mla_ops.ops.index_topk.kernels.order import (
-    NO_KEY,
-    eligible,
-    narrow,
-    narrow_all,
-    sample_rank,
-    store_all,
-    taken,
-)
-
-
-@triton.jit
-def _threshold(keys, is_key, sample, count, TOPK: tl.constexpr, SAMPLE: tl.constexpr):
-    """Return the threshold of a row and how many keys reach it; see NOTE [The threshold].
-
-    A pass over a sample costs a fraction of one over the row. So the sample gives two ends, a little more and a little
-    fewer than topk keys apart, which one pass over the row checks. Where an end is on the wrong side, the search starts
-    from the end of the row instead: the sample decides how long a search takes, never what it finds.
-    """
-    if SAMPLE == 0:
-        threshold, num_taken = narrow_all(keys, is_key, count, TOPK, 0)
-    else:
-        rank, margin = sample_rank(count, TOPK, SAMPLE)
-        smallest = tl.min(sample, 0)
-        largest = tl.max(sample, 0)
-        more = tl.minimum(rank + margin, SAMPLE)
-        low, in_sample = narrow(sample, more, margin, smallest, SAMPLE, largest, 0)
-        fewer = tl.maximum(rank - 2 * margin, 1)
-        high, _ = narrow(sample, fewer, tl.maximum(rank - margin - fewer, 0), low, in_sample, largest, 0)
-        # Two counts in one sum: a row has fewer than 2**15 keys.
-        counts = tl.sum(tl.where(keys >= low, 1, 0) + tl.where(keys >= high, 65536, 0), 0)
-        count_low = counts & 65535
-        count_high = counts >> 16
-        if count_low < TOPK:
-            high = low - 1
-            count_high = count_low
-            low = tl.min(tl.where(is_key, keys, 0x7FFFFFFF), 0)
-            count_low = count
-        elif count_high >= TOPK:
-            low = high
-            count_low = count_high
-            high = tl.max(keys, 0)
-            count_high = count_high * 0
-        else:
-            high = high - 1
-        threshold, num_taken = narrow(keys, TOPK, 0, low, count_low, high, count_high)
-    return threshold, num_taken
+from mla_ops.ops.index_topk.kernels.order import NO_KEY, chosen_places, eligible, narrow, store_all
 
 
 @triton.jit
 def _select(
     row_ptr, indices_ptr, first, past,
-    TOPK: tl.constexpr, BLOCK: tl.constexpr, SAMPLE: tl.constexpr, HAS_STARTS: tl.constexpr,
+    TOPK: tl.constexpr, BLOCK: tl.constexpr, WARPS: tl.constexpr, HAS_STARTS: tl.constexpr,
 ):  # fmt: skip
     """Store the choice of a row of up to BLOCK keys, more than TOPK of them eligible."""
     slots = tl.arange(0, BLOCK)
-    count = past - first
     if HAS_STARTS:
-        # From a multiple of 4 on, and up to one: keys are loaded 16 bytes at a time.
+        # From a multiple of 4 on, and up to one: scores are loaded 16 bytes at a time.
         slots += first // 4 * 4
     is_key = (slots >= first) & (slots < past)
-    keys = tl.load(row_ptr + slots, mask=slots < (past + 3) // 4 * 4, other=NO_KEY)
-    keys = tl.where(is_key, keys, NO_KEY)
-    sample = keys
-    if SAMPLE > 0:
-        sample = tl.load(row_ptr + first + tl.arange(0, SAMPLE) * count // SAMPLE)
-    threshold, num_taken = _threshold(keys, is_key, sample, count, TOPK, SAMPLE)
-    is_taken = taken(keys, threshold, num_taken, TOPK)
-    place = tl.cumsum(is_taken.to(tl.int32), 0) - 1
-    tl.store(indices_ptr + place, slots, mask=is_taken)
+    values = tl.load(row_ptr + slots, mask=slots < (past + 3) // 4 * 4, other=0).to(tl.float32, bitcast=True)
+    scores = tl.where(is_key, values, NO_KEY)
+    threshold, reaching = narrow(scores, values, past - first, TOPK, 0, WARPS)
+    place = chosen_places(scores, is_key, threshold, reaching, TOPK)
+    tl.store(indices_ptr + place, slots, mask=place >= 0)
 
 
 @triton.jit(do_not_specialize=["first_plane", "first_query", "num_queries", "seq_q", "seq_kv", "row_stride"])
@@ -80,7 +29,7 @@ def _select_kernel(
     strip_ptr, row_stride, indices_ptr,
     starts_ptr, stride_starts_b, stride_starts_s, ends_ptr, stride_ends_b, stride_ends_s,
     first_plane, first_query, num_queries, seq_q, seq_kv,
-    KV_GROUP: tl.constexpr, TOPK: tl.constexpr, TOPK_BLOCK: tl.constexpr, BLOCK: tl.constexpr, SAMPLE: tl.constexpr,
+    KV_GROUP: tl.constexpr, TOPK: tl.constexpr, TOPK_BLOCK: tl.constexpr, BLOCK: tl.constexpr, WARPS: tl.constexpr,
     STRIDE_ALIGN: tl.constexpr, IS_CAUSAL: tl.constexpr,
 ):  # fmt: skip
     # The longest causal rows come first, so that the last programs of the grid are short.
@@ -105,8 +54,8 @@ def _select_kernel(
     if past - first <= TOPK:
         store_all(indices_ptr, first, past - first, TOPK, TOPK_BLOCK)
     elif TOPK < BLOCK // 4 and length <= BLOCK // 4:
-        _select(strip_ptr, indices_ptr, first, past, TOPK, BLOCK // 4, 0, HAS_STARTS)
+        _select(strip_ptr, indices_ptr, first, past, TOPK, BLOCK // 4, WARPS, HAS_STARTS)
     elif TOPK < BLOCK // 2 and length <= BLOCK // 2:
-        _select(strip_ptr, indices_ptr, first, past, TOPK, BLOCK // 2, SAMPLE, HAS_STARTS)
+        _select(strip_ptr, indices_ptr, first, past, TOPK, BLOCK // 2, WARPS, HAS_STARTS)
     elif TOPK < BLOCK:
-        _select(strip_ptr, indices_ptr, first, past, TOPK, BLOCK, SAMPLE, HAS_STARTS)
+        _select(strip_ptr, indices_ptr, first, past, TOPK, BLOCK, WARPS, HAS_STARTS)

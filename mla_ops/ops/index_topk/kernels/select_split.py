@@ -14,6 +14,7 @@ import triton.language as tl
 from mla_ops.ops.index_topk.kernels.order import NO_KEY, eligible, store_all
 from mla_ops.ops.index_topk.kernels.select_stream import (
     guess_threshold,
+    kept,
     load_chunk,
     select_from_buffer,
     select_row,
@@ -28,9 +29,9 @@ def _gather_splits_kernel(
     starts_ptr, stride_starts_b, stride_starts_s, ends_ptr, stride_ends_b, stride_ends_s,
     first_plane, first_query, num_queries, seq_q, seq_kv,
     KV_GROUP: tl.constexpr, TOPK: tl.constexpr, SPLITS: tl.constexpr, CHUNK: tl.constexpr, SAMPLE: tl.constexpr,
-    STRIDE_ALIGN: tl.constexpr, IS_CAUSAL: tl.constexpr,
+    WARPS: tl.constexpr, STRIDE_ALIGN: tl.constexpr, IS_CAUSAL: tl.constexpr,
 ):  # fmt: skip
-    """Gather a segment's keys and positions at `gathered_ptr`, `capacity` words of each, and store their number."""
+    """Gather a segment's scores and positions at `gathered_ptr`, `capacity` words of each, and store their number."""
     program = tl.program_id(0)
     row, split = program // SPLITS, program % SPLITS
     plane = first_plane + row // num_queries
@@ -44,25 +45,25 @@ def _gather_splits_kernel(
         ends = tl.load(ends_ptr + batch * stride_ends_b + query.to(tl.int64) * stride_ends_s)
     first, past = eligible(query, starts, ends, seq_q, seq_kv, IS_CAUSAL)
     strip_ptr += row * (row_stride // STRIDE_ALIGN * STRIDE_ALIGN)
-    keys_ptr = gathered_ptr + program * (2 * capacity)
-    positions_ptr = keys_ptr + capacity
+    bits_ptr = gathered_ptr + program * (2 * capacity)
+    positions_ptr = bits_ptr + capacity
     count = past - first
     used = 0
     if count > TOPK:
         floor = NO_KEY
         if count > SAMPLE:
-            floor = guess_threshold(strip_ptr, first, count, TOPK, SAMPLE) - 1
+            floor = guess_threshold(strip_ptr, first, count, TOPK, SAMPLE, WARPS)
         base = first // 4 * 4
         segment = tl.cdiv(tl.cdiv(past - base, SPLITS), CHUNK) * CHUNK
         begin = base + split * segment
         end = tl.minimum(begin + segment, past)
-        ahead = load_chunk(strip_ptr, begin, first, end, CHUNK)
+        ahead = load_chunk(strip_ptr, begin, end, CHUNK)
         for start in range(begin, end, CHUNK):
-            keys = ahead
-            ahead = load_chunk(strip_ptr, start + CHUNK, first, end, CHUNK)
-            is_kept = keys > floor
+            bits = ahead
+            ahead = load_chunk(strip_ptr, start + CHUNK, end, CHUNK)
+            is_kept = kept(bits, start, first, end, floor, CHUNK)
             place = used + tl.cumsum(is_kept.to(tl.int32), 0) - 1
-            tl.store(keys_ptr + place, keys, mask=is_kept)
+            tl.store(bits_ptr + place, bits, mask=is_kept)
             tl.store(positions_ptr + place, start + tl.arange(0, CHUNK), mask=is_kept)
             used += tl.sum(is_kept.to(tl.int32), 0)
     tl.store(counts_ptr + program, used)
@@ -76,7 +77,8 @@ def _select_splits_kernel(
     starts_ptr, stride_starts_b, stride_starts_s, ends_ptr, stride_ends_b, stride_ends_s,
     first_plane, first_query, num_queries, seq_q, seq_kv,
     KV_GROUP: tl.constexpr, TOPK: tl.constexpr, TOPK_BLOCK: tl.constexpr, SPLITS: tl.constexpr, CHUNK: tl.constexpr,
-    BUFFER: tl.constexpr, SAMPLE: tl.constexpr, STRIDE_ALIGN: tl.constexpr, IS_CAUSAL: tl.constexpr,
+    BUFFER: tl.constexpr, SAMPLE: tl.constexpr, WARPS: tl.constexpr, STRIDE_ALIGN: tl.constexpr,
+    IS_CAUSAL: tl.constexpr,
 ):  # fmt: skip
     """Choose among what the splits of a row have gathered."""
     row = tl.program_id(0)
@@ -105,10 +107,10 @@ def _select_splits_kernel(
             used += in_split
             places += tl.where(slots >= used, 2 * capacity - in_split, 0)
         if (used >= TOPK) & (used <= BUFFER):
-            keys = tl.load(gathered_ptr + places, mask=slots < used, other=NO_KEY)
+            bits = tl.load(gathered_ptr + places, mask=slots < used, other=0)
             positions = tl.load(gathered_ptr + capacity + places, mask=slots < used, other=0)
-            select_from_buffer(keys, positions, used, None, indices_ptr, TOPK)
+            select_from_buffer(bits, positions, used, None, indices_ptr, TOPK, WARPS)
         else:
             strip_ptr += row * (row_stride // STRIDE_ALIGN * STRIDE_ALIGN)
             buffers_ptr += row * (2 * BUFFER)
-            select_row(strip_ptr, indices_ptr, buffers_ptr, first, past, TOPK, CHUNK, BUFFER, SAMPLE)
+            select_row(strip_ptr, indices_ptr, buffers_ptr, first, past, TOPK, CHUNK, BUFFER, SAMPLE, WARPS)

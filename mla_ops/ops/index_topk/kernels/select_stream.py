@@ -15,11 +15,13 @@ import triton.language as tl
 
 from mla_ops.ops.index_topk.kernels.order import (
     NO_KEY,
+    chosen_places,
     eligible,
-    narrow_all,
+    narrow,
+    next_above,
+    reaches,
     sample_rank,
     store_all,
-    taken,
 )
 
 # Keys of a sample that are neighbours.
@@ -27,47 +29,57 @@ RUN = tl.constexpr(128)
 
 
 @triton.jit
-def guess_threshold(row_ptr, first, count, TOPK: tl.constexpr, SAMPLE: tl.constexpr):
-    """Return a key that most likely a few more than TOPK of the `count > SAMPLE` keys from `first` on reach."""
+def guess_threshold(row_ptr, first, count, TOPK: tl.constexpr, SAMPLE: tl.constexpr, WARPS: tl.constexpr):
+    """Return a score that most likely a few more than TOPK of the `count > SAMPLE` keys from `first` on reach."""
     slots = tl.arange(0, SAMPLE)
     run = slots // RUN
     gap = (count - RUN) // (SAMPLE // RUN - 1)
-    sample = tl.load(row_ptr + first + run * gap + slots % RUN)
+    sample = tl.load(row_ptr + first + run * gap + slots % RUN).to(tl.float32, bitcast=True)
     rank, margin = sample_rank(count, TOPK, SAMPLE)
     wanted = tl.minimum(rank + margin, SAMPLE)
-    threshold, _ = narrow_all(sample, slots >= 0, SAMPLE, wanted, margin // 2)
+    threshold, _ = narrow(sample, sample, SAMPLE, wanted, margin // 2, WARPS)
     return threshold
 
 
 @triton.jit
-def select_from_buffer(keys, positions, count, out_keys_ptr, out_positions_ptr, TOPK: tl.constexpr):
-    """Store the positions, and the keys where `out_keys_ptr` says where, of the TOPK best of `count` keys; return the
-    threshold. Slots without a key hold NO_KEY, and positions ascend.
+def select_from_buffer(
+    bits, positions, count, out_bits_ptr, out_positions_ptr, TOPK: tl.constexpr, WARPS: tl.constexpr
+):
+    """Store the positions, and the scores where `out_bits_ptr` says where, of the TOPK best of the first `count` slots;
+    return the threshold. Positions ascend.
     """
-    threshold, num_taken = narrow_all(keys, keys != NO_KEY, count, TOPK, 0)
-    is_taken = taken(keys, threshold, num_taken, TOPK)
-    place = tl.cumsum(is_taken.to(tl.int32), 0) - 1
-    # Every thread has read its keys before one of them is overwritten.
+    is_key = tl.arange(0, bits.shape[0]) < count
+    values = bits.to(tl.float32, bitcast=True)
+    scores = tl.where(is_key, values, NO_KEY)
+    threshold, reaching = narrow(scores, values, count, TOPK, 0, WARPS)
+    place = chosen_places(scores, is_key, threshold, reaching, TOPK)
+    # Every thread has read its scores before one of them is overwritten.
     tl.debug_barrier()
-    tl.store(out_positions_ptr + place, positions, mask=is_taken)
-    if out_keys_ptr is not None:
-        tl.store(out_keys_ptr + place, keys, mask=is_taken)
+    tl.store(out_positions_ptr + place, positions, mask=place >= 0)
+    if out_bits_ptr is not None:
+        tl.store(out_bits_ptr + place, bits, mask=place >= 0)
         tl.debug_barrier()
     return threshold
 
 
 @triton.jit
-def load_chunk(row_ptr, start, first, past, CHUNK: tl.constexpr):
-    """Return the keys of positions `start`, a multiple of 4, to `start + CHUNK`; NO_KEY outside of the row."""
+def load_chunk(row_ptr, start, past, CHUNK: tl.constexpr):
+    """Return the bits of the scores of positions `start`, a multiple of 4, to `start + CHUNK`."""
     positions = start + tl.arange(0, CHUNK)
-    keys = tl.load(row_ptr + positions, mask=positions < (past + 3) // 4 * 4, other=NO_KEY)
-    return tl.where((positions >= first) & (positions < past), keys, NO_KEY)
+    return tl.load(row_ptr + positions, mask=positions < (past + 3) // 4 * 4, other=0)
+
+
+@triton.jit
+def kept(bits, start, first, past, floor, CHUNK: tl.constexpr):
+    """Return which keys of a chunk, those from `first` to `past`, reach `floor`."""
+    positions = start + tl.arange(0, CHUNK)
+    return reaches(bits.to(tl.float32, bitcast=True), floor) & (positions >= first) & (positions < past)
 
 
 @triton.jit
 def select_row(
     row_ptr, indices_ptr, buffer_ptr, first, past,
-    TOPK: tl.constexpr, CHUNK: tl.constexpr, BUFFER: tl.constexpr, SAMPLE: tl.constexpr,
+    TOPK: tl.constexpr, CHUNK: tl.constexpr, BUFFER: tl.constexpr, SAMPLE: tl.constexpr, WARPS: tl.constexpr,
 ):  # fmt: skip
     """Store the choice of a row of more than TOPK eligible keys; `buffer_ptr` has 2 * BUFFER words of scratch.
 
@@ -76,10 +88,10 @@ def select_row(
     positions_ptr = buffer_ptr + BUFFER
     slots = tl.arange(0, BUFFER)
     base = first // 4 * 4
-    # A key is gathered if it is above `floor`.
+    # A key is gathered if it reaches `floor`.
     floor = NO_KEY
     if past - first > BUFFER:
-        floor = guess_threshold(row_ptr, first, past - first, TOPK, SAMPLE) - 1
+        floor = guess_threshold(row_ptr, first, past - first, TOPK, SAMPLE, WARPS)
     used = 0
     is_second = False
     while used < TOPK:
@@ -87,29 +99,30 @@ def select_row(
             floor = NO_KEY
         is_second = True
         used = 0
-        ahead = load_chunk(row_ptr, base, first, past, CHUNK)
+        ahead = load_chunk(row_ptr, base, past, CHUNK)
         for start in range(base, past, CHUNK):
-            keys = ahead
-            ahead = load_chunk(row_ptr, start + CHUNK, first, past, CHUNK)
-            is_kept = keys > floor
-            kept = tl.sum(is_kept.to(tl.int32), 0)
-            if used + kept > BUFFER:
+            bits = ahead
+            ahead = load_chunk(row_ptr, start + CHUNK, past, CHUNK)
+            is_kept = kept(bits, start, first, past, floor, CHUNK)
+            num_kept = tl.sum(is_kept.to(tl.int32), 0)
+            if used + num_kept > BUFFER:
                 tl.debug_barrier()
-                in_buffer = tl.load(buffer_ptr + slots, mask=slots < used, other=NO_KEY)
+                in_buffer = tl.load(buffer_ptr + slots, mask=slots < used, other=0)
                 positions = tl.load(positions_ptr + slots, mask=slots < used, other=0)
-                floor = select_from_buffer(in_buffer, positions, used, buffer_ptr, positions_ptr, TOPK)
+                threshold = select_from_buffer(in_buffer, positions, used, buffer_ptr, positions_ptr, TOPK, WARPS)
+                floor = next_above(threshold)
                 used = used * 0 + TOPK
-                is_kept = keys > floor
-                kept = tl.sum(is_kept.to(tl.int32), 0)
-            if kept > 0:
+                is_kept = kept(bits, start, first, past, floor, CHUNK)
+                num_kept = tl.sum(is_kept.to(tl.int32), 0)
+            if num_kept > 0:
                 place = used + tl.cumsum(is_kept.to(tl.int32), 0) - 1
-                tl.store(buffer_ptr + place, keys, mask=is_kept)
+                tl.store(buffer_ptr + place, bits, mask=is_kept)
                 tl.store(positions_ptr + place, start + tl.arange(0, CHUNK), mask=is_kept)
-                used += kept
+                used += num_kept
     tl.debug_barrier()
-    in_buffer = tl.load(buffer_ptr + slots, mask=slots < used, other=NO_KEY)
+    in_buffer = tl.load(buffer_ptr + slots, mask=slots < used, other=0)
     positions = tl.load(positions_ptr + slots, mask=slots < used, other=0)
-    select_from_buffer(in_buffer, positions, used, None, indices_ptr, TOPK)
+    select_from_buffer(in_buffer, positions, used, None, indices_ptr, TOPK, WARPS)
 
 
 @triton.jit(do_not_specialize=["first_plane", "first_query", "num_queries", "seq_q", "seq_kv", "row_stride"])
@@ -118,7 +131,7 @@ def _select_stream_kernel(
     starts_ptr, stride_starts_b, stride_starts_s, ends_ptr, stride_ends_b, stride_ends_s,
     first_plane, first_query, num_queries, seq_q, seq_kv,
     KV_GROUP: tl.constexpr, TOPK: tl.constexpr, TOPK_BLOCK: tl.constexpr, CHUNK: tl.constexpr, BUFFER: tl.constexpr,
-    SAMPLE: tl.constexpr, STRIDE_ALIGN: tl.constexpr, IS_CAUSAL: tl.constexpr,
+    SAMPLE: tl.constexpr, WARPS: tl.constexpr, STRIDE_ALIGN: tl.constexpr, IS_CAUSAL: tl.constexpr,
 ):  # fmt: skip
     row = tl.num_programs(0) - 1 - tl.program_id(0)
     plane = first_plane + row // num_queries
@@ -137,4 +150,4 @@ def _select_stream_kernel(
     if past - first <= TOPK:
         store_all(indices_ptr, first, past - first, TOPK, TOPK_BLOCK)
     else:
-        select_row(strip_ptr, indices_ptr, buffers_ptr, first, past, TOPK, CHUNK, BUFFER, SAMPLE)
+        select_row(strip_ptr, indices_ptr, buffers_ptr, first, past, TOPK, CHUNK, BUFFER, SAMPLE, WARPS)

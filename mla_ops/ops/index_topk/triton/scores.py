@@ -81,7 +81,13 @@ def plan_scores(
 def run_scores(
     call: IndexTopkCall, strip: Strip, scratch: torch.Tensor, row_stride: int, launch: ScoresLaunch, wrap: Wrap
 ) -> None:
-    """Write the order keys of a strip to the beginning of `scratch`; weights must be as the plan says."""
+    """Write the scores of a strip, bits of fp32, to the beginning of `scratch`; weights must be as the plan says.
+
+    Where at most MAX_FEW_QUERIES queries of a batch element are asked for, the weighted products are summed over heads
+    as a tree, else one head after the other, by fused multiplications and additions. So a score of one launch may
+    differ from that of the other by the rounding of this sum, and by nothing else. The number of rows beside a row,
+    and the place of the row, make no other difference.
+    """
     q_strides, k_strides, weights_strides, scale_strides = launch.strides
     config = launch.config
     row_blocks = strip.num_planes

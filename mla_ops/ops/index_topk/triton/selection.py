@@ -47,12 +47,12 @@ def plan_selection(
         config = select_config(seq_kv) if way == "in registers" else stream_config(problem.topk, way == "split")
     constants = {
         "KV_GROUP": problem.kv_group, "TOPK": problem.topk, "TOPK_BLOCK": 1 << (problem.topk - 1).bit_length(),
-        "SAMPLE": config.sample, "STRIDE_ALIGN": ROW_ALIGN, "IS_CAUSAL": call.causal,
+        "WARPS": config.num_warps, "STRIDE_ALIGN": ROW_ALIGN, "IS_CAUSAL": call.causal,
         **launch_options(config),
     }  # fmt: skip
     if isinstance(config, SelectConfig):
         return SelectionLaunch(way, config, 1, 0, 0, constants | {"BLOCK": config.block})
-    constants |= {"CHUNK": config.chunk, "BUFFER": config.buffer}
+    constants |= {"CHUNK": config.chunk, "BUFFER": config.buffer, "SAMPLE": config.sample}
     if way == "streamed":
         return SelectionLaunch(way, config, 1, 0, 2 * config.buffer, constants)
     splits = split_count(rows, num_sms)
@@ -70,7 +70,7 @@ def run_selection(
     launch: SelectionLaunch,
     wrap: Wrap,
 ) -> None:
-    """Write the choices of a strip, whose order keys are at the beginning of `scratch`, to `indices`."""
+    """Write the choices of a strip, whose scores are at the beginning of `scratch`, to `indices`."""
     rows = strip.rows
     place = (strip.first_plane, strip.first_query, strip.num_queries, call.q_idx.shape[-3], call.k_idx.shape[-3])
     arguments = (*ranges(call), *place)
