@@ -281,7 +281,7 @@ class TestKernels:
 
     @pytest.mark.parametrize("block_h", [16, 32])
     def test_blocks_of_heads_add_up(self, block_h: int) -> None:
-        case = Case(kv_group=2, heads=80, width=40, seq_q=2, topk=37)
+        case = Case(kv_group=2, heads=80, width=40, seq_q=1, topk=20)
         config = TileConfig(block_h, block_k=16, max_chunk=32, num_warps=4, num_stages=2)
         check_mass(draw_mass(case), config=config)
         call = draw_scores(case)
@@ -289,6 +289,18 @@ class TestKernels:
         check_grads(call, draw_dscores(call), config=config)
         with deterministic_algorithms():
             check_grads(call, draw_dscores(call), config=config)
+
+    @pytest.mark.parametrize("dtype", DTYPES[-1:] if INTERPRETED else DTYPES, ids=str)
+    def test_columns_are_streamed(self, dtype: torch.dtype) -> None:
+        # A whole piece of a row and the rest of it; as many slabs of the backward.
+        case = Case(kv_group=1, heads=20, width=40, seq_q=2, topk=20, batch=1, dtype=dtype)
+        config = TileConfig(block_h=16, block_k=16, max_chunk=32, num_warps=4, num_stages=2, columns=32)
+        check_mass(draw_mass(case), config=config)
+        call = draw_scores(case)
+        check_scores(call, config=config)
+        for deterministic in (False, True):
+            with deterministic_algorithms(deterministic):
+                check_grads(call, draw_dscores(call), config=config)
 
     @pytest.mark.parametrize("way", range(len(WAYS)), ids=["padded", "transposed", "sliced"])
     def test_strides_do_not_matter(self, way: int) -> None:
@@ -443,13 +455,11 @@ def test_what_the_backends_refuse_they_say(arch: int) -> None:
     assert mass.unsupported_reasons(replace(bf16, dtype=torch.float32), device) == []
     (reason,) = mass.unsupported_reasons(replace(bf16, dtype=torch.float64), device)
     assert reason == "dtype is torch.float64, needs bf16, fp16 or fp32; cast q and kv"
-    (reason,) = mass.unsupported_reasons(replace(bf16, d_total=8192), device)
-    assert "d_total=8192" in reason
+    assert mass.unsupported_reasons(replace(bf16, d_total=8192), device) == []
     index = IndexScoresProblem(128, 64, 1, 2048, torch.bfloat16, needs_grad=True)
     assert scores.unsupported_reasons(index, device) == []
     assert scores.unsupported_reasons(replace(index, index_head_dim=576), device) == []
-    (reason,) = scores.unsupported_reasons(replace(index, index_head_dim=8192), device)
-    assert "index_head_dim=8192" in reason
+    assert scores.unsupported_reasons(replace(index, index_head_dim=8192), device) == []
     (reason,) = scores.unsupported_reasons(replace(index, dtype=torch.float64), device)
     assert reason == "dtype is torch.float64, needs bf16, fp16 or fp32; cast q_idx and k_idx"
     assert scores.unsupported_reasons(index, DeviceTraits("cpu")) == [
