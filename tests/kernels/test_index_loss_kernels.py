@@ -20,6 +20,7 @@ from strided_tensors import padded, sliced, transposed
 
 from mla_ops import row_sums
 from mla_ops.device import DeviceTraits, traits_of
+from mla_ops.launching import as_it_is
 from mla_ops.ops.attn_mass.call import AttnMassCall, AttnMassProblem
 from mla_ops.ops.attn_mass.triton import launch as mass_launch
 from mla_ops.ops.attn_mass.triton.backend import TritonBackend as MassBackend
@@ -425,6 +426,21 @@ class TestKernels:
             first = check_grads(call, dscores)
             for got, want in zip(grads_of(call, dscores), first, strict=True):
                 assert torch.equal(got, want)
+
+    @pytest.mark.parametrize("topk", [20, 1100])
+    def test_places_are_in_the_order_of_keys_queries_and_slots(
+        self, topk: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        seq_q, seq_kv = 3, 6
+        monkeypatch.setattr(row_sums, "COUNTERS", 2 * seq_kv)  # two queries share a counter, the third has its own
+        indices = torch.randint(0, seq_kv, (1, seq_q, 1, topk), device=DEVICE, dtype=torch.int32)
+        indices[..., 1::5] = -1
+        indices[:, 1, :, :seq_kv] = torch.arange(seq_kv, device=DEVICE)
+        indices[:, 1, :, seq_kv:] = -1  # a query without repeats
+        places = torch.full_like(indices, -1)
+        slab = row_sums.Slab(range(1), range(seq_q))
+        row_sums._place_slots(slab, seq_kv, indices, None, places, 1, seq_q, as_it_is, orders_repeats=True)
+        assert torch.equal(places[indices >= 0].long().argsort(), indices[indices >= 0].argsort(stable=True))
 
     def test_backends_plan_and_run(self) -> None:
         mass, backend = draw_mass(SMALL), MassBackend()

@@ -2,9 +2,8 @@
 
 With the heads as columns a thread holds several heads of a key, so their sum costs two exchanges between threads; with
 the heads as rows it would cost an exchange for every key. The queries of a block of heads stay where the products read
-them and rows are gathered BLOCK_K at a time, or pieces of both are streamed (NOTE [Streamed rows]). Heads beyond
-BLOCK_H are a second pass over the slots, which adds to what the first one stored: a sum in a fixed order, without memory
-of its own.
+them and rows are gathered BLOCK_K at a time, or pieces of both are streamed (NOTE [Streamed rows]). More heads are a
+second pass over the slots, which adds to what the first one stored: a sum in a fixed order, without memory of its own.
 """
 
 import triton

@@ -95,7 +95,9 @@ def launch_backward(
         dk = k.new_empty(0)
     elif plan.is_deterministic:
         # Rows of slots in fp32: dk is rounded once.
-        dk = sum_in_query_order(k, indices, topk_length, torch.float32, run, plan.head_blocks, plan.wave_programs, wrap)
+        dk = sum_in_query_order(
+            k, indices, topk_length, torch.float32, run, plan.head_blocks, plan.wave_programs, wrap, orders_repeats=True
+        )
     else:
         sums = k.new_zeros(k.shape, dtype=torch.float32)
         run(sums, None, 0, rows)
