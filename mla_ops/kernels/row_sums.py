@@ -98,16 +98,17 @@ def _rank_slots_kernel(
                 rank = tl.load(row_ranks_ptr + slots, mask=valid, other=0)
                 repeats |= (valid & (rank + 1 != count)).to(tl.int32)
             if tl.max(repeats, 0) != 0:
-                for start in tl.range(0, end_slot, 32):
-                    slots = start + tl.arange(0, 32)
+                for start in tl.range(0, end_slot, 16):
+                    slots = start + tl.arange(0, 16)
                     position = tl.load(row_indices_ptr + slots, mask=slots < end_slot, other=0)
-                    position, valid = check_positions(position, slots, end_slot, seq_kv, True)
+                    position, valid = check_positions(position, slots, end_slot, seq_kv, False)
                     # What the counter was before this query, and how many slots before this one name its key.
-                    rank = tl.load(row_counters_ptr + position * step, mask=valid, other=0, cache_modifier=".cg")
-                    for first_other in tl.range(0, end_slot, 128):
-                        others = first_other + tl.arange(0, 128)
+                    offsets = position.to(tl.int64) * step
+                    rank = tl.load(row_counters_ptr + offsets, mask=valid, other=0, cache_modifier=".cg")
+                    for first_other in tl.range(0, end_slot, 64):
+                        others = first_other + tl.arange(0, 64)
                         other = tl.load(row_indices_ptr + others, mask=others < end_slot, other=0)
-                        other, other_valid = check_positions(other, others, end_slot, seq_kv, True)
+                        other, other_valid = check_positions(other, others, end_slot, seq_kv, False)
                         is_same = (position[:, None] == other[None, :]) & other_valid[None, :]
                         rank -= tl.sum((is_same & (others[None, :] >= slots[:, None])).to(tl.int32), 1)
                     tl.store(row_ranks_ptr + slots, rank, mask=valid)
