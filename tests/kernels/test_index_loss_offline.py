@@ -41,9 +41,9 @@ SIDES: dict[str, tuple[Any, ...]] = {
 MAX_STACK_BYTES = 16
 # Heads and widths between the rows of the tables, or beyond them.
 OTHERS = [
-    *(("mass", *sizes) for sizes in ((1, 40), (128, 576), (64, 1000))),
+    *(("mass", *sizes) for sizes in ((1, 40), (64, 1000))),
     *(("scores", *sizes) for sizes in ((32, 128), (3, 300))),
-    *(("scores_bwd", *sizes) for sizes in ((32, 128), (16, 1000))),
+    *(("scores_bwd", *sizes) for sizes in ((16, 1000),)),
 ]
 
 
@@ -84,12 +84,12 @@ def check(side: str, arch: int, heads: int, width: int, element_size: int, **con
     return compiled
 
 
+# Rows without an architecture of their own are those of all others: the first one stands for the rest on 10.0 and 12.0.
 PROBLEMS = [
     pytest.param(*problem, id="-".join(map(str, problem)))
     for side, (rows, *_) in SIDES.items()
-    for row in rows
     for arch in SMEM_BYTES
-    if row.arch == (arch if arch == 90 else DEFAULT_ARCH)
+    for row in [row for row in rows if row.arch == (arch if arch == 90 else DEFAULT_ARCH)][: 1 if arch > 90 else None]
     for problem in [(side, arch, row.heads, row.width, row.element_size)]
 ]
 
@@ -100,23 +100,22 @@ def test_rows_fit_and_do_not_spill(side: str, arch: int, heads: int, width: int,
 
 
 @pytest.mark.parametrize(("side", "heads", "width"), OTHERS, ids=str)
-@pytest.mark.parametrize("arch", [80, 90])
-def test_problems_that_have_no_row_fit_and_do_not_spill(side: str, arch: int, heads: int, width: int) -> None:
-    check(side, arch, heads, width, 2)
+def test_problems_that_have_no_row_fit_and_do_not_spill(side: str, heads: int, width: int) -> None:
+    check(side, 90, heads, width, 2)
 
 
-VARIANTS: dict[str, dict[str, Any]] = {
-    "deterministic": {"is_placed": True},
-    "wide offsets": {"USE_INT64_OFFSETS": True},
-    "dq only": {"dk_ptr": None, "dw_ptr": None},
-    "dk only": {"dq_ptr": None, "dw_ptr": None},
-    "no relu": {"HAS_RELU": False},
-    "constants of 1": {"stride_k_g": 1, "stride_q_b": 1, "seq_q": 1, "topk": 1, "KV_GROUP": 2, "HEADS": 8},
+# What decides about registers where they are few, and other variants where compilation is quick.
+VARIANTS: dict[str, tuple[int, int, dict[str, Any]]] = {
+    "deterministic": (64, 128, {"is_placed": True}),
+    "no relu": (64, 128, {"HAS_RELU": False}),
+    "wide offsets": (4, 64, {"USE_INT64_OFFSETS": True}),
+    "dq only": (4, 64, {"dk_ptr": None, "dw_ptr": None}),
+    "dk only": (4, 64, {"dq_ptr": None, "dw_ptr": None}),
+    "constants of 1": (4, 64, {"stride_k_g": 1, "stride_q_b": 1, "seq_q": 1, "topk": 1, "KV_GROUP": 2, "HEADS": 8}),
 }
 
 
-@pytest.mark.parametrize("constants", VARIANTS.values(), ids=VARIANTS)
-@pytest.mark.parametrize(("heads", "width"), [(4, 64), (64, 128)])
+@pytest.mark.parametrize(("heads", "width", "constants"), VARIANTS.values(), ids=VARIANTS)
 def test_backward_variants_fit_and_do_not_spill(heads: int, width: int, constants: dict[str, Any]) -> None:
     check("scores_bwd", 90, heads, width, 2, **constants)
 
