@@ -3,18 +3,21 @@
     python benchmarks/index_loss.py [--sweep] [--no-torch]     writes results/<date>-<device>-index-loss.json
 
 Stages are what the operators launch: attention mass, index scores, the backward of the scores, the same in
-deterministic mode; and the loss: mass, scores, KL and the backward together, without selection. Times are medians of
-replays of one CUDA graph over random inputs, with a cold L2 cache. A shape is timed only after the results of its first
-queries match an fp32 gather.
+deterministic mode. Then the loss, forward and backward, as users write it: `mla_ops.index_loss` in `torch.compile`, on
+a given list and, at the first shape, with `mla_ops.index_topk` before it. Times are medians of replays of one CUDA
+graph over random inputs, with a cold L2 cache. A shape is timed only after the results of its first queries match an
+fp32 gather, and the compiled loss after its gradients match those of the eager one.
 
 Plain torch is measured at the first shape, as eager and as compiled code, in CUDA graphs too, with the memory that it
 holds at most beside its inputs: once on a given list, and once with the selection, whose dense scores it then reuses.
-`--sweep` times other launch configurations of every stage instead; a result unlike the table's is an error.
+The last shape is a long sequence, run for the memory that it takes, without a peer. `--sweep` times other launch
+configurations of every stage instead; a result unlike the table's is an error.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,6 +29,7 @@ import torch
 import triton.testing
 from torch import Tensor
 
+import mla_ops
 from mla_ops.bench.provenance import write
 from mla_ops.bench.shapes import ATOMIC_BYTES_PER_S
 from mla_ops.device import traits_of
@@ -56,12 +60,24 @@ class Shape:
     index_head_dim: int
     causal: bool
 
-    def draw(self) -> tuple[AttnMassCall, IndexScoresCall, Tensor]:
-        """Return calls with random keys, ascending as a selection gives them, and a gradient of the scores."""
+    def draw_inputs(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Return q, kv, q_idx, k_idx and weights."""
 
         def normal(*size: int) -> Tensor:
             return torch.randn(size, device="cuda").bfloat16()
 
+        weights = torch.randn(self.seq_q, self.index_heads, device="cuda")
+        return (
+            normal(self.seq_q, self.heads, self.d_total),
+            normal(self.seq_kv, 1, self.d_total),
+            normal(self.seq_q, self.index_heads, self.index_head_dim),
+            normal(self.seq_kv, 1, self.index_head_dim),
+            weights * (self.index_heads * self.index_head_dim) ** -0.5,
+        )
+
+    def draw(self) -> tuple[AttnMassCall, IndexScoresCall, Tensor]:
+        """Return calls with random keys, ascending as a selection gives them, and a gradient of the scores."""
+        q, kv, q_idx, k_idx, weights = self.draw_inputs()
         order = torch.rand(self.seq_q, self.seq_kv, device="cuda")
         if self.causal:
             order = order.tril() - torch.ones_like(order).triu(1)
@@ -69,11 +85,6 @@ class Shape:
         indices = best.indices.masked_fill(best.values < 0, self.seq_kv).sort(-1).values
         indices = indices.masked_fill(indices == self.seq_kv, -1).int()[:, None]
         del order, best
-        q, kv = normal(self.seq_q, self.heads, self.d_total), normal(self.seq_kv, 1, self.d_total)
-        q_idx = normal(self.seq_q, self.index_heads, self.index_head_dim)
-        k_idx = normal(self.seq_kv, 1, self.index_head_dim)
-        weights = torch.randn(self.seq_q, self.index_heads, device="cuda")
-        weights *= (self.index_heads * self.index_head_dim) ** -0.5
         scale = self.d_total**-0.5
         lse = torch.cat(
             [
@@ -104,44 +115,38 @@ class Shape:
 SHAPES = {
     "project": Shape(4096, 4096, 256, 28, 128, 4, 64, causal=True),
     "wide": Shape(4096, 8192, 2048, 64, 576, 64, 128, causal=False),
+    "long": Shape(65536, 65536, 256, 28, 128, 4, 64, causal=True),
 }
 
 
-def tiles(*rows: tuple[int, ...]) -> list[TileConfig]:
+def tiles(*rows: tuple[Any, ...]) -> list[TileConfig]:
     return [TileConfig(*row) for row in rows]
 
 
-# (block_h, block_k, max_chunk, num_warps, num_stages[, max_registers])
+# (block_h, block_k, max_chunk, num_warps, num_stages[, max_registers[, columns]])
 SWEEPS: dict[tuple[str, str], list[TileConfig]] = {
     ("project", "mass"): tiles(
-        (32, 64, 128, 4, 2), (32, 64, 128, 4, 3), (32, 64, 64, 4, 2), (32, 64, 64, 2, 2), (32, 64, 128, 2, 3),
-        (32, 32, 64, 1, 2), (32, 32, 64, 1, 2, 128), (32, 32, 64, 1, 3), (32, 32, 128, 1, 2), (32, 32, 64, 2, 2),
-        (32, 16, 64, 1, 3), (32, 128, 128, 4, 2), (32, 128, 128, 8, 2), (32, 256, 128, 8, 2),
+        (32, 64, 64, 2, 2), (32, 64, 64, 4, 2), (32, 128, 128, 4, 2), (32, 128, 64, 4, 2), (32, 64, 64, 2, 2, 128),
     ),
     ("project", "scores"): tiles(
-        (16, 64, 64, 4, 2), (16, 64, 64, 4, 3), (16, 64, 64, 2, 2), (16, 64, 64, 1, 2), (16, 32, 64, 1, 2),
-        (8, 32, 64, 1, 2), (8, 32, 64, 1, 3), (8, 64, 64, 1, 2), (8, 64, 64, 1, 3), (8, 64, 64, 2, 2),
-        (16, 128, 64, 4, 2), (8, 128, 64, 2, 2), (16, 256, 64, 4, 2), (8, 256, 64, 4, 2),
+        (16, 64, 64, 1, 2), (16, 32, 64, 1, 2), (8, 32, 64, 1, 2), (8, 64, 64, 1, 2), (8, 128, 64, 2, 2),
     ),
     ("project", "scores_bwd"): tiles(
-        (16, 64, 64, 4, 2), (16, 64, 64, 4, 3), (16, 64, 64, 2, 2), (16, 64, 32, 4, 2), (16, 64, 64, 8, 2),
-        (16, 32, 64, 1, 2), (16, 32, 64, 1, 3), (16, 32, 32, 1, 2), (16, 32, 64, 2, 2), (16, 32, 64, 2, 3),
-        (16, 16, 64, 1, 2), (16, 128, 64, 4, 2), (16, 128, 64, 8, 2), (16, 64, 64, 4, 2, 128),
+        (16, 64, 32, 4, 2), (16, 64, 64, 4, 2, 128), (16, 64, 32, 4, 2, 128), (16, 64, 64, 2, 2), (16, 128, 64, 4, 2),
+        (16, 64, 32, 2, 2), (16, 64, 32, 4, 2, 96),
     ),
     ("wide", "mass"): tiles(
-        (64, 64, 512, 4, 2), (64, 64, 64, 4, 2), (64, 64, 128, 4, 2), (64, 64, 512, 8, 2), (64, 64, 64, 8, 2),
-        (64, 32, 64, 4, 2), (64, 32, 64, 4, 3), (64, 32, 64, 8, 2), (64, 32, 512, 4, 2), (32, 64, 64, 4, 2),
-        (32, 64, 512, 4, 2), (32, 32, 64, 4, 2), (32, 32, 64, 2, 2), (64, 128, 512, 8, 1),
+        (64, 64, 128, 4, 2), (64, 256, 64, 8, 2, None, 64), (64, 256, 64, 8, 3, None, 64),
+        (64, 128, 64, 4, 3, None, 64), (64, 128, 64, 8, 3, None, 64),
+        (64, 128, 64, 4, 2, None, 64), (64, 64, 64, 4, 3, None, 64), (64, 512, 64, 16, 3, 128, 64),
+        (64, 512, 64, 8, 3, None, 64),
     ),
     ("wide", "scores"): tiles(
-        (64, 64, 128, 4, 3), (64, 64, 128, 4, 2), (64, 64, 128, 4, 4), (64, 64, 64, 4, 3), (64, 128, 128, 4, 2),
-        (64, 128, 128, 8, 2), (64, 128, 128, 8, 3), (64, 64, 128, 8, 3), (64, 32, 64, 2, 2), (64, 32, 128, 4, 3),
-        (64, 256, 128, 8, 2), (32, 64, 128, 4, 3),
+        (64, 64, 128, 4, 2), (64, 64, 64, 4, 2), (64, 128, 64, 4, 2), (64, 128, 64, 4, 3, None, 64),
+        (64, 256, 64, 8, 2, None, 64),
     ),
     ("wide", "scores_bwd"): tiles(
-        (64, 64, 128, 8, 2), (64, 64, 64, 8, 2), (64, 64, 32, 8, 2), (64, 64, 128, 8, 3), (64, 64, 64, 4, 2),
-        (64, 64, 32, 4, 2), (64, 64, 128, 4, 2), (64, 32, 64, 4, 2), (64, 32, 64, 4, 3), (64, 32, 128, 8, 2),
-        (64, 128, 128, 8, 2), (32, 64, 128, 4, 2), (32, 64, 64, 4, 2), (32, 32, 64, 4, 2),
+        (64, 64, 32, 4, 2), (64, 64, 32, 4, 3), (64, 128, 32, 8, 2), (64, 64, 16, 4, 2), (64, 128, 32, 4, 2),
     ),
 }  # fmt: skip
 
@@ -177,30 +182,6 @@ def stage_of(
 
 
 STAGES = ("mass", "scores", "scores_bwd", "scores_bwd, deterministic")
-
-
-def kl(mass: Tensor, scores: Tensor, dloss: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the loss `[Sq, 1]` of fp32 `[Sq, 1, topk]` and the gradient of its scores."""
-    total = mass.sum(-1, keepdim=True)
-    target = mass / total.where(total > 0, 1.0)
-    log_share = scores.where(scores > -torch.inf, -1e30).log_softmax(-1)
-    loss = (torch.xlogy(target, target) - target * log_share).sum(-1)
-    is_used = (total > 0) & (scores > -torch.inf)
-    return loss, (dloss.unsqueeze(-1) * (log_share.exp() - target)).where(is_used, 0.0)
-
-
-def loss_of(mass: AttnMassCall, scores: IndexScoresCall, dscores: Tensor) -> Callable[[], Results]:
-    """Return mass, scores, KL and the backward. Once there is `mla_ops.index_loss`, the selection joins them here."""
-    traits, compiled = traits_of(torch.device("cuda")), torch.compile(kl, dynamic=False)
-    mass_plan, scores_plan = plan_mass(mass, traits), plan_forward(scores, traits)
-    plan = plan_backward(scores, traits)
-    dloss = torch.full(mass.indices.shape[:-1], 1 / len(mass.indices), device="cuda")
-
-    def run() -> Results:
-        loss, gradient = compiled(launch_mass(mass, mass_plan), launch_forward(scores, scores_plan), dloss)
-        return loss, *launch_backward(scores, gradient, Wanted(), plan)
-
-    return run
 
 
 def gathered_logits(q: Tensor, keys: Tensor, indices: Tensor, scale: float = 1.0) -> Tensor:
@@ -268,6 +249,21 @@ def peak_mb(function: Callable[[], Any]) -> float:
     return round((torch.cuda.max_memory_allocated() - before) / 1e6, 1)
 
 
+def loss_on_list(
+    q: Tensor, kv: Tensor, lse: Tensor, scale: float, indices: Tensor, q_idx: Tensor, k_idx: Tensor, weights: Tensor
+) -> Tensor:
+    """The loss on a given list, by the operators."""
+    return mla_ops.index_loss(q, kv, indices, lse, q_idx, k_idx, weights, softmax_scale=scale).mean()
+
+
+def whole_loss(
+    q: Tensor, kv: Tensor, lse: Tensor, scale: float, topk: int, q_idx: Tensor, k_idx: Tensor, weights: Tensor
+) -> Tensor:
+    """The selection too, by the operators."""
+    indices = mla_ops.index_topk(q_idx, k_idx, weights, topk)
+    return loss_on_list(q, kv, lse, scale, indices, q_idx, k_idx, weights)
+
+
 def torch_on_list(
     q: Tensor, kv: Tensor, lse: Tensor, scale: float, indices: Tensor, q_idx: Tensor, k_idx: Tensor, weights: Tensor
 ) -> Tensor:
@@ -301,44 +297,93 @@ def torch_kl(logits: Tensor, lse: Tensor, indices: Tensor, scores: Tensor) -> Te
 
 def show(record: Record) -> None:
     rate = f"{record['tflops']:8.1f} TFLOP/s, floor {record['floor_us']:7.1f} us" if "tflops" in record else ""
+    if "us_ratio" in record:
+        rate = f"   {record['us_ratio']:.2f} x the time, {record['peak_ratio']:.1f} x the memory of mla_ops"
     what = f"{record['shape']:9}{record['stage']:28}{record['impl']:30}"
     print(f"{what}{record['us']:10.1f} us   peak {record['peak_mb']:8.1f} MB{rate}", flush=True)
 
 
-def time_torch(name: str, mass: AttnMassCall, scores: IndexScoresCall) -> list[Record]:
-    leaves = [tensor.detach().clone().requires_grad_() for tensor in scores[:3]]
-    plain: dict[str, tuple[Callable[..., Tensor], Any]] = {
-        "torch, given list": (torch_on_list, mass.indices[:, 0]),
-        "torch, selecting": (torch_whole, mass.indices.shape[-1]),
-    }
+def with_gradients(loss: Callable[..., Tensor], *arguments: Any) -> Callable[[], Results]:
+    """Return what runs a loss forward and backward; its last arguments are q_idx, k_idx and weights."""
+    leaves = [tensor.detach().clone().requires_grad_() for tensor in arguments[-3:]]
+
+    def run() -> Results:
+        value = loss(*arguments[:-3], *leaves)
+        return value.detach(), *torch.autograd.grad(value, leaves)
+
+    return run
+
+
+def time_loss(name: str, mass: AttnMassCall, scores: IndexScoresCall, has_torch: bool) -> list[Record]:
+    """Time the loss by the operators, and beside plain torch the selection as well."""
+    ours: dict[str, Callable[..., Tensor]] = {"given list": loss_on_list}
+    plain: dict[str, Callable[..., Tensor]] = {}
+    which: dict[str, Any] = {"given list": mass.indices, "selecting": mass.indices.shape[-1]}
+    if has_torch:
+        ours["selecting"] = whole_loss
+        plain = {"given list": torch_on_list, "selecting": torch_whole}
     records = []
-    for impl, (function, which) in plain.items():
-        for kind, run in (("eager", function), ("compiled", torch.compile(function, dynamic=False))):
-
-            def both(run: Callable[..., Tensor] = run, which: Any = which) -> Results:
-                loss = run(mass.q, mass.kv, mass.lse, mass.softmax_scale, which, *leaves)
-                return torch.autograd.grad(loss, leaves)
-
-            both()
-            record: Record = {"shape": name, "stage": "loss", "impl": f"{impl}, {kind}"}
-            record |= {"peak_mb": peak_mb(both), "us": graph_us(both)}
-            show(record)
-            records.append(record)
+    for way, function in ours.items():
+        common = (mass.q, mass.kv, mass.lse, mass.softmax_scale)
+        run = with_gradients(torch.compile(function, dynamic=False), *common, which[way], *scores[:3])
+        for got, want in zip(run(), with_gradients(function, *common, which[way], *scores[:3])(), strict=True):
+            error = float((got.float() - want.float()).norm() / want.float().norm())
+            if not error < 1e-2:  # also when it is NaN
+                raise AssertionError(f"the compiled loss, {way}, is off by {error:.2e}; nothing is timed that is wrong")
+        record: Record = {"shape": name, "stage": "loss", "impl": f"mla_ops, {way}, compiled"}
+        record |= {"peak_mb": peak_mb(run), "us": graph_us(run)}
+        show(record)
+        records.append(record)
+        if way not in plain:
+            continue
+        indices = mass.indices[:, 0] if way == "given list" else which[way]
+        for kind, peer in (("eager", plain[way]), ("compiled", torch.compile(plain[way], dynamic=False))):
+            run = with_gradients(peer, *common, indices, *scores[:3])
+            run()
+            other: Record = {"shape": name, "stage": "loss", "impl": f"torch, {way}, {kind}"}
+            other |= {"peak_mb": peak_mb(run), "us": graph_us(run)}
+            other["us_ratio"] = round(other["us"] / record["us"], 2)
+            other["peak_ratio"] = round(other["peak_mb"] / record["peak_mb"], 2)
+            show(other)
+            records.append(other)
     return records
+
+
+def run_long(name: str, shape: Shape) -> list[Record]:
+    """Run selection and loss, forward and backward, once: for the memory beside inputs, lists and results."""
+    q, kv, *index = shape.draw_inputs()
+    lse = torch.full(q.shape[:2], math.log(shape.topk), device="cuda")
+    compiled = torch.compile(whole_loss, dynamic=False)
+    run = with_gradients(compiled, q, kv, lse, shape.d_total**-0.5, shape.topk, *index)
+    results = run()
+    assert all(result.isfinite().all() for result in results)
+    # Indices, mass and scores are kept for the backward.
+    kept = 3 * 4 * shape.seq_q * shape.topk + sum(result.nbytes for result in results)
+    del results
+    record: Record = {"shape": name, "stage": "loss", "impl": "mla_ops, selecting, compiled", "peak_mb": peak_mb(run)}
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    run()
+    end.record()
+    end.synchronize()
+    record |= {"us": round(1e3 * start.elapsed_time(end), 1), "kept_mb": round(kept / 1e6, 1)}
+    record["workspace_mb"] = round(record["peak_mb"] - record["kept_mb"], 1)
+    show(record)
+    print(f"{'':9}kept {record['kept_mb']} MB, workspace {record['workspace_mb']} MB", flush=True)
+    return [record]
 
 
 def time_stages(name: str, shape: Shape, calls: tuple[AttnMassCall, IndexScoresCall, Tensor]) -> list[Record]:
     errors = check(*calls)
     records = []
-    for stage in (*STAGES, "loss"):
-        function = loss_of(*calls) if stage == "loss" else stage_of(stage, *calls)
+    for stage in STAGES:
+        function = stage_of(stage, *calls)
         function()
         record: Record = {"shape": name, "stage": stage, "impl": "mla_ops"}
         record |= {"peak_mb": peak_mb(function), "us": graph_us(function)}
-        if stage != "loss":
-            flops, floor_us = shape.costs(stage)
-            record |= {"tflops": round(flops / record["us"] / 1e6, 1), "floor_us": round(floor_us, 1)}
-            record["errors"] = {key: error for key, error in errors.items() if key.startswith(f"{stage}:")}
+        flops, floor_us = shape.costs(stage)
+        record |= {"tflops": round(flops / record["us"] / 1e6, 1), "floor_us": round(floor_us, 1)}
+        record["errors"] = {key: error for key, error in errors.items() if key.startswith(f"{stage}:")}
         show(record)
         records.append(record)
     return records
@@ -380,17 +425,19 @@ def main() -> None:
     records: list[Record] = []
     for name in arguments.shapes or SHAPES:
         torch.manual_seed(0)
-        calls = SHAPES[name].draw()
-        if arguments.sweep:
-            check(*calls)
-            records += sweep(name, calls)
+        if name == "long":
+            records += [] if arguments.sweep else run_long(name, SHAPES[name])
         else:
-            records += time_stages(name, SHAPES[name], calls)
-            if name == "project" and not arguments.no_torch:
-                records += time_torch(name, *calls[:2])
+            calls = SHAPES[name].draw()
+            if arguments.sweep:
+                check(*calls)
+                records += sweep(name, calls)
+            else:
+                records += time_stages(name, SHAPES[name], calls)
+                records += time_loss(name, *calls[:2], has_torch=name == "project" and not arguments.no_torch)
+            del calls
         # After every shape: a run that is cut short leaves what it had.
         path = write(arguments.out, what, torch.device("cuda"), records, arguments.commit)
-        del calls
         torch.cuda.empty_cache()
     print(f"wrote {path}")
 

@@ -32,12 +32,15 @@ def sum_in_query_order(
     head_blocks: int,
     wave_programs: int,
     wrap: Wrap,
+    *,
+    orders_repeats: bool = False,
 ) -> torch.Tensor:
     """Return the gradient of `keys`, a sum whose order depends on the indices alone, and on chunks of queries.
 
     The chunks depend on sizes and device. `keys` is `[batch, seq_kv, kv_group, width]`, or without batch.
     `run_rows(partial, places, first_row, num_rows)` runs the backward kernel over some queries and stores the rows of
-    their (slot, head block) pairs in `partial`; `wave_programs` are those of its programs that run at a time. Held are
+    their (slot, head block) pairs in `partial`; `wave_programs` are those of its programs that run at a time.
+    `orders_repeats` says that slots of one query that name the same key have rows that differ. Held are
 
         n * kv_group * topk * head_blocks * width elements of `row_dtype`, for a chunk of n queries (see `cut`): at
             most WORKSPACE_BYTES, unless one query has more
@@ -60,7 +63,9 @@ def sum_in_query_order(
     sums = unfilled(keys.shape, keys.dtype if chunk_queries == seq_q else torch.float32, keys, is_traced=is_traced)
     block_d = min(64, 1 << (width - 1).bit_length())
     for slab in slabs(batch, seq_q, chunk_batch, chunk_queries, chunk_keys):
-        starts, blocks = _place_slots(slab, seq_kv, indices, topk_length, places, chunk_batch, chunk_queries, wrap)
+        starts, blocks = _place_slots(
+            slab, seq_kv, indices, topk_length, places, chunk_batch, chunk_queries, wrap, orders_repeats
+        )
         chunks = product(slab.batches[::chunk_batch], slab.queries[::chunk_queries])
         for chunk, (first_batch, first_query) in enumerate(chunks):
             num_batch = min(chunk_batch, batch - first_batch)
@@ -105,6 +110,7 @@ def _place_slots(
     chunk_batch: int,
     chunk_queries: int,
     wrap: Wrap,
+    orders_repeats: bool,
 ) -> tuple[torch.Tensor, int]:
     """Write the places of a slab's slots; return where the slots of each counter start, and counters per key."""
     from mla_ops.kernels.row_sums import _place_slots_kernel, _rank_slots_kernel
@@ -123,7 +129,7 @@ def _place_slots(
     lengths = (seq_q, seq_kv, topk, chunk_batch, chunk_queries, block_queries)
     constants = (kv_group, min(1024, max(32, 1 << (topk - 1).bit_length())))
     wrap(_rank_slots_kernel)[(batch * parts * blocks * kv_group,)](
-        indices, *strides, topk_length, counters, places, *lengths, *constants, num_warps=4
+        indices, *strides, topk_length, counters, places, *lengths, *constants, orders_repeats, num_warps=4
     )
     starts = counters.cumsum(0, dtype=torch.int32)
     wrap(_place_slots_kernel)[(batch * seq_q * kv_group,)](

@@ -2,10 +2,10 @@
 
 NOTE [The nearest row of a table]
 A problem takes, among the rows for its architecture and element size, the one nearest in log2(width) and log2(heads per
-group), summed; the first of equals. Its block of heads is cut to the heads that exist, and the configuration is shrunk
-(32 keys, one stage, 16 keys, then fewer heads) until its shared memory fits the device: a copy that does not pass
-through registers is worth more than a longer block of keys. So a problem is refused only where 16 heads and 16 keys do
-not fit, and a better row changes what is near it and nothing else.
+group), summed; the first of equals. Its block of heads is cut to the heads that exist. Where its shared memory does not
+fit the device, blocks are halved to 32 keys; a kernel with one product then streams columns (NOTE [Streamed rows] in
+`mla_ops/kernels/primitives.py`), and others shrink further (one stage, 16 keys, fewer heads): a copy that does not pass
+through registers is worth more than a longer block of keys. A better row changes what is near it and nothing else.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ class TileConfig:
     num_warps: int
     num_stages: int  # 1: rows pass through registers; more: asynchronous copies into stages - 1 or stages buffers
     max_registers: int | None = None  # per thread, where more of them would only keep other programs off the SM
+    columns: int | None = None  # of a row, held at a time; None: all, and the product streams nothing
 
     @property
     def options(self) -> dict[str, int]:
@@ -111,21 +112,44 @@ def row_buffers(config: TileConfig, arch: int) -> int:
 
 def product_smem_bytes(config: TileConfig, key: TileKey) -> int:
     """Return an upper bound of the shared memory of a kernel with one product: queries and the buffers of rows."""
-    rows = config.block_h + config.block_k * row_buffers(config, key.arch)
+    buffers = row_buffers(config, key.arch)
+    if config.columns is not None:
+        return buffers * (config.block_h + config.block_k) * config.columns * key.element_size + SMALL_BYTES
+    rows = config.block_h + config.block_k * buffers
     return rows * padded_width(key.width, config.max_chunk) * key.element_size + SMALL_BYTES
 
 
-def find_config(
-    rows: Sequence[TileRow], key: TileKey, smem_bytes: Callable[[TileConfig, TileKey], int]
-) -> TileConfig | None:
-    """Return the configuration of NOTE [The nearest row of a table], or None when nothing fits."""
+def product_pieces(config: TileConfig, width: int) -> tuple[int, int, bool]:
+    """Return BLOCK_D, BLOCK_T and IS_STREAMED of a kernel with one product."""
+    if config.columns is not None:
+        return config.columns, 16, True
+    return *chunk_widths(width, config.max_chunk), False
+
+
+def nearest_config(rows: Sequence[TileRow], key: TileKey) -> TileConfig:
+    """Return the configuration of the nearest row, whether it fits or not, with no more heads than there are."""
 
     def distance(row: TileRow) -> float:
         return abs(log2(row.width / key.width)) + abs(log2(row.heads / key.heads))
 
     arch = key.arch if any(row.arch == key.arch for row in rows) else DEFAULT_ARCH
     config = min((r for r in rows if (r.arch, r.element_size) == (arch, key.element_size)), key=distance).config
-    config = replace(config, block_h=min(config.block_h, max(16, 1 << (key.heads - 1).bit_length())))
+    return replace(config, block_h=min(config.block_h, max(16, 1 << (key.heads - 1).bit_length())))
+
+
+def product_config(rows: Sequence[TileRow], key: TileKey) -> TileConfig:
+    """Return how to launch a kernel with one product, at any width."""
+    config = nearest_config(rows, key)
+    while config.block_k > 32 and product_smem_bytes(config, key) > key.smem_bytes:
+        config = replace(config, block_k=config.block_k // 2)
+    if product_smem_bytes(config, key) > key.smem_bytes:
+        # 3 * (64 + 64) pieces of 64 channels: 49 KB in bf16, 98 KB in fp32.
+        config = replace(config, block_k=64, columns=64, num_stages=3)
+    return config
+
+
+def shrunk(config: TileConfig, key: TileKey, smem_bytes: Callable[[TileConfig, TileKey], int]) -> TileConfig | None:
+    """Return `config`, shrunk until it fits the device, or None where 16 heads and 16 keys do not fit."""
     while smem_bytes(config, key) > key.smem_bytes:
         if config.num_stages > 1 and config.block_k <= 32:
             config = replace(config, num_stages=1)
@@ -136,11 +160,3 @@ def find_config(
         else:
             return None
     return config
-
-
-def refusal(name: str, key: TileKey) -> str:
-    """Return why a kernel that no configuration fits is refused; `name` is what the width is called."""
-    return (
-        f"no configuration fits: the device has {key.smem_bytes} B of shared memory per block, which is too little for "
-        f'16 rows of {name}={key.width} with {key.element_size} B a channel; pass backend="eager"'
-    )

@@ -7,6 +7,13 @@ channels for the rest (576/512 is 512 + 64, 144/80 is 5 x 16 + 64). The last val
 channels take part in the logits; what they add to the value product is never stored. A value tile is a key tile, so a
 row is gathered once for both products.
 
+NOTE [Streamed rows]
+Whole rows of keys, and of the queries they are multiplied with, need shared memory in proportion to their width: 220 KB
+for 64 heads and two buffers of 64 keys at 576 channels, so that one program has an SM and its loads, products and
+exponentials wait for each other. Streamed, both come in pieces of WIDTH channels, in an inner loop that is pipelined by
+itself: any width fits, and two or three programs share an SM. The price is that a block of keys reads the queries from
+L2 once more: heads / BLOCK_K of the traffic of the keys.
+
 NOTE [Invalid slots]
 An invalid slot is masked twice, and both are needed. Its row is not loaded (the tile holds zeros), because a weight of
 0 times a NaN row is NaN. Its logit is replaced by -inf, because a zero row has logit 0, which may be the largest.
@@ -109,6 +116,23 @@ def add_row_products(acc, a_tiles, b_tiles, COUNT: tl.constexpr, INPUT_PRECISION
     """Return `acc + sum_c a_c @ b_c^T`: products of whole rows, chunk by chunk."""
     for c in tl.static_range(COUNT):
         acc = tl.dot(a_tiles[c], tl.trans(b_tiles[c]), acc, input_precision=INPUT_PRECISION)
+    return acc
+
+
+@triton.jit
+def add_streamed_products(
+    acc, a_ptr, a_offsets, a_mask, b_ptr, b_offsets, b_mask,
+    WIDTH: tl.constexpr, END: tl.constexpr, INPUT_PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Return `acc + a @ b^T` of rows of END channels; see NOTE [Streamed rows]."""
+    for start in tl.range(0, END, WIDTH):
+        cols = start + tl.arange(0, WIDTH)
+        mask_a, mask_b = a_mask[:, None], b_mask[:, None]
+        if END % WIDTH != 0:
+            mask_a, mask_b = mask_a & (cols < END)[None, :], mask_b & (cols < END)[None, :]
+        a = tl.load(a_ptr + a_offsets[:, None] + cols[None, :], mask=mask_a, other=0.0)
+        b = tl.load(b_ptr + b_offsets[:, None] + cols[None, :], mask=mask_b, other=0.0)
+        acc = tl.dot(a, tl.trans(b), acc, input_precision=INPUT_PRECISION)
     return acc
 
 

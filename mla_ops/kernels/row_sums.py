@@ -5,7 +5,10 @@ A counting sort gives every valid slot its place among those of its chunk of que
 that the rows of a key become neighbours and are read once, in sequence. Counters are `[chunks, keys, blocks]` with a
 block of consecutive queries each. One program per block counts its slots, one query after the other, and what it finds
 in a counter is the slot's rank; summed, the counters say where the ranks of each start. Only slots of one query that
-name the same key row race for their ranks, and their rows are bitwise the same.
+name the same key row race for their ranks. In the attention their rows are bitwise the same, so the order among them
+does not matter. Where every slot has a gradient of its own (ORDERS_REPEATS), the program looks at the counters once
+more: a slot of a key that is named once finds its rank + 1. Where a slot does not, the ranks of the query are given
+anew, slot by slot compared with all others: rare, and never by chance.
 
 A chunk is some whole batch elements, or some queries of one; so its keys are those of `chunk_batch` batch elements.
 """
@@ -57,7 +60,7 @@ def _rank_slots_kernel(
     counters_ptr,  # int32 [1 + chunks * keys * blocks], zeros; the first stays 0
     ranks_ptr,  # int32 [rows, groups, topk]; those of invalid slots stay unwritten
     seq_q, seq_kv, topk, chunk_batch, chunk_queries, block_queries,
-    KV_GROUP: tl.constexpr, BLOCK: tl.constexpr,
+    KV_GROUP: tl.constexpr, BLOCK: tl.constexpr, ORDERS_REPEATS: tl.constexpr,
 ):  # fmt: skip
     """Count the valid slots of a block of queries; see NOTE [Places]."""
     program = tl.program_id(0).to(tl.int64)
@@ -83,6 +86,33 @@ def _rank_slots_kernel(
             rank = tl.atomic_add(counters_ptr + 1 + counter + position * step, 1, mask=valid, sem="relaxed")
             tl.store(ranks_ptr + (row * KV_GROUP + group) * topk + slots, rank, mask=valid)
         tl.debug_barrier()  # a query finds what the ones before it counted
+        if ORDERS_REPEATS:
+            row_counters_ptr = counters_ptr + 1 + counter
+            row_ranks_ptr = ranks_ptr + (row * KV_GROUP + group) * topk
+            repeats = tl.zeros([BLOCK], tl.int32)
+            for start in tl.range(0, end_slot, BLOCK):
+                slots = start + tl.arange(0, BLOCK)
+                position = tl.load(row_indices_ptr + slots, mask=slots < end_slot, other=0)
+                position, valid = check_positions(position, slots, end_slot, seq_kv, True)
+                count = tl.load(row_counters_ptr + position * step, mask=valid, other=0, cache_modifier=".cg")
+                rank = tl.load(row_ranks_ptr + slots, mask=valid, other=0)
+                repeats |= (valid & (rank + 1 != count)).to(tl.int32)
+            if tl.max(repeats, 0) != 0:
+                for start in tl.range(0, end_slot, 16):
+                    slots = start + tl.arange(0, 16)
+                    position = tl.load(row_indices_ptr + slots, mask=slots < end_slot, other=0)
+                    position, valid = check_positions(position, slots, end_slot, seq_kv, False)
+                    # What the counter was before this query, and how many slots before this one name its key.
+                    offsets = position.to(tl.int64) * step
+                    rank = tl.load(row_counters_ptr + offsets, mask=valid, other=0, cache_modifier=".cg")
+                    for first_other in tl.range(0, end_slot, 64):
+                        others = first_other + tl.arange(0, 64)
+                        other = tl.load(row_indices_ptr + others, mask=others < end_slot, other=0)
+                        other, other_valid = check_positions(other, others, end_slot, seq_kv, False)
+                        is_same = (position[:, None] == other[None, :]) & other_valid[None, :]
+                        rank -= tl.sum((is_same & (others[None, :] >= slots[:, None])).to(tl.int32), 1)
+                    tl.store(row_ranks_ptr + slots, rank, mask=valid)
+            tl.debug_barrier()  # the next query counts only now
 
 
 @triton.jit(

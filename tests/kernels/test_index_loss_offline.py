@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from itertools import product
 from typing import Any
 
 import pytest
@@ -14,9 +14,18 @@ from mla_ops.ops.index_scores.configs.tables import (
     FORWARD,
     backward_config,
     backward_smem_bytes,
+    column_slabs,
     forward_config,
 )
-from mla_ops.tiling import DEFAULT_ARCH, TileConfig, TileKey, chunk_widths, padded_width, product_smem_bytes
+from mla_ops.tiling import (
+    DEFAULT_ARCH,
+    TileConfig,
+    TileKey,
+    chunk_widths,
+    padded_width,
+    product_pieces,
+    product_smem_bytes,
+)
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
 pytestmark = pytest.mark.skipif(
@@ -28,13 +37,13 @@ SIDES: dict[str, tuple[Any, ...]] = {
     "scores": (FORWARD, forward_config, product_smem_bytes),
     "scores_bwd": (BACKWARD, backward_config, backward_smem_bytes),
 }
-# A pointer of the prologue, which the assembler of triton 3.6 sets aside where 96 registers let one program more in.
-MAX_STACK_BYTES = 8
+# Two pointers of the prologue, which the assembler sets aside where registers are few.
+MAX_STACK_BYTES = 16
 # Heads and widths between the rows of the tables, or beyond them.
 OTHERS = [
-    *(("mass", *sizes) for sizes in ((1, 40), (128, 576), (16, 1024))),
+    *(("mass", *sizes) for sizes in ((1, 40), (64, 1000))),
     *(("scores", *sizes) for sizes in ((32, 128), (3, 300))),
-    *(("scores_bwd", *sizes) for sizes in ((32, 128), (8, 64), (8, 300))),
+    *(("scores_bwd", *sizes) for sizes in ((16, 1000),)),
 ]
 
 
@@ -46,18 +55,22 @@ def compile_side(
     from mla_ops.ops.index_scores.kernels.scores import _index_scores_kernel
 
     kernel = {"mass": _attn_mass_kernel, "scores": _index_scores_kernel, "scores_bwd": _index_scores_bwd_kernel}[side]
-    block_d, block_t = chunk_widths(width, config.max_chunk)
     shape = {
         "HEADS": heads, "KV_GROUP": 1, "BLOCK_H": config.block_h, "BLOCK_K": config.block_k,
-        "BLOCK_D": block_d, "BLOCK_T": block_t, "STRIDE_ALIGN": 16, "USE_INT64_OFFSETS": False,
-        "topk_length_ptr": None,
+        "STRIDE_ALIGN": 16, "USE_INT64_OFFSETS": False, "topk_length_ptr": None,
     }  # fmt: skip
+    if side == "scores_bwd":
+        first, end = column_slabs(config, width)[0]
+        pieces = {"FIRST": first, "END": end}
+        pieces["BLOCK_D"], pieces["BLOCK_T"] = chunk_widths(end - first, config.max_chunk)
+    else:
+        pieces = dict(zip(("BLOCK_D", "BLOCK_T", "IS_STREAMED"), product_pieces(config, width), strict=True))
     own: dict[str, Any] = {"D_TOTAL": width} if side == "mass" else {"HEAD_DIM": width, "HAS_RELU": True}
     if side == "scores_bwd":
         own["places_ptr"] = None
     if constants.pop("is_placed", False):
         del own["places_ptr"]
-    return compile_kernel(kernel, arch, {**shape, **own, **constants}, config.options, element)
+    return compile_kernel(kernel, arch, {**shape, **pieces, **own, **constants}, config.options, element)
 
 
 def check(side: str, arch: int, heads: int, width: int, element_size: int, **constants: Any) -> Compiled:
@@ -71,12 +84,12 @@ def check(side: str, arch: int, heads: int, width: int, element_size: int, **con
     return compiled
 
 
+# Rows without an architecture of their own are those of all others: the first one stands for the rest on 10.0 and 12.0.
 PROBLEMS = [
     pytest.param(*problem, id="-".join(map(str, problem)))
     for side, (rows, *_) in SIDES.items()
-    for row in rows
     for arch in SMEM_BYTES
-    if row.arch == (arch if arch == 90 else DEFAULT_ARCH)
+    for row in [row for row in rows if row.arch == (arch if arch == 90 else DEFAULT_ARCH)][: 1 if arch > 90 else None]
     for problem in [(side, arch, row.heads, row.width, row.element_size)]
 ]
 
@@ -87,23 +100,22 @@ def test_rows_fit_and_do_not_spill(side: str, arch: int, heads: int, width: int,
 
 
 @pytest.mark.parametrize(("side", "heads", "width"), OTHERS, ids=str)
-@pytest.mark.parametrize("arch", [80, 90])
-def test_problems_that_have_no_row_fit_and_do_not_spill(side: str, arch: int, heads: int, width: int) -> None:
-    check(side, arch, heads, width, 2)
+def test_problems_that_have_no_row_fit_and_do_not_spill(side: str, heads: int, width: int) -> None:
+    check(side, 90, heads, width, 2)
 
 
-VARIANTS: dict[str, dict[str, Any]] = {
-    "deterministic": {"is_placed": True},
-    "wide offsets": {"USE_INT64_OFFSETS": True},
-    "dq only": {"dk_ptr": None, "dw_ptr": None},
-    "dk only": {"dq_ptr": None, "dw_ptr": None},
-    "no relu": {"HAS_RELU": False},
-    "constants of 1": {"stride_k_g": 1, "stride_q_b": 1, "seq_q": 1, "topk": 1, "KV_GROUP": 2, "HEADS": 8},
+# What decides about registers where they are few, and other variants where compilation is quick.
+VARIANTS: dict[str, tuple[int, int, dict[str, Any]]] = {
+    "deterministic": (64, 128, {"is_placed": True}),
+    "no relu": (64, 128, {"HAS_RELU": False}),
+    "wide offsets": (4, 64, {"USE_INT64_OFFSETS": True}),
+    "dq only": (4, 64, {"dk_ptr": None, "dw_ptr": None}),
+    "dk only": (4, 64, {"dq_ptr": None, "dw_ptr": None}),
+    "constants of 1": (4, 64, {"stride_k_g": 1, "stride_q_b": 1, "seq_q": 1, "topk": 1, "KV_GROUP": 2, "HEADS": 8}),
 }
 
 
-@pytest.mark.parametrize("constants", VARIANTS.values(), ids=VARIANTS)
-@pytest.mark.parametrize(("heads", "width"), [(4, 64), (64, 128)])
+@pytest.mark.parametrize(("heads", "width", "constants"), VARIANTS.values(), ids=VARIANTS)
 def test_backward_variants_fit_and_do_not_spill(heads: int, width: int, constants: dict[str, Any]) -> None:
     check("scores_bwd", 90, heads, width, 2, **constants)
 
@@ -144,12 +156,21 @@ def test_the_pieces_of_a_row(width: int, max_chunk: int, pieces: tuple[int, int]
     assert padded_width(width, max_chunk) >= width
 
 
+@pytest.mark.parametrize("arch", SMEM_BYTES)
 @pytest.mark.parametrize("side", SIDES)
-def test_only_what_does_not_fit_is_refused(side: str) -> None:
-    find: Callable[[TileKey], TileConfig | None] = SIDES[side][1]
-    for heads in (1, 4, 7, 64, 200):
-        for width in (1, 24, 64, 576, 1000):
-            config = find(TileKey(90, SMEM_BYTES[90], heads, width, 2))
-            assert config is not None
-            assert config.block_h <= max(16, 2 * heads)
-    assert find(TileKey(90, SMEM_BYTES[90], 16, 8192, 2)) is None
+def test_every_width_has_a_configuration(side: str, arch: int) -> None:
+    _, find, smem_bytes = SIDES[side]
+    for heads, width, element_size in product((1, 4, 7, 64, 200), (1, 24, 64, 576, 1000, 8192), (2, 4)):
+        key = TileKey(arch, SMEM_BYTES[arch], heads, width, element_size)
+        config = find(key)
+        assert smem_bytes(config, key) <= SMEM_BYTES[arch]
+        assert config.block_h <= max(16, 2 * heads)
+
+
+def test_columns_are_streamed_only_where_rows_do_not_fit() -> None:
+    assert mass_config(TileKey(90, SMEM_BYTES[90], 64, 600, 2)).columns is None
+    assert mass_config(TileKey(90, SMEM_BYTES[90], 64, 2048, 2)).columns == 64
+    assert forward_config(TileKey(90, SMEM_BYTES[90], 64, 576, 2)).columns is None
+    assert forward_config(TileKey(90, SMEM_BYTES[90], 64, 2048, 2)).columns == 64
+    for width, slabs in ((576, [(0, 576)]), (1000, [(0, 512), (512, 1000)])):
+        assert column_slabs(backward_config(TileKey(90, SMEM_BYTES[90], 16, width, 2)), width) == slabs

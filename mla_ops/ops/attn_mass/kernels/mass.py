@@ -2,14 +2,20 @@
 
 With the heads as columns a thread holds several heads of a key, so their sum costs two exchanges between threads; with
 the heads as rows it would cost an exchange for every key. The queries of a block of heads stay where the products read
-them, rows are gathered BLOCK_K at a time. Heads beyond BLOCK_H are a second pass over the slots, which adds to what the
-first one stored: a sum in a fixed order, without memory of its own.
+them and rows are gathered BLOCK_K at a time, or pieces of both are streamed (NOTE [Streamed rows]). More heads are a
+second pass over the slots, which adds to what the first one stored: a sum in a fixed order, without memory of its own.
 """
 
 import triton
 import triton.language as tl
 
-from mla_ops.kernels.primitives import add_row_products, check_positions, known_multiple, load_chunks
+from mla_ops.kernels.primitives import (
+    add_row_products,
+    add_streamed_products,
+    check_positions,
+    known_multiple,
+    load_chunks,
+)
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 
@@ -26,7 +32,7 @@ def _attn_mass_kernel(
     softmax_scale, seq_q, seq_kv, topk,
     HEADS: tl.constexpr, KV_GROUP: tl.constexpr, D_TOTAL: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr,
-    STRIDE_ALIGN: tl.constexpr, USE_INT64_OFFSETS: tl.constexpr,
+    IS_STREAMED: tl.constexpr, STRIDE_ALIGN: tl.constexpr, USE_INT64_OFFSETS: tl.constexpr,
 ):  # fmt: skip
     HEADS_PER_GROUP: tl.constexpr = HEADS // KV_GROUP
     HEAD_BLOCKS: tl.constexpr = (HEADS_PER_GROUP + BLOCK_H - 1) // BLOCK_H
@@ -54,26 +60,34 @@ def _attn_mass_kernel(
         head_in_group = first_head + tl.arange(0, BLOCK_H)
         head_mask = head_in_group < HEADS_PER_GROUP
         offs_h = group * HEADS_PER_GROUP + head_in_group
-        q_tiles = load_chunks(q_ptr, offs_h * stride_q_h, head_mask, 0, BLOCK_D, NUM_D, D_TOTAL)
-        q_tail = load_chunks(q_ptr, offs_h * stride_q_h, head_mask, TAIL, BLOCK_T, NUM_T, D_TOTAL)
-        lse = tl.load(lse_ptr + row * HEADS + offs_h, mask=head_mask, other=-float("inf"))
-        # A head without a key, like one that is padding, adds nothing, whatever is in the rows.
-        has_weights = lse != -float("inf")
-        lse_log2 = lse * LOG2_E
+        q_offsets = offs_h * stride_q_h
+        if not IS_STREAMED:
+            q_tiles = load_chunks(q_ptr, q_offsets, head_mask, 0, BLOCK_D, NUM_D, D_TOTAL)
+            q_tail = load_chunks(q_ptr, q_offsets, head_mask, TAIL, BLOCK_T, NUM_T, D_TOTAL)
+            lse = tl.load(lse_ptr + row * HEADS + offs_h, mask=head_mask, other=-float("inf"))
 
         ahead = tl.load(indices_ptr + offs_k, mask=offs_k < end_slot, other=0)
         for start in tl.range(0, end_slot, BLOCK_K):
             slots = start + offs_k
             position, valid = check_positions(ahead, slots, end_slot, seq_kv, USE_INT64_OFFSETS)
             ahead = tl.load(indices_ptr + slots + BLOCK_K, mask=slots + BLOCK_K < end_slot, other=0)
-            kv_tiles = load_chunks(kv_ptr, position * stride_kv_s, valid, 0, BLOCK_D, NUM_D, D_TOTAL)
-            kv_tail = load_chunks(kv_ptr, position * stride_kv_s, valid, TAIL, BLOCK_T, NUM_T, D_TOTAL)
+            kv_offsets = position * stride_kv_s
 
             logits = tl.zeros([BLOCK_K, BLOCK_H], tl.float32)
-            logits = add_row_products(logits, kv_tail, q_tail, NUM_T, "ieee")
-            logits = add_row_products(logits, kv_tiles, q_tiles, NUM_D, "ieee")
-            weights = tl.exp2(logits * logit_scale - lse_log2[None, :])
-            mass = tl.sum(tl.where(has_weights[None, :], weights, 0.0), 1)
+            if IS_STREAMED:
+                logits = add_streamed_products(
+                    logits, kv_ptr, kv_offsets, valid, q_ptr, q_offsets, head_mask, BLOCK_D, D_TOTAL, "ieee"
+                )
+                # Loaded again for every block: kept, it would cost the products 32 registers of a thread.
+                lse = tl.load(lse_ptr + row * HEADS + offs_h, mask=head_mask, other=-float("inf"))
+            else:
+                kv_tiles = load_chunks(kv_ptr, kv_offsets, valid, 0, BLOCK_D, NUM_D, D_TOTAL)
+                kv_tail = load_chunks(kv_ptr, kv_offsets, valid, TAIL, BLOCK_T, NUM_T, D_TOTAL)
+                logits = add_row_products(logits, kv_tail, q_tail, NUM_T, "ieee")
+                logits = add_row_products(logits, kv_tiles, q_tiles, NUM_D, "ieee")
+            weights = tl.exp2(logits * logit_scale - (lse * LOG2_E)[None, :])
+            # A head without a key, like one that is padding, adds nothing, whatever is in the rows.
+            mass = tl.sum(tl.where((lse != -float("inf"))[None, :], weights, 0.0), 1)
             if HEAD_BLOCKS > 1:
                 mass += tl.load(mass_ptr + slots, mask=valid & (first_head > 0), other=0.0)
             tl.store(mass_ptr + slots, tl.where(valid, mass, 0.0), mask=slots < topk)

@@ -7,9 +7,7 @@ import torch
 from mla_ops.device import DeviceTraits, triton_refusals
 from mla_ops.launching import launch_on
 from mla_ops.ops.attn_mass.call import AttnMassCall, AttnMassProblem
-from mla_ops.ops.attn_mass.configs.tables import mass_config
-from mla_ops.ops.attn_mass.triton.launch import MassPlan, describe_mass, key_of, launch_mass, plan_mass
-from mla_ops.tiling import refusal
+from mla_ops.ops.attn_mass.triton.launch import MassPlan, describe_mass, launch_mass, plan_mass
 
 _SUPPORTED_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -24,8 +22,6 @@ class TritonBackend:
         reasons = triton_refusals(traits)
         if problem.dtype not in _SUPPORTED_DTYPES:
             reasons.append(f"dtype is {problem.dtype}, needs bf16, fp16 or fp32; cast q and kv")
-        if not reasons and mass_config(key_of(problem, traits)) is None:
-            reasons.append(refusal("d_total", key_of(problem, traits)))
         return reasons
 
     def auto_excluded_reason(self, problem: AttnMassProblem, traits: DeviceTraits) -> str | None:

@@ -22,7 +22,7 @@ from mla_ops.launching import (
 )
 from mla_ops.ops.attn_mass.call import AttnMassCall, AttnMassProblem
 from mla_ops.ops.attn_mass.configs.tables import mass_config
-from mla_ops.tiling import TileConfig, TileKey, chunk_widths
+from mla_ops.tiling import TileConfig, TileKey, product_pieces
 
 # Element offsets of KV rows from here on are computed in 64 bits.
 INT32_OFFSETS = 2**31
@@ -59,7 +59,6 @@ def plan_mass(
     q, kv, indices, *_ = call
     problem = AttnMassProblem.of(call)
     config = config or mass_config(key_of(problem, traits))
-    assert config is not None, "dispatch refuses what no configuration fits"
     seq_q, heads, d_total = q.shape[-3:]
     seq_kv, kv_group = kv.shape[-3:-1]
     strides = tuple(strides_as_read(tensor) for tensor in (q, kv, indices))
@@ -73,7 +72,7 @@ def plan_mass(
         strides=strides,
         sizes=(seq_q, seq_kv, indices.shape[-1]),
         constants=(
-            *(heads, kv_group, d_total, config.block_h, config.block_k, *chunk_widths(d_total, config.max_chunk)),
+            *(heads, kv_group, d_total, config.block_h, config.block_k, *product_pieces(config, d_total)),
             *(alignment((*strides[0], *strides[1])), use_int64_offsets),
         ),
     )

@@ -4,6 +4,9 @@ With s = <q, k>, g the gradient of a slot's score and r' = 1 where s is above 0,
 
     dS = g * w * r'         dq = dS^T K         dk = dS q         dw = sum over the slots of g * relu(s)
 
+Gradients of wide rows are made in slabs of columns, a launch each, which keeps its own columns of dq: every slab
+repeats the product of whole rows, and streams it (NOTE [Streamed rows]).
+
 Rows of dk are shared by many queries. They are summed with fp32 atomics, or, when the result must be reproducible,
 every slot stores its own row at its place and `mla_ops/kernels/row_sums.py` sums the rows of one key in a fixed order.
 """
@@ -13,6 +16,7 @@ import triton.language as tl
 
 from mla_ops.kernels.primitives import (
     add_row_products,
+    add_streamed_products,
     add_weighted_rows,
     check_positions,
     known_multiple,
@@ -38,11 +42,13 @@ def _index_scores_bwd_kernel(
     first_row, seq_q, seq_kv, topk,
     HEADS: tl.constexpr, KV_GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr,
+    FIRST: tl.constexpr, END: tl.constexpr,  # columns of dq and dk
     STRIDE_ALIGN: tl.constexpr, USE_INT64_OFFSETS: tl.constexpr, HAS_RELU: tl.constexpr,
 ):  # fmt: skip
-    NUM_D: tl.constexpr = HEAD_DIM // BLOCK_D if HEAD_DIM > BLOCK_D else 1
-    TAIL: tl.constexpr = NUM_D * BLOCK_D
-    NUM_T: tl.constexpr = (HEAD_DIM - TAIL + BLOCK_T - 1) // BLOCK_T if HEAD_DIM > TAIL else 0
+    IS_SLAB: tl.constexpr = END - FIRST < HEAD_DIM
+    NUM_D: tl.constexpr = (END - FIRST) // BLOCK_D if END - FIRST > BLOCK_D else 1
+    TAIL: tl.constexpr = FIRST + NUM_D * BLOCK_D
+    NUM_T: tl.constexpr = (END - TAIL + BLOCK_T - 1) // BLOCK_T if END > TAIL else 0
     element = k_ptr.dtype.element_ty
 
     row, batch, query, group, offs_h, head_mask = locate_program(first_row, seq_q, HEADS, KV_GROUP, BLOCK_H)
@@ -67,8 +73,8 @@ def _index_scores_bwd_kernel(
             dk_ptr += (batch * seq_kv * KV_GROUP + group) * HEAD_DIM
 
     q_offsets = offs_h.to(tl.int64) * stride_q_h
-    q_tiles = load_chunks(q_ptr, q_offsets, head_mask, 0, BLOCK_D, NUM_D, HEAD_DIM)
-    q_tail = load_chunks(q_ptr, q_offsets, head_mask, TAIL, BLOCK_T, NUM_T, HEAD_DIM)
+    q_tiles = load_chunks(q_ptr, q_offsets, head_mask, FIRST, BLOCK_D, NUM_D, END)
+    q_tail = load_chunks(q_ptr, q_offsets, head_mask, TAIL, BLOCK_T, NUM_T, END)
     row_heads = row * HEADS + offs_h
     weights = tl.load(weights_ptr + row_heads, mask=head_mask, other=0.0).to(tl.float32)
     dq_tiles = zero_chunks(BLOCK_H, BLOCK_D, NUM_D)
@@ -84,12 +90,18 @@ def _index_scores_bwd_kernel(
         dscores = tl.load(dscores_ptr + slots, mask=valid, other=0.0).to(tl.float32)
         if places_ptr is not None:
             place = tl.load(places_ptr + slots, mask=valid, other=0)
-        k_tiles = load_chunks(k_ptr, position * stride_k_s, valid, 0, BLOCK_D, NUM_D, HEAD_DIM)
-        k_tail = load_chunks(k_ptr, position * stride_k_s, valid, TAIL, BLOCK_T, NUM_T, HEAD_DIM)
+        k_offsets = position * stride_k_s
+        k_tiles = load_chunks(k_ptr, k_offsets, valid, FIRST, BLOCK_D, NUM_D, END)
+        k_tail = load_chunks(k_ptr, k_offsets, valid, TAIL, BLOCK_T, NUM_T, END)
 
         matches = tl.zeros([BLOCK_K, BLOCK_H], tl.float32)
-        matches = add_row_products(matches, k_tail, q_tail, NUM_T, "ieee")
-        matches = add_row_products(matches, k_tiles, q_tiles, NUM_D, "ieee")
+        if IS_SLAB:
+            matches = add_streamed_products(
+                matches, k_ptr, k_offsets, valid, q_ptr, q_offsets, head_mask, BLOCK_D, HEAD_DIM, "ieee"
+            )
+        else:
+            matches = add_row_products(matches, k_tail, q_tail, NUM_T, "ieee")
+            matches = add_row_products(matches, k_tiles, q_tiles, NUM_D, "ieee")
         dmatches = dscores[:, None] * weights[None, :]
         if HAS_RELU:
             # NaN is not below 0: it passes, as in torch. The gradient is selected and not multiplied: it may be NaN.
@@ -114,13 +126,13 @@ def _index_scores_bwd_kernel(
                 dk_offsets = position * (KV_GROUP * HEAD_DIM)
             for c in tl.static_range(NUM_D):
                 tile = tl.dot(dmatches, q_tiles[c], input_precision="ieee")
-                put_rows(dk_ptr, dk_offsets, valid, tile, c * BLOCK_D, BLOCK_D, HEAD_DIM, places_ptr is not None)
+                put_rows(dk_ptr, dk_offsets, valid, tile, FIRST + c * BLOCK_D, BLOCK_D, END, places_ptr is not None)
             for c in tl.static_range(NUM_T):
                 tile = tl.dot(dmatches, q_tail[c], input_precision="ieee")
-                put_rows(dk_ptr, dk_offsets, valid, tile, TAIL + c * BLOCK_T, BLOCK_T, HEAD_DIM, places_ptr is not None)
+                put_rows(dk_ptr, dk_offsets, valid, tile, TAIL + c * BLOCK_T, BLOCK_T, END, places_ptr is not None)
 
     if dq_ptr is not None:
-        store_chunks(dq_ptr, row_heads * HEAD_DIM, head_mask, dq_tiles, 0, BLOCK_D, NUM_D, HEAD_DIM)
-        store_chunks(dq_ptr, row_heads * HEAD_DIM, head_mask, dq_tail, TAIL, BLOCK_T, NUM_T, HEAD_DIM)
+        store_chunks(dq_ptr, row_heads * HEAD_DIM, head_mask, dq_tiles, FIRST, BLOCK_D, NUM_D, END)
+        store_chunks(dq_ptr, row_heads * HEAD_DIM, head_mask, dq_tail, TAIL, BLOCK_T, NUM_T, END)
     if dw_ptr is not None:
         tl.store(dw_ptr + row_heads, tl.sum(dw, 0).to(dw_ptr.dtype.element_ty), mask=head_mask)

@@ -8,7 +8,13 @@ adds to what the first one stored: a sum in a fixed order, without memory of its
 import triton
 import triton.language as tl
 
-from mla_ops.kernels.primitives import add_row_products, check_positions, known_multiple, load_chunks
+from mla_ops.kernels.primitives import (
+    add_row_products,
+    add_streamed_products,
+    check_positions,
+    known_multiple,
+    load_chunks,
+)
 
 
 # Lengths, and the batch strides that follow from them, change from call to call: one binary serves them all.
@@ -23,7 +29,7 @@ def _index_scores_kernel(
     seq_q, seq_kv, topk,
     HEADS: tl.constexpr, KV_GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_T: tl.constexpr,
-    STRIDE_ALIGN: tl.constexpr, USE_INT64_OFFSETS: tl.constexpr, HAS_RELU: tl.constexpr,
+    IS_STREAMED: tl.constexpr, STRIDE_ALIGN: tl.constexpr, USE_INT64_OFFSETS: tl.constexpr, HAS_RELU: tl.constexpr,
 ):  # fmt: skip
     HEADS_PER_GROUP: tl.constexpr = HEADS // KV_GROUP
     HEAD_BLOCKS: tl.constexpr = (HEADS_PER_GROUP + BLOCK_H - 1) // BLOCK_H
@@ -50,8 +56,10 @@ def _index_scores_kernel(
         head_in_group = first_head + tl.arange(0, BLOCK_H)
         head_mask = head_in_group < HEADS_PER_GROUP
         offs_h = group * HEADS_PER_GROUP + head_in_group
-        q_tiles = load_chunks(q_ptr, offs_h * stride_q_h, head_mask, 0, BLOCK_D, NUM_D, HEAD_DIM)
-        q_tail = load_chunks(q_ptr, offs_h * stride_q_h, head_mask, TAIL, BLOCK_T, NUM_T, HEAD_DIM)
+        q_offsets = offs_h * stride_q_h
+        if not IS_STREAMED:
+            q_tiles = load_chunks(q_ptr, q_offsets, head_mask, 0, BLOCK_D, NUM_D, HEAD_DIM)
+            q_tail = load_chunks(q_ptr, q_offsets, head_mask, TAIL, BLOCK_T, NUM_T, HEAD_DIM)
         weights = tl.load(weights_ptr + row * HEADS + offs_h, mask=head_mask, other=0.0).to(tl.float32)
 
         ahead = tl.load(indices_ptr + offs_k, mask=offs_k < end_slot, other=0)
@@ -59,12 +67,18 @@ def _index_scores_kernel(
             slots = start + offs_k
             position, valid = check_positions(ahead, slots, end_slot, seq_kv, USE_INT64_OFFSETS)
             ahead = tl.load(indices_ptr + slots + BLOCK_K, mask=slots + BLOCK_K < end_slot, other=0)
-            k_tiles = load_chunks(k_ptr, position * stride_k_s, valid, 0, BLOCK_D, NUM_D, HEAD_DIM)
-            k_tail = load_chunks(k_ptr, position * stride_k_s, valid, TAIL, BLOCK_T, NUM_T, HEAD_DIM)
+            k_offsets = position * stride_k_s
 
             matches = tl.zeros([BLOCK_K, BLOCK_H], tl.float32)
-            matches = add_row_products(matches, k_tail, q_tail, NUM_T, "ieee")
-            matches = add_row_products(matches, k_tiles, q_tiles, NUM_D, "ieee")
+            if IS_STREAMED:
+                matches = add_streamed_products(
+                    matches, k_ptr, k_offsets, valid, q_ptr, q_offsets, head_mask, BLOCK_D, HEAD_DIM, "ieee"
+                )
+            else:
+                k_tiles = load_chunks(k_ptr, k_offsets, valid, 0, BLOCK_D, NUM_D, HEAD_DIM)
+                k_tail = load_chunks(k_ptr, k_offsets, valid, TAIL, BLOCK_T, NUM_T, HEAD_DIM)
+                matches = add_row_products(matches, k_tail, q_tail, NUM_T, "ieee")
+                matches = add_row_products(matches, k_tiles, q_tiles, NUM_D, "ieee")
             if HAS_RELU:
                 matches = tl.maximum(matches, 0.0, propagate_nan=tl.PropagateNan.ALL)
             shares = matches * weights[None, :]

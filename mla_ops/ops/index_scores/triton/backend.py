@@ -7,11 +7,9 @@ import torch
 from mla_ops.device import DeviceTraits, triton_refusals
 from mla_ops.launching import launch_on
 from mla_ops.ops.index_scores.call import IndexScoresCall, IndexScoresProblem, Side, Wanted
-from mla_ops.ops.index_scores.configs.tables import backward_config, forward_config
 from mla_ops.ops.index_scores.triton.backward import BackwardPlan, describe_backward, launch_backward, plan_backward
 from mla_ops.ops.index_scores.triton.forward import describe_forward, launch_forward, plan_forward
-from mla_ops.ops.index_scores.triton.launch import Launch, key_of
-from mla_ops.tiling import refusal
+from mla_ops.ops.index_scores.triton.launch import Launch
 
 _SUPPORTED_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -26,11 +24,6 @@ class TritonBackend:
         reasons = triton_refusals(traits)
         if problem.dtype not in _SUPPORTED_DTYPES:
             reasons.append(f"dtype is {problem.dtype}, needs bf16, fp16 or fp32; cast q_idx and k_idx")
-        if not reasons:
-            key = key_of(problem, traits)
-            configs = [forward_config(key), *([backward_config(key)] if problem.needs_grad else [])]
-            if None in configs:
-                reasons.append(refusal("index_head_dim", key))
         return reasons
 
     def auto_excluded_reason(self, problem: IndexScoresProblem, traits: DeviceTraits) -> str | None:

@@ -1,4 +1,7 @@
-"""The launcher of the backward: all gradients in one pass, dk summed by atomics or in a fixed order."""
+"""The launcher of the backward: all gradients in one pass, dk summed by atomics or in a fixed order.
+
+Rows too wide for one program get a launch for every slab of columns.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +14,10 @@ import torch
 from mla_ops.device import DeviceTraits
 from mla_ops.launching import Wrap, as_it_is, unfilled
 from mla_ops.ops.index_scores.call import IndexScoresCall, IndexScoresProblem, Wanted
-from mla_ops.ops.index_scores.configs.tables import backward_config
+from mla_ops.ops.index_scores.configs.tables import backward_config, column_slabs
 from mla_ops.ops.index_scores.triton.launch import INT32_OFFSETS, NOTHING, Launch, key_of, plan_launch, readable
 from mla_ops.row_sums import sum_in_query_order
-from mla_ops.tiling import TileConfig
+from mla_ops.tiling import TileConfig, chunk_widths
 
 # Registers of a thread of the backward, more or less: how many programs an SM holds follows.
 REGISTERS = 255
@@ -40,7 +43,6 @@ def plan_backward(
     """Plan a backward on a device with `traits`, in the mode that torch is in; what is None is derived."""
     problem = IndexScoresProblem.of(call)
     config = config or backward_config(key_of(problem, traits))
-    assert config is not None, "dispatch refuses what no configuration fits"
     registers = 32 * config.num_warps * (config.max_registers or REGISTERS)
     return BackwardPlan(
         plan_launch("backward", call, config, use_int64_offsets),
@@ -75,15 +77,17 @@ def launch_backward(
     dscores = dscores.contiguous()
     dq = unfilled(q.shape, q.dtype, q, is_traced=is_traced) if wanted.dq else None
     dw = unfilled(weights.shape, weights.dtype, q, is_traced=is_traced) if wanted.dw else None
-    rows, kv_group = prod(indices.shape[:-2]), indices.shape[-2]
+    rows, kv_group, width = prod(indices.shape[:-2]), indices.shape[-2], q.shape[-1]
 
     def run(dk: torch.Tensor | None, places: torch.Tensor | None, first_row: int, num_rows: int) -> None:
         has_far_places = places is not None and dk is not None and dk.numel() >= INT32_OFFSETS
-        wrap(_backward_kernel())[(num_rows * kv_group * plan.head_blocks,)](
-            q, *launch.q_strides, k, *launch.k_strides, indices, *launch.indices_strides, topk_length,
-            weights, dscores, dq, dk, dw, places, first_row, *launch.sizes, *launch.constants,
-            launch.use_int64_offsets or has_far_places, relu, **launch.config.options,
-        )  # fmt: skip
+        for first, end in column_slabs(launch.config, width):
+            wrap(_backward_kernel())[(num_rows * kv_group * plan.head_blocks,)](
+                q, *launch.q_strides, k, *launch.k_strides, indices, *launch.indices_strides, topk_length,
+                weights, dscores, dq, dk, dw if first == 0 else None, places, first_row, *launch.sizes,
+                *launch.constants, *chunk_widths(end - first, launch.config.max_chunk), first, end,
+                launch.stride_align, launch.use_int64_offsets or has_far_places, relu, **launch.config.options,
+            )  # fmt: skip
         launch.record.is_warm |= not is_traced
 
     if not wanted.dk:
@@ -91,7 +95,9 @@ def launch_backward(
         dk = k.new_empty(0)
     elif plan.is_deterministic:
         # Rows of slots in fp32: dk is rounded once.
-        dk = sum_in_query_order(k, indices, topk_length, torch.float32, run, plan.head_blocks, plan.wave_programs, wrap)
+        dk = sum_in_query_order(
+            k, indices, topk_length, torch.float32, run, plan.head_blocks, plan.wave_programs, wrap, orders_repeats=True
+        )
     else:
         sums = k.new_zeros(k.shape, dtype=torch.float32)
         run(sums, None, 0, rows)

@@ -13,7 +13,7 @@ from mla_ops.launching import Wrap, as_it_is, unfilled
 from mla_ops.ops.index_scores.call import IndexScoresCall, IndexScoresProblem
 from mla_ops.ops.index_scores.configs.tables import forward_config
 from mla_ops.ops.index_scores.triton.launch import NOTHING, Launch, key_of, plan_launch, readable
-from mla_ops.tiling import TileConfig
+from mla_ops.tiling import TileConfig, product_pieces
 
 
 def plan_forward(
@@ -25,7 +25,6 @@ def plan_forward(
 ) -> Launch:
     """Plan a forward on a device with `traits`; what is None is derived."""
     config = config or forward_config(key_of(IndexScoresProblem.of(call), traits))
-    assert config is not None, "dispatch refuses what no configuration fits"
     return plan_launch("forward", call, config, use_int64_offsets)
 
 
@@ -43,7 +42,8 @@ def launch_forward(call: IndexScoresCall, plan: Launch, *, wrap: Wrap = as_it_is
     q, k, weights, indices, topk_length, relu = readable(call)
     wrap(_scores_kernel())[(prod(indices.shape[:-1]),)](
         q, *plan.q_strides, k, *plan.k_strides, indices, *plan.indices_strides, topk_length, weights, scores,
-        *plan.sizes, *plan.constants, plan.use_int64_offsets, relu, **plan.config.options,
+        *plan.sizes, *plan.constants, *product_pieces(plan.config, q.shape[-1]), plan.stride_align,
+        plan.use_int64_offsets, relu, **plan.config.options,
     )  # fmt: skip
     plan.record.is_warm |= not is_traced
     return scores

@@ -14,7 +14,7 @@ from mla_ops.launching import (
     with_unit_inner_stride,
 )
 from mla_ops.ops.index_scores.call import IndexScoresCall, IndexScoresProblem, Side
-from mla_ops.tiling import TileConfig, TileKey, chunk_widths
+from mla_ops.tiling import TileConfig, TileKey
 
 # Element offsets of keys from here on are computed in 64 bits.
 INT32_OFFSETS = 2**31
@@ -33,7 +33,8 @@ class Launch(NamedTuple):
     k_strides: tuple[int, int, int]
     indices_strides: tuple[int, int, int]
     sizes: tuple[int, int, int]  # seq_q, seq_kv, topk
-    constants: tuple[int, ...]  # from HEADS to STRIDE_ALIGN
+    constants: tuple[int, ...]  # from HEADS to BLOCK_K
+    stride_align: int
     use_int64_offsets: bool
 
 
@@ -60,10 +61,8 @@ def plan_launch(side: Side, call: IndexScoresCall, config: TileConfig, use_int64
         k_strides=k_strides,
         indices_strides=indices_strides,
         sizes=(seq_q, seq_kv, indices.shape[-1]),
-        constants=(
-            *(heads, kv_group, width, config.block_h, config.block_k, *chunk_widths(width, config.max_chunk)),
-            alignment((*q_strides, *k_strides)),
-        ),
+        constants=(heads, kv_group, width, config.block_h, config.block_k),
+        stride_align=alignment((*q_strides, *k_strides)),
         use_int64_offsets=use_int64_offsets,
     )
 
