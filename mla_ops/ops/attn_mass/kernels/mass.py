@@ -56,7 +56,8 @@ def _attn_mass_kernel(
 
     logit_scale = tl.cast(softmax_scale, tl.float32) * LOG2_E
     offs_k = tl.arange(0, BLOCK_K)
-    for first_head in tl.range(0, HEADS_PER_GROUP, BLOCK_H):
+    # Without heads one pass stores what an empty sum is.
+    for first_head in tl.range(0, HEADS_PER_GROUP if HEADS_PER_GROUP > 0 else 1, BLOCK_H):
         head_in_group = first_head + tl.arange(0, BLOCK_H)
         head_mask = head_in_group < HEADS_PER_GROUP
         offs_h = group * HEADS_PER_GROUP + head_in_group

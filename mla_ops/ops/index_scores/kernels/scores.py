@@ -52,7 +52,8 @@ def _index_scores_kernel(
     scores_ptr += program * topk
 
     offs_k = tl.arange(0, BLOCK_K)
-    for first_head in tl.range(0, HEADS_PER_GROUP, BLOCK_H):
+    # Without heads one pass stores what an empty sum is.
+    for first_head in tl.range(0, HEADS_PER_GROUP if HEADS_PER_GROUP > 0 else 1, BLOCK_H):
         head_in_group = first_head + tl.arange(0, BLOCK_H)
         head_mask = head_in_group < HEADS_PER_GROUP
         offs_h = group * HEADS_PER_GROUP + head_in_group
@@ -82,7 +83,7 @@ def _index_scores_kernel(
             if HAS_RELU:
                 matches = tl.maximum(matches, 0.0, propagate_nan=tl.PropagateNan.ALL)
             shares = matches * weights[None, :]
-            if HEADS_PER_GROUP % BLOCK_H != 0:
+            if HEADS_PER_GROUP % BLOCK_H != 0 or HEADS_PER_GROUP == 0:
                 # An infinite key times a query of padding is NaN.
                 shares = tl.where(head_mask[None, :], shares, 0.0)
             scores = tl.sum(shares, 1)

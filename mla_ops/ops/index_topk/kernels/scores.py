@@ -21,13 +21,19 @@ from mla_ops.ops.index_topk.kernels.order import eligible
 
 
 @triton.jit
-def _clipped(scores, k_scale, HAS_SCALE: tl.constexpr, HAS_RELU: tl.constexpr):
-    """Return a head's `[rows, keys]` products times the scales of the keys, clipped at 0; NaN stays NaN."""
-    if HAS_SCALE:
-        scores = scores * k_scale[None, :]
+def _clipped(products, HAS_RELU: tl.constexpr):
+    """Return a head's `[rows, keys]` products clipped at 0; NaN stays NaN."""
     if HAS_RELU:
-        scores = tl.maximum(scores, 0.0, propagate_nan=tl.PropagateNan.ALL)
-    return scores
+        products = tl.maximum(products, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    return products
+
+
+@triton.jit
+def _stored(total, k_scale_ptr, stride_scale_s, keys, is_key):
+    """Return scores `[..., keys]`, times the scales of their keys where there are any, as the words of a strip."""
+    if k_scale_ptr is not None:
+        total *= tl.load(k_scale_ptr + keys.to(tl.int64) * stride_scale_s, mask=is_key, other=0.0)
+    return total.to(tl.int32, bitcast=True)
 
 
 @triton.jit
@@ -100,10 +106,8 @@ def _score_passing_heads_kernel(
     q_offsets = queries.to(tl.int64) * known_multiple(stride_q_s, STRIDE_ALIGN)
     k_offsets = keys.to(tl.int64) * known_multiple(stride_k_s, STRIDE_ALIGN)
     w_offsets = queries.to(tl.int64) * stride_w_s
-    k_scale = 1.0
     if k_scale_ptr is not None:
         k_scale_ptr += batch * stride_scale_b + group.to(tl.int64) * stride_scale_g
-        k_scale = tl.load(k_scale_ptr + keys.to(tl.int64) * stride_scale_s, mask=is_key, other=0.0)
 
     total = tl.zeros([BLOCK_Q, BLOCK_K], tl.float32)
     if IS_WIDE:
@@ -119,7 +123,7 @@ def _score_passing_heads_kernel(
                 k_tile = tl.load(k_cols, mask=is_key[:, None] & is_col, other=0.0)
                 products = tl.dot(q_tile, tl.trans(k_tile), products, input_precision="ieee")
             weight = tl.load(weights_ptr + w_offsets + h * stride_w_h, mask=is_row, other=0.0)
-            clipped = _clipped(products, k_scale, k_scale_ptr is not None, HAS_RELU)
+            clipped = _clipped(products, HAS_RELU)
             total += weight.to(tl.float32)[:, None] * clipped
     else:
         k_tiles = load_chunks(k_ptr, k_offsets, is_key, 0, WIDTH, CHUNKS, HEAD_DIM)
@@ -128,11 +132,12 @@ def _score_passing_heads_kernel(
             weight = tl.load(weights_ptr + w_offsets + h * stride_w_h, mask=is_row, other=0.0)
             products = tl.zeros([BLOCK_Q, BLOCK_K], tl.float32)
             products = add_row_products(products, q_tiles, k_tiles, CHUNKS, "ieee")
-            clipped = _clipped(products, k_scale, k_scale_ptr is not None, HAS_RELU)
+            clipped = _clipped(products, HAS_RELU)
             total += weight.to(tl.float32)[:, None] * clipped
     strip_rows = (plane - first_plane) * num_queries + rows
     strip_rows = strip_rows[:, None] * known_multiple(row_stride, BLOCK_K)
-    tl.store(strip_ptr + strip_rows + keys[None, :], total.to(tl.int32, bitcast=True), mask=is_row[:, None])
+    words = _stored(total, k_scale_ptr, stride_scale_s, keys, is_key)
+    tl.store(strip_ptr + strip_rows + keys[None, :], words, mask=is_row[:, None])
 
 
 @triton.jit(
@@ -200,18 +205,16 @@ def _score_passing_keys_kernel(
         keys = start + tl.arange(0, BLOCK_K)
         is_key = keys < seq_kv
         k_tiles = load_chunks(k_ptr, keys.to(tl.int64) * stride_k_s, is_key, 0, WIDTH, CHUNKS, HEAD_DIM)
-        k_scale = 1.0
-        if k_scale_ptr is not None:
-            k_scale = tl.load(k_scale_ptr + keys.to(tl.int64) * stride_scale_s, mask=is_key, other=0.0)
         total = tl.zeros([BLOCK_Q, BLOCK_K], tl.float32)
         for h in tl.static_range(HEADS):
             products = tl.zeros([BLOCK_Q, BLOCK_K], tl.float32)
             for c in tl.static_range(CHUNKS):
                 k_tile = tl.trans(k_tiles[c])
                 products = tl.dot(q_tiles[h * CHUNKS + c], k_tile, products, input_precision="ieee")
-            clipped = _clipped(products, k_scale, k_scale_ptr is not None, HAS_RELU)
+            clipped = _clipped(products, HAS_RELU)
             total += weights[h][:, None] * clipped
-        tl.store(strip_ptr + keys[None, :], total.to(tl.int32, bitcast=True), mask=is_row[:, None])
+        words = _stored(total, k_scale_ptr, stride_scale_s, keys, is_key)
+        tl.store(strip_ptr + keys[None, :], words, mask=is_row[:, None])
 
 
 @triton.jit(
@@ -243,10 +246,8 @@ def _score_head_rows_kernel(
     k_ptr += batch * known_multiple(stride_k_b, STRIDE_ALIGN)
     k_ptr += group.to(tl.int64) * known_multiple(stride_k_g, STRIDE_ALIGN)
     weights_ptr += batch * stride_w_b + group.to(tl.int64) * HEADS * stride_w_h
-    k_scale = 1.0
     if k_scale_ptr is not None:
         k_scale_ptr += batch * stride_scale_b + group.to(tl.int64) * stride_scale_g
-        k_scale = tl.load(k_scale_ptr + keys.to(tl.int64) * stride_scale_s, mask=is_key, other=0.0)
     k_offsets = keys.to(tl.int64) * known_multiple(stride_k_s, STRIDE_ALIGN)
     k_tiles = load_chunks(k_ptr, k_offsets, is_key, 0, WIDTH, CHUNKS, HEAD_DIM)
     strip_ptr += (plane - first_plane) * num_queries * known_multiple(row_stride, BLOCK_K)
@@ -271,7 +272,8 @@ def _score_head_rows_kernel(
                 weight = tl.load(weights_ptr + w_offsets, mask=is_head, other=0.0).to(tl.float32)
                 products = tl.zeros([BLOCK_H, BLOCK_K], tl.float32)
                 products = add_row_products(products, q_tiles, k_tiles, CHUNKS, "ieee")
-                weighted = weight[:, None] * _clipped(products, k_scale, k_scale_ptr is not None, HAS_RELU)
+                weighted = weight[:, None] * _clipped(products, HAS_RELU)
                 # The zeros of a padded head times an infinite key are NaN.
                 total += tl.sum(tl.where(is_head[:, None], weighted, 0.0), 0)
-            tl.store(strip_ptr + row * known_multiple(row_stride, BLOCK_K) + keys, total.to(tl.int32, bitcast=True))
+            words = _stored(total, k_scale_ptr, stride_scale_s, keys, is_key)
+            tl.store(strip_ptr + row * known_multiple(row_stride, BLOCK_K) + keys, words)
