@@ -139,16 +139,16 @@ WAYS = ["passing heads", "passing keys", "head rows", "wide"]
 
 
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
-@pytest.mark.parametrize("dtype", [HALF, torch.float32], ids=str)
+@pytest.mark.parametrize("dtype", [HALF] if INTERPRETED else [HALF, torch.float32], ids=str)
 @pytest.mark.parametrize("way", WAYS)
 def test_scores(way: str, dtype: torch.dtype, causal: bool) -> None:
-    call = make_call(seq_q=18, seq_kv=70, heads=6, kv_group=2, topk=60, dtype=dtype, causal=causal)
+    call = make_call(seq_q=18, seq_kv=70, heads=6, kv_group=2, topk=69, dtype=dtype, causal=causal)
     config = scores_config(way, 16, key_tiles=2 if way == "passing keys" else 1)
     check(call._replace(relu=causal), scores=config)
 
 
 @pytest.mark.parametrize(("heads", "head_dim"), [(3, 40), (5, 192), (33, 64), (1, 1)])
-@pytest.mark.parametrize("seq_q", [2, 10])
+@pytest.mark.parametrize("seq_q", [2] if INTERPRETED else [2, 10])
 def test_any_number_of_heads_and_any_width(heads: int, head_dim: int, seq_q: int) -> None:
     check(make_call(seq_q=seq_q, seq_kv=50, heads=heads, head_dim=head_dim, topk=9))
 
