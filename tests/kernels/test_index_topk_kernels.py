@@ -26,7 +26,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
 # The interpreter multiplies the bit patterns of bf16.
 HALF = torch.float16 if INTERPRETED else torch.bfloat16
-TRAITS = DeviceTraits(type="cuda", arch=90, smem_bytes=232448, num_sms=2 if INTERPRETED else 132)
+TRAITS = DeviceTraits(type="cuda", arch=90, smem_bytes=232448, num_sms=4 if INTERPRETED else 132)
 
 pytestmark = [pytest.mark.usefixtures("poisoned_scratch")] + ([] if INTERPRETED else [pytest.mark.gpu])
 on_gpu_only = pytest.mark.skipif(INTERPRETED, reason="the interpreter has no e4m3 products, or takes minutes")

@@ -102,7 +102,7 @@ def stream_config(topk: int, is_split: bool) -> StreamConfig:
 
 def split_count(rows: int, num_sms: int) -> int:
     """Return over how many programs each row is split: two for every SM, 32 a row at most."""
-    return min(32, _power_of_two(2 * num_sms // max(1, rows) + 1) // 2)
+    return min(32, max(1, _power_of_two(2 * num_sms // max(1, rows) + 1) // 2))
 
 
 def _power_of_two(size: int) -> int:
