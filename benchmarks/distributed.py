@@ -27,6 +27,7 @@ no Inductor), to test this file, and nothing is written unless `--out` says wher
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import os
 import statistics
 import time
@@ -142,7 +143,7 @@ class Timing:
 
 def synchronize(world: World) -> None:
     """Wait for the device."""
-    if world.device.type == "cuda":
+    if world.on_gpu:
         torch.cuda.synchronize()
 
 
@@ -169,13 +170,14 @@ def timed(world: World, function: Callable[[], Any]) -> Timing:
     repetition(1)
     (estimate,) = greatest(world, 1e3 * repetition(1)[0])
     calls = int(min(max(REPETITION_MS / estimate, 2), MAX_CALLS))
-    times = [repetition(calls) for _ in range(REPETITIONS)]
+    # Toy times say nothing.
+    times = [repetition(calls) for _ in range(REPETITIONS)] if world.on_gpu else [repetition(1)]
     return Timing(*greatest(world, *(1e3 * statistics.median(column) for column in zip(*times, strict=True))))
 
 
 def peak_bytes(world: World, function: Callable[[], Any]) -> int:
     """Most memory that a call holds beyond what was there, its results included."""
-    if world.device.type != "cuda":
+    if not world.on_gpu:
         return 0
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -222,7 +224,7 @@ class Baseline:
         """Draw the problem of a case and run it on this rank alone."""
         kind = case.problem[0]
         if kind == "layer":
-            width = WIDTH if world.device.type == "cuda" else TOY_WIDTH
+            width = WIDTH if world.on_gpu else TOY_WIDTH
             problem: Attention | LayerProblem = LayerProblem.draw(world, shape, width)
         else:
             problem = Attention.draw(world, shape, kind == "causal")
@@ -315,13 +317,12 @@ def line(record: dict[str, Any]) -> str:
 
 def outcomes(world: World, cases: list[Case], deadline: float) -> Iterator[list[dict[str, Any]]]:
     """Records of each case, until a case would start after the deadline."""
-    on_gpu = world.device.type == "cuda"
     baseline: Baseline | None = None
     for case in cases:
         (is_late,) = greatest(world, time.time() > deadline)
         if is_late:
             return
-        shape = case.sizes(on_gpu)
+        shape = case.sizes(world.on_gpu)
         refusal = case.refusal(shape, world.ranks)
         if refusal:
             yield [{"case": str(case), "left_out": refusal}]
@@ -329,7 +330,7 @@ def outcomes(world: World, cases: list[Case], deadline: float) -> Iterator[list[
         if baseline is None or baseline.key != case.problem:
             # The old problem goes before the new one comes.
             baseline = None
-            if on_gpu:
+            if world.on_gpu:
                 torch.cuda.empty_cache()
             baseline = Baseline.draw(world, case, shape)
         yield measure(world, case, shape, baseline)
@@ -388,6 +389,10 @@ def main() -> None:
     # Multicast over NVLink (NVLS) needs a privilege that containers often lack; without it NCCL hangs at start-up. It
     # would also sum in the switch, where a rank receives fewer bytes than the formulas say.
     os.environ["NCCL_NVLS_ENABLE"] = "0"
+    if not on_gpu:
+        # Ranks are forks of a process that has imported these once; few cores would be busy for long with every rank's.
+        imports = ["torch.distributed.fsdp", "torch.distributed.tensor", "torch._dynamo", "mla_ops.distributed"]
+        multiprocessing.get_context("forkserver").set_forkserver_preload(imports)
     with TemporaryDirectory() as folder:
         # A rank that ends as `spawn` ends it may abort: DTensor's caches keep gloo's threads alive through Python's
         # finalization, and a thread that then frees a tensor waits for a lock it cannot have. A fork just exits.

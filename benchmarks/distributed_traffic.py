@@ -54,15 +54,17 @@ def key_sharded_traffic(shape: Any, n: int) -> Traffic:
 def layer_traffic(shape: Any, hidden: int, data: int, tensor: int) -> Traffic:
     """One layer of one sequence a rank: FSDP2 over `data` ranks, heads over `tensor` ranks.
 
-    Weights are gathered in both directions and their gradients scattered, in bf16; the outputs of the heads' shares and
-    `dkv` are summed.
+    Weights are gathered in both directions and their gradients scattered, in bf16. The ranks of the heads sum the
+    layer's output and the gradient of its input, into which DTensor carries `dkv` as shares; so it does into the
+    gradient of the weights of the keys, which is summed too.
     """
-    per_head_weights = shape.H * (shape.d_total + shape.d_v) * hidden
-    weights = (per_head_weights / tensor + shape.d_total * hidden) * NARROW
-    gather = (data - 1) / data * weights
-    output, dkv = shape.Sq * hidden * NARROW, shape.Skv * shape.d_total * NARROW
-    all_reduce = RECEIVED["all_reduce"]
-    return Traffic(gather + all_reduce(output, tensor), 2 * gather + all_reduce(dkv, tensor))
+    of_heads, of_keys = shape.H * (shape.d_total + shape.d_v) * hidden, shape.d_total * hidden
+    gather = (data - 1) / data * (of_heads / tensor + of_keys) * NARROW
+
+    def summed(numbers: int) -> float:
+        return RECEIVED["all_reduce"](numbers * NARROW, tensor)
+
+    return Traffic(gather + summed(shape.Sq * hidden), 2 * gather + summed(shape.Skv * hidden + of_keys))
 
 
 class CountedTraffic(TorchDispatchMode):

@@ -63,6 +63,11 @@ class World:
         )
 
     @property
+    def on_gpu(self) -> bool:
+        """Whether sizes and times are meant."""
+        return self.device.type == "cuda"
+
+    @property
     def rank(self) -> int:
         """This process."""
         return self.mesh.get_local_rank()
@@ -246,7 +251,7 @@ class Layer(nn.Module):
 
 @dataclass(frozen=True)
 class LayerProblem:
-    """A layer on SEQUENCES sequences, whole on every rank; gradients are those of its weights."""
+    """A layer on SEQUENCES sequences, whole on every rank; gradients are those of its input and its weights."""
 
     world: World
     shape: Shape
@@ -265,26 +270,21 @@ class LayerProblem:
         indices = world.indices(shape, SEQUENCES, is_causal=False)
         return cls(world, shape, hidden, indices, world.normal(SEQUENCES, shape.Sq, width), weights)
 
-    @property
-    def width(self) -> int:
-        """Of the layer's inputs and outputs."""
-        return self.hidden.shape[-1]
-
     def _layer(self) -> Layer:
-        layer = Layer(self.shape, self.width, self.world.device)
+        layer = Layer(self.shape, self.hidden.shape[-1], self.world.device)
         layer.load_state_dict(self.weights)
         return layer
 
     def one_rank(self, compiled: Compile) -> Way:
         """All sequences."""
         layer = self._layer()
-        run = compiled(layer)
+        run, hidden = compiled(layer), self.hidden.detach().requires_grad_()
 
         def forward() -> Tensor:
-            return run(self.hidden, self.indices)
+            return run(hidden, self.indices)
 
         def backward() -> dict[str, Tensor]:
-            return _weight_gradients(layer, forward(), self.dout)
+            return _layer_gradients(layer, hidden, forward(), self.dout)
 
         return Way(forward, backward)
 
@@ -293,38 +293,42 @@ class LayerProblem:
         grid = self.world.grid
         assert grid is not None
         data, tensor = grid["data"], grid["tensor"]
-        cut = {"queries.weight": Shard(0), "output.weight": Shard(1)}
-        layer = self._layer()
+        cut = {"queries": Shard(0), "output": Shard(1)}
+        layer, whole = self._layer(), [Replicate()]
         for name, module in layer.named_children():
-            weight = distribute_tensor(module.weight.detach(), tensor, [cut.get(f"{name}.weight", Replicate())])
+            weight = distribute_tensor(module.weight.detach(), tensor, [cut.get(name, Replicate())])
             module.weight = nn.Parameter(weight)
         # Compiled before FSDP2, whose hooks stay outside of the graph.
         layer.forward = compiled(layer.forward)  # type: ignore[method-assign]
+        # A root keeps its weights after the forward unless told otherwise; in a model, a layer is no root.
         fully_shard(layer, mesh=data, reshard_after_forward=True)
 
-        def own(whole: Tensor) -> Tensor:
-            return whole.chunk(SEQUENCES)[data.get_local_rank()]
+        def own(tensor: Tensor) -> Tensor:
+            return tensor.chunk(SEQUENCES)[data.get_local_rank()]
 
-        def part(name: str, whole: Tensor) -> Tensor:
-            # FSDP2 takes the mean over the data-parallel ranks.
-            return own(whole) if name == "out" else whole / SEQUENCES
+        def part(name: str, tensor: Tensor) -> Tensor:
+            # FSDP2 takes the mean of a weight's gradients over the data-parallel ranks.
+            return own(tensor) if name in ("out", "hidden") else tensor / SEQUENCES
 
-        hidden, indices = (
-            DTensor.from_local(own(whole), tensor, [Replicate()]) for whole in (self.hidden, self.indices)
-        )
+        hidden, indices = (DTensor.from_local(own(t), tensor, whole) for t in (self.hidden, self.indices))
+        hidden.requires_grad_()
         dout = own(self.dout)
 
         def forward() -> Tensor:
-            return layer(hidden, indices).redistribute(placements=[Replicate()]).to_local()
+            return layer(hidden, indices).redistribute(placements=whole).to_local()
 
         def backward() -> dict[str, Tensor]:
-            return _weight_gradients(layer, forward(), dout)
+            grads = _layer_gradients(layer, hidden, forward(), dout)
+            return grads | {"hidden": grads["hidden"].redistribute(placements=whole).to_local()}
 
-        traffic = layer_traffic(self.shape, self.width, data.size(), tensor.size())
+        traffic = layer_traffic(self.shape, self.hidden.shape[-1], data.size(), tensor.size())
         return Way(forward, backward, part, traffic, _count(own(self.indices)) * self.shape.H // tensor.size())
 
 
-def _weight_gradients(layer: Layer, out: Tensor, dout: Tensor) -> dict[str, Tensor]:
-    layer.zero_grad()
+def _layer_gradients(layer: Layer, hidden: Tensor, out: Tensor, dout: Tensor) -> dict[str, Any]:
+    """Gradients of the input and of the weights, as they are placed."""
+    leaves = {"hidden": hidden, **dict(layer.named_parameters())}
+    for leaf in leaves.values():
+        leaf.grad = None
     out.backward(dout)
-    return {name: weight.grad for name, weight in layer.named_parameters() if weight.grad is not None}
+    return {name: leaf.grad for name, leaf in leaves.items()}
