@@ -50,14 +50,67 @@ def test_ranks(size: int, name: str) -> None:
     assert failure is None, failure
 
 
-@pytest.mark.slow
-def test_benchmark_runs_at_toy_sizes() -> None:
-    command = [sys.executable, str(ROOT / "benchmarks/distributed.py"), "NAM28"]
+def run_benchmark(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "benchmarks/distributed.py"), *map(str, arguments)]
     env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
-    result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=TIMEOUT_SECONDS)
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=TIMEOUT_SECONDS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("ranks", "patterns", "ran"),
+    [
+        (4, ["tp/DS/*/compiled", "mesh/*/compiled", "cp/NAM28/*/eager"], ["tp/DS", "mesh/DS", "cp/NAM28"]),
+        (8, ["[cm]*/DS/65536/eager"], ["cp/DS", "mesh/DS", "cp-causal/DS", "cp-spread/DS"]),
+    ],
+)
+def test_benchmark_runs_at_toy_sizes_on_any_number_of_ranks(
+    ranks: int, patterns: list[str], ran: list[str], tmp_path: Path
+) -> None:
+    result = run_benchmark("--ranks", ranks, "--out", tmp_path, "--commit", "abc", "--cases", *patterns)
     assert result.returncode == 0, result.stderr
-    rows = [line.split()[:2] for line in result.stdout.splitlines() if "efficiency" in line]
-    assert rows == [["NAM28", first] for first in ("one", "one", "TP", "TP", "key-sharded", "key-sharded")]
+    (path,) = tmp_path.glob(f"*-distributed-x{ranks}.json")
+    written = json.loads(path.read_text())
+    assert (written["ranks"], written["not_started"], written["header"]["commit"]) == (ranks, [], "abc")
+    records = written["records"]
+    got = [(record["case"].rsplit("/", 2)[0], record["direction"]) for record in records]
+    assert sorted(got) == sorted((case, direction) for case in ran for direction in ("fwd", "fwd_bwd"))
+    for record in records:
+        received = record["bytes_received"]
+        assert received["counted"] == received["predicted"], record["case"]
+        assert (received["counted"] == 0) == (record["impl"] == "tp" and record["direction"] == "fwd")
+        assert record["efficiency"] == pytest.approx(record["one_rank_ms"] / (ranks * record["ms"]), rel=0.05, abs=2e-3)
+        assert 0 < record["host_share"] <= 1
+    imbalance = {record["impl"]: record["imbalance"] for record in records}
+    assert {imbalance[way] for way in ("tp", "mesh") if way in imbalance} == {1.0}
+    if "cp-causal" in imbalance:
+        assert 1 < imbalance["cp-spread"] < imbalance["cp-causal"] < ranks
+
+
+@pytest.mark.slow
+def test_benchmark_starts_no_case_late_and_says_what_it_left_out(tmp_path: Path) -> None:
+    cases = ["cp/NAM28/131072/eager", "tp/NAM28/131072/eager"]
+    result = run_benchmark("--ranks", 3, "--keys", 131072, "--out", tmp_path, "--cases", *cases)
+    assert result.returncode == 0, result.stderr
+    assert "16 queries are not cut evenly over 3 ranks" in result.stdout
+    (path,) = tmp_path.glob("*.json")
+    records = json.loads(path.read_text())["records"]
+    assert [(record["case"], "left_out" in record) for record in records] == [(case, True) for case in reversed(cases)]
+    late = run_benchmark("--seconds", 0)
+    assert (late.returncode, late.stdout) == (0, ""), late.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--ranks", "1"], "--ranks must be 2 or more, and one to a GPU (0 found), got 1"),
+        (["--cases", "pp"], "no case is called pp; see --list"),
+    ],
+)
+def test_benchmark_refuses_what_it_cannot_run(arguments: list[str], message: str) -> None:
+    result = run_benchmark(*arguments)
+    assert result.returncode == 2
+    assert message in result.stderr
 
 
 @pytest.mark.parametrize(
