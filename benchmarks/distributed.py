@@ -3,8 +3,8 @@
     python benchmarks/distributed.py [--ranks N] [--cases PATTERN ...] [--keys N ...] [--seconds N]
 
 One process per GPU; writes results/<date>-<device>-distributed-x<ranks>.json anew after every case, so that a run that
-is cut off leaves what it has. A case is WAY/SHAPE/KEYS/MODE, as in `tp/DS/65536/compiled`; `--list` prints them in the
-order they run, the most important first.
+is cut off leaves what it has; where a case fails, that is recorded and new processes go on. A case is
+WAY/SHAPE/KEYS/MODE, as in `tp/DS/65536/compiled`; `--list` prints them in the order they run, the most important first.
 
     tp      tensor parallelism over heads; the backward ends with the all-reduce of `dkv`
     cp      key-sharded context parallelism; cp-causal: causal indices; cp-spread: those, and every n-th key to a rank
@@ -27,13 +27,15 @@ no Inductor), to test this file, and nothing is written unless `--out` says wher
 from __future__ import annotations
 
 import argparse
+import itertools
+import json
 import multiprocessing
 import os
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, replace
-from fnmatch import fnmatch
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -41,6 +43,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
+from distributed_plan import Case, planned
 from distributed_traffic import CountedTraffic
 from distributed_ways import Attention, LayerProblem, Shape, Way, World
 from torch import Tensor
@@ -56,67 +59,10 @@ REPETITION_MS = 100.0
 WIDTH, TOY_WIDTH = 1536, 32
 # Two bf16 roundings where one rank has one: 2^-8 each at worst, about 2e-3 in the norm.
 MAX_ERROR = 8e-3
-
-SHAPES = {
-    "DS": Shape(8192, 65536, 128, 576, 512, 2048),
-    "NAM28": Shape(8192, 65536, 28, 128, 64, 256),
-    "NAM128": Shape(8192, 65536, 128, 128, 64, 256),
-}
-# Way, shape and keys, the most important first. What shares a problem stands together: it is drawn once.
-PLAN = [
-    ("tp", "DS", 65536),
-    ("cp", "DS", 65536),
-    ("mesh", "DS", 65536),
-    ("cp", "DS", 524288),
-    ("cp", "DS", 131072),
-    ("tp", "NAM128", 65536),
-    ("cp", "NAM128", 65536),
-    ("tp", "NAM28", 65536),
-    ("cp", "NAM28", 65536),
-    ("cp-causal", "DS", 65536),
-    ("cp-spread", "DS", 65536),
-]
-
-
-@dataclass(frozen=True)
-class Case:
-    """One way to run one problem, in one mode."""
-
-    way: str
-    shape: str
-    keys: int
-    mode: str
-
-    def __str__(self) -> str:
-        return f"{self.way}/{self.shape}/{self.keys}/{self.mode}"
-
-    @property
-    def problem(self) -> tuple[str, str, int]:
-        """What cases share whose tensors are the same."""
-        kind = {"mesh": "layer", "cp-causal": "causal", "cp-spread": "causal"}.get(self.way, "attention")
-        return kind, self.shape, self.keys
-
-    def sizes(self, on_gpu: bool) -> Shape:
-        """At this number of keys; on a CPU, the toy ones."""
-        shape = replace(SHAPES[self.shape], Skv=self.keys)
-        return shape if on_gpu else shape.toy()
-
-    def refusal(self, shape: Shape, ranks: int) -> str | None:
-        """Why this number of ranks cannot run it."""
-        if self.way == "mesh" and ranks % 2:
-            return f"{ranks} ranks have no halves"
-        cut, what = (shape.Sq, "queries") if self.way.startswith("cp") else (shape.H, "heads")
-        parts = ranks // 2 if self.way == "mesh" else ranks
-        return f"{cut} {what} are not cut evenly over {parts} ranks" if cut % parts else None
-
-
-def planned(patterns: list[str], keys: list[int] | None) -> list[Case]:
-    """Cases that match one of the patterns, or whose way does; `keys` instead of the plan's, if given."""
-    plan = (
-        PLAN if keys is None else [(way, shape, n) for way, shape in dict.fromkeys(p[:2] for p in PLAN) for n in keys]
-    )
-    cases = [Case(*row, mode) for row in plan for mode in ("compiled", "eager")]
-    return [case for case in cases if any(fnmatch(str(case), p) or case.way == p for p in patterns)]
+# Of a rank: an exception, or a death without one.
+FAILURES = (torch.multiprocessing.ProcessRaisedException, torch.multiprocessing.ProcessExitedException)
+# What a record holds instead of times.
+WHY_NOT = ("left_out", "wrong", "failed")
 
 
 def compiled(call: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -306,7 +252,7 @@ def measure(world: World, case: Case, shape: Shape, baseline: Baseline) -> list[
 
 def line(record: dict[str, Any]) -> str:
     if "direction" not in record:
-        return f"{record['case']:28}{record.get('left_out') or record['wrong']}"
+        return f"{record['case']:28}" + "; ".join(f"{why}: {record[why]}" for why in WHY_NOT if why in record)
     received = record["bytes_received"]
     return (
         f"{record['case']:28}{record['direction']:8}{record['ms']:9.3f} ms  efficiency {record['efficiency']:.2f}  "
@@ -315,13 +261,42 @@ def line(record: dict[str, Any]) -> str:
     )
 
 
-def outcomes(world: World, cases: list[Case], deadline: float) -> Iterator[list[dict[str, Any]]]:
+class Progress:
+    """What a run has done so far, in a folder that its ranks share: a case that fails ends them, and others go on."""
+
+    def __init__(self, folder: str) -> None:
+        self._records, self._running = Path(folder, "records.json"), Path(folder, "running")
+
+    @property
+    def records(self) -> list[dict[str, Any]]:
+        """Of every case that is over."""
+        return json.loads(self._records.read_text()) if self._records.exists() else []
+
+    @property
+    def running(self) -> str | None:
+        """The case that has begun and is not over."""
+        return self._running.read_text() if self._running.exists() else None
+
+    def begin(self, case: Case) -> None:
+        """Note what runs."""
+        self._running.write_text(str(case))
+
+    def end(self, new: list[dict[str, Any]]) -> None:
+        """Add the records of a case; none runs now."""
+        self._records.write_text(json.dumps(self.records + new))
+        self._running.unlink(missing_ok=True)
+
+
+def outcomes(
+    world: World, cases: list[Case], deadline: float, begin: Callable[[Case], None]
+) -> Iterator[list[dict[str, Any]]]:
     """Records of each case, until a case would start after the deadline."""
     baseline: Baseline | None = None
     for case in cases:
         (is_late,) = greatest(world, time.time() > deadline)
         if is_late:
             return
+        begin(case)
         shape = case.sizes(world.on_gpu)
         refusal = case.refusal(shape, world.ranks)
         if refusal:
@@ -337,31 +312,62 @@ def outcomes(world: World, cases: list[Case], deadline: float) -> Iterator[list[
         torch._dynamo.reset()
 
 
-def run_rank(rank: int, ranks: int, folder: str, start: float, arguments: argparse.Namespace) -> None:
+def run_rank(rank: int, ranks: int, folder: str, rendezvous: str, start: float, arguments: argparse.Namespace) -> None:
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda", rank) if on_gpu else torch.device("cpu")
     if on_gpu:
         torch.cuda.set_device(device)
     torch.manual_seed(0)
+    # Read before the ranks meet, so that all of them read the same.
+    progress = Progress(folder)
+    over = {record["case"] for record in progress.records}
+    cases = [case for case in planned(arguments.cases, arguments.keys) if str(case) not in over]
     dist.init_process_group(
         "nccl" if on_gpu else "gloo",
-        init_method=f"file://{folder}/rendezvous",
+        init_method=f"file://{folder}/{rendezvous}",
         rank=rank,
         world_size=ranks,
         device_id=device if on_gpu else None,
     )
-    cases, records = planned(arguments.cases, arguments.keys), []
-    for done, new in enumerate(outcomes(World.of(device, ranks), cases, start + arguments.seconds), 1):
-        records += new
-        if rank != 0:
-            continue
-        print(*map(line, new), sep="\n", flush=True)
+
+    def publish(rest: list[Case]) -> None:
         if arguments.out:
-            state = {"seconds": round(time.time() - start, 1), "not_started": list(map(str, cases[done:]))}
-            write(arguments.out, f"distributed-x{ranks}", device, records, arguments.commit, ranks=ranks, **state)
+            state = {"ranks": ranks, "seconds": round(time.time() - start, 1), "not_started": list(map(str, rest))}
+            write(arguments.out, f"distributed-x{ranks}", device, progress.records, arguments.commit, **state)
+
+    is_first = rank == 0
+    if is_first:
+        publish(cases)
+    begin = progress.begin if is_first else lambda case: None
+    for done, new in enumerate(outcomes(World.of(device, ranks), cases, start + arguments.seconds, begin), 1):
+        if is_first:
+            print(*map(line, new), sep="\n", flush=True)
+            progress.end(new)
+            publish(cases[done:])
     dist.destroy_process_group()
-    wrong = [record["case"] for record in records if "wrong" in record]
-    assert not wrong, f"not what one rank computes: {', '.join(wrong)}"
+
+
+def run(ranks: int, start: float, arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Run the cases; where one fails, go on with new processes and the rest. Returns all records."""
+    with TemporaryDirectory() as folder:
+        progress = Progress(folder)
+        for world in itertools.count():
+            given = (ranks, folder, f"rendezvous-{world}", start, arguments)
+            try:
+                # A rank that ends as `spawn` ends it may abort: DTensor's caches keep gloo's threads alive through
+                # Python's finalization, and a thread that then frees a tensor waits for a lock it cannot have. A fork
+                # just exits.
+                torch.multiprocessing.start_processes(run_rank, given, nprocs=ranks, start_method="forkserver")
+                break
+            except FAILURES as error:
+                failed = progress.running
+                if failed is None:
+                    raise
+                print(error, file=sys.stderr, flush=True)
+                record = {"case": failed, "failed": str(error).strip().splitlines()[-1]}
+                print(line(record), flush=True)
+                progress.end([record])
+        return progress.records
 
 
 def main() -> None:
@@ -393,12 +399,10 @@ def main() -> None:
         # Ranks are forks of a process that has imported these once; few cores would be busy for long with every rank's.
         imports = ["torch.distributed.fsdp", "torch.distributed.tensor", "torch._dynamo", "mla_ops.distributed"]
         multiprocessing.get_context("forkserver").set_forkserver_preload(imports)
-    with TemporaryDirectory() as folder:
-        # A rank that ends as `spawn` ends it may abort: DTensor's caches keep gloo's threads alive through Python's
-        # finalization, and a thread that then frees a tensor waits for a lock it cannot have. A fork just exits.
-        torch.multiprocessing.start_processes(
-            run_rank, (arguments.ranks, folder, start, arguments), nprocs=arguments.ranks, start_method="forkserver"
-        )
+    records = run(arguments.ranks, start, arguments)
+    bad = [record["case"] for record in records if "wrong" in record or "failed" in record]
+    if bad:
+        sys.exit(f"wrong or failed: {', '.join(bad)}")
 
 
 if __name__ == "__main__":

@@ -50,8 +50,10 @@ def test_ranks(size: int, name: str) -> None:
     assert failure is None, failure
 
 
-def run_benchmark(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "benchmarks/distributed.py"), *map(str, arguments)]
+def run_benchmark(
+    *arguments: object, program: Path = ROOT / "benchmarks/distributed.py"
+) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(program), *map(str, arguments)]
     env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=TIMEOUT_SECONDS)
 
@@ -61,7 +63,7 @@ def run_benchmark(*arguments: object) -> subprocess.CompletedProcess[str]:
     ("ranks", "patterns", "ran"),
     [
         (4, ["tp/DS/*/compiled", "mesh/*/compiled", "cp/NAM28/*/eager"], ["tp/DS", "mesh/DS", "cp/NAM28"]),
-        (8, ["[cm]*/DS/65536/eager"], ["cp/DS", "mesh/DS", "cp-causal/DS", "cp-spread/DS"]),
+        (8, ["[cm]*/DS/65536/eager", "tp/NAM28/*/eager"], ["cp/DS", "mesh/DS", "cp-causal/DS", "cp-spread/DS"]),
     ],
 )
 def test_benchmark_runs_at_toy_sizes_on_any_number_of_ranks(
@@ -72,7 +74,9 @@ def test_benchmark_runs_at_toy_sizes_on_any_number_of_ranks(
     (path,) = tmp_path.glob(f"*-distributed-x{ranks}.json")
     written = json.loads(path.read_text())
     assert (written["ranks"], written["not_started"], written["header"]["commit"]) == (ranks, [], "abc")
-    records = written["records"]
+    records = [record for record in written["records"] if "left_out" not in record]
+    left_out = {record["case"]: record["left_out"] for record in written["records"] if "left_out" in record}
+    assert left_out == ({"tp/NAM28/65536/eager": "4 heads are not cut evenly over 8 ranks"} if ranks == 8 else {})
     got = [(record["case"].rsplit("/", 2)[0], record["direction"]) for record in records]
     assert sorted(got) == sorted((case, direction) for case in ran for direction in ("fwd", "fwd_bwd"))
     for record in records:
@@ -88,16 +92,45 @@ def test_benchmark_runs_at_toy_sizes_on_any_number_of_ranks(
 
 
 @pytest.mark.slow
-def test_benchmark_starts_no_case_late_and_says_what_it_left_out(tmp_path: Path) -> None:
-    cases = ["cp/NAM28/131072/eager", "tp/NAM28/131072/eager"]
-    result = run_benchmark("--ranks", 3, "--keys", 131072, "--out", tmp_path, "--cases", *cases)
-    assert result.returncode == 0, result.stderr
-    assert "16 queries are not cut evenly over 3 ranks" in result.stdout
+def test_benchmark_starts_no_case_late(tmp_path: Path) -> None:
+    result = run_benchmark("--seconds", 0, "--out", tmp_path, "--keys", 131072, "--cases", "tp/DS/*")
+    assert (result.returncode, result.stdout) == (0, ""), result.stderr
+    (path,) = tmp_path.glob("*-distributed-x2.json")
+    written = json.loads(path.read_text())
+    assert written["records"] == []
+    assert written["not_started"] == ["tp/DS/131072/compiled", "tp/DS/131072/eager"]
+
+
+@pytest.mark.slow
+def test_benchmark_goes_on_after_a_case_that_fails_or_is_wrong(tmp_path: Path) -> None:
+    program = f"""
+import sys
+sys.path.insert(0, {str(ROOT / "benchmarks")!r})
+import distributed
+
+check = distributed.check
+
+def broken_check(world, way, whole):
+    if "keys.weight" in whole:
+        raise RuntimeError("no memory")
+    whole["dkv"] = whole["dkv"] * 1.02
+    return check(world, way, whole)
+
+distributed.check = broken_check
+
+if __name__ == "__main__":
+    distributed.main()
+"""
+    (tmp_path / "program.py").write_text(program)  # a file, because the ranks read it again
+    cases = ["mesh/DS/65536/eager", "tp/NAM28/65536/eager"]
+    result = run_benchmark("--out", tmp_path, "--cases", *cases, program=tmp_path / "program.py")
+    assert result.returncode == 1
+    assert result.stderr.splitlines()[-1] == f"wrong or failed: {', '.join(cases)}", result.stderr
     (path,) = tmp_path.glob("*.json")
-    records = json.loads(path.read_text())["records"]
-    assert [(record["case"], "left_out" in record) for record in records] == [(case, True) for case in reversed(cases)]
-    late = run_benchmark("--seconds", 0)
-    assert (late.returncode, late.stdout) == (0, ""), late.stderr
+    failed, wrong = json.loads(path.read_text())["records"]
+    assert (failed["case"], failed["failed"]) == (cases[0], "RuntimeError: no memory")
+    assert (wrong["case"], wrong["error"]["dkv"]) == (cases[1], pytest.approx(0.02, rel=0.1))
+    assert "ms" not in wrong
 
 
 @pytest.mark.parametrize(
