@@ -6,6 +6,7 @@ here. What needs no second process is tested directly.
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import signal
@@ -50,14 +51,105 @@ def test_ranks(size: int, name: str) -> None:
     assert failure is None, failure
 
 
-@pytest.mark.slow
-def test_benchmark_runs_at_toy_sizes() -> None:
-    command = [sys.executable, str(ROOT / "benchmarks/distributed.py"), "NAM28"]
+def run_benchmark(
+    *arguments: object, program: Path = ROOT / "benchmarks/distributed.py"
+) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(program), *map(str, arguments)]
     env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
-    result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=TIMEOUT_SECONDS)
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=TIMEOUT_SECONDS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("ranks", "patterns", "ran"),
+    [
+        (4, ["tp/DS/*/eager", "mesh/*/compiled", "cp/NAM28/*/eager"], ["tp/DS", "mesh/DS", "cp/NAM28"]),
+        (8, ["[cm]*/DS/65536/eager", "tp/NAM28/*/eager"], ["cp/DS", "mesh/DS", "cp-causal/DS", "cp-spread/DS"]),
+    ],
+)
+def test_benchmark_runs_at_toy_sizes_on_any_number_of_ranks(
+    ranks: int, patterns: list[str], ran: list[str], tmp_path: Path
+) -> None:
+    result = run_benchmark("--ranks", ranks, "--out", tmp_path, "--commit", "abc", "--cases", *patterns)
     assert result.returncode == 0, result.stderr
-    rows = [line.split()[:2] for line in result.stdout.splitlines() if "efficiency" in line]
-    assert rows == [["NAM28", first] for first in ("one", "one", "TP", "TP", "key-sharded", "key-sharded")]
+    (path,) = tmp_path.glob(f"*-distributed-x{ranks}.json")
+    written = json.loads(path.read_text())
+    assert (written["ranks"], written["not_started"], written["header"]["commit"]) == (ranks, [], "abc")
+    records = [record for record in written["records"] if "left_out" not in record]
+    left_out = {record["case"]: record["left_out"] for record in written["records"] if "left_out" in record}
+    assert left_out == ({"tp/NAM28/65536/eager": "4 heads are not cut evenly over 8 ranks"} if ranks == 8 else {})
+    got = [(record["case"].rsplit("/", 2)[0], record["direction"]) for record in records]
+    assert sorted(got) == sorted((case, direction) for case in ran for direction in ("fwd", "fwd_bwd"))
+    for record in records:
+        received = record["bytes_received"]
+        assert received["counted"] == received["predicted"], record["case"]
+        assert (received["counted"] == 0) == (record["impl"] == "tp" and record["direction"] == "fwd")
+        assert record["efficiency"] == pytest.approx(record["one_rank_ms"] / (ranks * record["ms"]), rel=0.05, abs=2e-3)
+        assert 0 < record["host_share"] <= 1
+    imbalance = {record["impl"]: record["imbalance"] for record in records}
+    assert {imbalance[way] for way in ("tp", "mesh") if way in imbalance} == {1.0}
+    if "cp-causal" in imbalance:
+        assert 1 < imbalance["cp-spread"] < imbalance["cp-causal"] < ranks
+
+
+@pytest.mark.slow
+def test_benchmark_starts_no_case_late(tmp_path: Path) -> None:
+    result = run_benchmark("--seconds", 0, "--out", tmp_path, "--keys", 131072, "--cases", "tp/DS/*")
+    assert (result.returncode, result.stdout) == (0, ""), result.stderr
+    (path,) = tmp_path.glob("*-distributed-x2.json")
+    written = json.loads(path.read_text())
+    assert written["records"] == []
+    assert written["not_started"] == ["tp/DS/131072/compiled", "tp/DS/131072/eager"]
+
+
+@pytest.mark.slow
+def test_benchmark_goes_on_after_a_case_that_fails_or_is_wrong(tmp_path: Path) -> None:
+    program = f"""
+import sys
+sys.path.insert(0, {str(ROOT / "benchmarks")!r})
+import distributed
+
+check = distributed.check
+
+def broken_check(world, way, whole):
+    if "keys.weight" in whole:
+        raise RuntimeError("no memory")
+    whole["dkv"] = whole["dkv"] * 1.02
+    return check(world, way, whole)
+
+distributed.check = broken_check
+
+if __name__ == "__main__":
+    distributed.main()
+"""
+    (tmp_path / "program.py").write_text(program)  # a file, because the ranks read it again
+    cases = ["mesh/DS/65536/eager", "tp/NAM28/65536/eager"]
+    result = run_benchmark("--out", tmp_path, "--cases", *cases, program=tmp_path / "program.py")
+    assert result.returncode == 1
+    assert result.stderr.splitlines()[-1] == f"wrong or failed: {', '.join(cases)}", result.stderr
+    (path,) = tmp_path.glob("*.json")
+    failed, wrong = json.loads(path.read_text())["records"]
+    assert (failed["case"], failed["failed"]) == (cases[0], "RuntimeError: no memory")
+    assert (wrong["case"], wrong["error"]["dkv"]) == (cases[1], pytest.approx(0.02, rel=0.1))
+    assert "ms" not in wrong
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--ranks", "1"], "--ranks must be 2 or more, and one to a GPU ("),
+        (["--cases", "pp", "tp/DS"], "no case is called pp or tp/DS; see --list"),
+    ],
+)
+def test_benchmark_refuses_what_it_cannot_run(
+    arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    benchmark = importlib.import_module("distributed")
+    monkeypatch.setattr(sys, "argv", ["distributed.py", *arguments])
+    with pytest.raises(SystemExit):
+        benchmark.main()
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
