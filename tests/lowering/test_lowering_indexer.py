@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 import mla_ops
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
-from fake_gpu import LoweringBackend  # noqa: E402
+from fake_gpu import LoweringBackend, fake_h100, fake_mode, generate_code  # noqa: E402
 
 pytestmark = [
     pytest.mark.usefixtures("fresh_dynamo"),
@@ -113,3 +114,30 @@ def test_disabled_lowering_keeps_the_operators(said: Callable[[str], bool]) -> N
         train(torch.compile(loss, fullgraph=True, backend=backend), draw())
     assert not backend.is_inlined()
     assert said("mla_ops.lowering is disabled")
+
+
+@pytest.mark.parametrize("name", ["select", "mass", "scores", "scores_bwd"])
+def test_the_kernels_that_inductor_writes_are_modules_that_can_be_imported(name: str) -> None:
+    # Inductor writes a kernel's source anew, with the globals that it names: a constant of -inf would be `-inf` there.
+    mode = fake_mode()
+    with mode:
+        q, kv = torch.empty(1, 64, 4, 128, device="cuda"), torch.empty(1, 128, 1, 128, device="cuda")
+        q_idx, k_idx = (torch.empty(1, *size, 64, dtype=torch.bfloat16, device="cuda") for size in ((64, 4), (128, 1)))
+        lse, weights = (torch.empty(1, 64, 4, device="cuda") for _ in range(2))
+        indices = torch.empty(1, 64, 1, 16, dtype=torch.int32, device="cuda")
+        scores = torch.empty(1, 64, 1, 16, device="cuda")
+    op = torch.ops.mla
+    function, args = {
+        "select": (lambda *args: op.index_topk(*args, 16), (q_idx, k_idx, weights)),
+        "mass": (lambda *args: op.attn_mass(*args, 0.1), (q, kv, indices, lse)),
+        "scores": (op.index_scores, (q_idx, k_idx, weights, indices)),
+        "scores_bwd": (op.index_scores_bwd, (scores, q_idx, k_idx, weights, indices)),
+    }[name]
+    code = generate_code(function, args, mode)
+    sources = [source for source in re.findall(r"'''(.*?)'''", code, re.S) if "@triton.jit" in source]
+    kernel = {"select": "_select_kernel", "mass": "_attn_mass_kernel"}.get(name, f"_index_{name}_kernel")
+    assert any(f"def {kernel}" in source for source in sources)
+    with fake_h100():
+        for source in sources:
+            constants = [line for line in source.splitlines() if re.match(r"\w+ = ", line)]
+            exec("import triton\nimport triton.language as tl\n" + "\n".join(constants), {})

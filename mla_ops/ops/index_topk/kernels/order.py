@@ -21,7 +21,6 @@ of them on any data, infinities and NaN included, for which mean and deviation a
 import triton
 import triton.language as tl
 
-NO_KEY = tl.constexpr(float("-inf"))
 # Order keys of -inf, and of what is above +inf.
 _LOWEST = tl.constexpr(-2139095041)
 _ABOVE_ALL = tl.constexpr(2139095041)
@@ -79,8 +78,8 @@ def _logit(part, count):
 def narrow(scores, values, count, wanted, slack, WARPS: tl.constexpr):
     """Return `(t, reaching)`: the largest t that `wanted < count` scores reach, or one that up to `slack` more reach.
 
-    `scores` hold `count` keys, and NO_KEY. `values` are about the same, with zeros for NO_KEY: they decide where a
-    search begins, never what it finds. See NOTE [The threshold].
+    `scores` hold `count` keys, and -inf where there is none. `values` are about the same, with zeros there: they decide
+    where a search begins, never what it finds. See NOTE [The threshold].
     """
     wanted = tl.cast(wanted, tl.int32)
     reaching = tl.cast(count, tl.int32)
@@ -139,7 +138,7 @@ def chosen_places(scores, is_key, threshold, reaching, TOPK: tl.constexpr):
     counted, scores tell the choice from there on: a compiler packs 32 predicates that leave a branch into bits, and
     takes as many instructions for it as for a search.
     """
-    if (reaching > TOPK) | (threshold == NO_KEY):
+    if (reaching > TOPK) | (threshold == -float("inf")):
         is_above = (scores <= threshold) == 0
         is_equal = (scores == threshold) & is_key
         num_above = tl.sum(is_above.to(tl.int32), 0)

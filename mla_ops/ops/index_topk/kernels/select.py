@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from mla_ops.ops.index_topk.kernels.order import NO_KEY, chosen_places, eligible, narrow, store_all
+from mla_ops.ops.index_topk.kernels.order import chosen_places, eligible, narrow, store_all
 
 
 @triton.jit
@@ -18,7 +18,7 @@ def _select(
         slots += first // 4 * 4
     is_key = (slots >= first) & (slots < past)
     values = tl.load(row_ptr + slots, mask=slots < (past + 3) // 4 * 4, other=0).to(tl.float32, bitcast=True)
-    scores = tl.where(is_key, values, NO_KEY)
+    scores = tl.where(is_key, values, -float("inf"))
     threshold, reaching = narrow(scores, values, past - first, TOPK, 0, WARPS)
     place = chosen_places(scores, is_key, threshold, reaching, TOPK)
     tl.store(indices_ptr + place, slots, mask=place >= 0)

@@ -11,7 +11,7 @@ reads the row by itself, as `select_stream.py` does: right, and for a row of 131
 import triton
 import triton.language as tl
 
-from mla_ops.ops.index_topk.kernels.order import NO_KEY, eligible, store_all
+from mla_ops.ops.index_topk.kernels.order import eligible, store_all
 from mla_ops.ops.index_topk.kernels.select_stream import (
     guess_threshold,
     kept,
@@ -50,7 +50,7 @@ def _gather_splits_kernel(
     count = past - first
     used = 0
     if count > TOPK:
-        floor = NO_KEY
+        floor = -float("inf")
         if count > SAMPLE:
             floor = guess_threshold(strip_ptr, first, count, TOPK, SAMPLE, WARPS)
         base = first // 4 * 4

@@ -14,7 +14,6 @@ import triton
 import triton.language as tl
 
 from mla_ops.ops.index_topk.kernels.order import (
-    NO_KEY,
     chosen_places,
     eligible,
     narrow,
@@ -50,7 +49,7 @@ def select_from_buffer(
     """
     is_key = tl.arange(0, bits.shape[0]) < count
     values = bits.to(tl.float32, bitcast=True)
-    scores = tl.where(is_key, values, NO_KEY)
+    scores = tl.where(is_key, values, -float("inf"))
     threshold, reaching = narrow(scores, values, count, TOPK, 0, WARPS)
     place = chosen_places(scores, is_key, threshold, reaching, TOPK)
     # Every thread has read its scores before one of them is overwritten.
@@ -89,14 +88,14 @@ def select_row(
     slots = tl.arange(0, BUFFER)
     base = first // 4 * 4
     # A key is gathered if it reaches `floor`.
-    floor = NO_KEY
+    floor = -float("inf")
     if past - first > BUFFER:
         floor = guess_threshold(row_ptr, first, past - first, TOPK, SAMPLE, WARPS)
     used = 0
     is_second = False
     while used < TOPK:
         if is_second:
-            floor = NO_KEY
+            floor = -float("inf")
         is_second = True
         used = 0
         ahead = load_chunk(row_ptr, base, past, CHUNK)
