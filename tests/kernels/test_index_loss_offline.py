@@ -141,10 +141,10 @@ def test_dk_is_added_16_bytes_at_a_time_on_hopper(heads: int, width: int) -> Non
     assert compiled.count(r"(?:atom|red)\.global[a-z.]*add\.f32") == 0
 
 
-def test_the_mass_of_wide_rows_keeps_queries_and_two_blocks_of_rows() -> None:
+def test_the_mass_of_wide_rows_streams_64_columns_of_queries_and_keys() -> None:
     compiled = check("mass", 90, 64, 576, 2)
-    queries_and_two_row_buffers = 3 * 64 * 576 * 2
-    assert queries_and_two_row_buffers <= compiled.shared_bytes < queries_and_two_row_buffers + 2048
+    three_stages = 3 * (64 + 512) * 64 * 2
+    assert three_stages <= compiled.shared_bytes < three_stages + 2048
 
 
 @pytest.mark.parametrize(
@@ -167,8 +167,9 @@ def test_every_width_has_a_configuration(side: str, arch: int) -> None:
         assert config.block_h <= max(16, 2 * heads)
 
 
-def test_columns_are_streamed_only_where_rows_do_not_fit() -> None:
-    assert mass_config(TileKey(90, SMEM_BYTES[90], 64, 600, 2)).columns is None
+def test_columns_are_streamed_where_rows_do_not_fit_or_a_row_says_so() -> None:
+    assert mass_config(TileKey(90, SMEM_BYTES[90], 16, 600, 2)).columns is None
+    assert mass_config(TileKey(90, SMEM_BYTES[90], 64, 600, 2)).columns == 64
     assert mass_config(TileKey(90, SMEM_BYTES[90], 64, 2048, 2)).columns == 64
     assert forward_config(TileKey(90, SMEM_BYTES[90], 64, 576, 2)).columns is None
     assert forward_config(TileKey(90, SMEM_BYTES[90], 64, 2048, 2)).columns == 64

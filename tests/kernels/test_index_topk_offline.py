@@ -25,7 +25,7 @@ TYPES = {**ELEMENTS, torch.int32: "i32", torch.int64: "i64"}
 # What the streamed selection spills then belongs to a full buffer, and in the split selection to the row read again,
 # both of which few rows see. The others spill a value of the prologue.
 ALLOWED_STACK = {
-    "_select_stream_kernel": 224,
+    "_select_stream_kernel": 240,
     "_select_splits_kernel": 96,
     "_select_kernel": 8,
     "_score_passing_heads_kernel": 16,

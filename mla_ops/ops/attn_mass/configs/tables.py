@@ -13,9 +13,9 @@ ROWS: tuple[TileRow, ...] = (
     # 28 heads, 256 slots: 53.0 us, as with 4 warps; 57.0 us with 32 keys and 1 warp, 58.8 us with 3 stages.
     TileRow(32, 128, TileConfig(block_h=32, block_k=64, max_chunk=64, num_warps=2, num_stages=2), arch=90),
     TileRow(16, 576, TileConfig(block_h=16, block_k=64, max_chunk=512, num_warps=4, num_stages=2), arch=90),
-    # 2048 slots: 2234 us. q^T of 64 heads and two blocks of 64 rows fill the shared memory of an SM. In pieces of 512
-    # and 64 channels 2354 us; with 8 warps 2918 us, or 2243 us with 128 keys; with 32 keys 3215 us.
-    TileRow(64, 576, TileConfig(block_h=64, block_k=64, max_chunk=128, num_warps=4, num_stages=2), arch=90),
+    # 2048 slots: 1521 us, columns streamed. With 16 warps 1512 us, with 256 keys 1669 us, with 128 keys and 4 warps
+    # 1698 us. With q^T of 64 heads and two blocks of 64 whole rows, which fill the shared memory of an SM, 2221 us.
+    TileRow(64, 576, TileConfig(64, block_k=512, max_chunk=64, num_warps=8, num_stages=3, columns=64), arch=90),
     TileRow(16, 128, TileConfig(block_h=16, block_k=32, max_chunk=64, num_warps=4, num_stages=2), 4, arch=90),
     TileRow(32, 128, TileConfig(block_h=32, block_k=64, max_chunk=64, num_warps=4, num_stages=2)),
     TileRow(64, 576, TileConfig(block_h=32, block_k=32, max_chunk=64, num_warps=4, num_stages=2)),
