@@ -278,19 +278,22 @@ def torch_on_list(
 def torch_whole(
     q: Tensor, kv: Tensor, lse: Tensor, scale: float, topk: int, q_idx: Tensor, k_idx: Tensor, weights: Tensor
 ) -> Tensor:
-    """The selection too, from dense causal scores that the loss reuses."""
-    matches = torch.einsum("shd,td->sht", q_idx, k_idx[:, 0]).relu()
-    dense = torch.einsum("sht,sh->st", matches, weights.to(matches.dtype))
-    position = torch.arange(len(q), device=q.device)
+    """The selection too, from dense causal scores that the loss reuses; in batches, as models have them."""
+    q, kv, lse, q_idx, k_idx, weights = (tensor.unsqueeze(0) for tensor in (q, kv, lse, q_idx, k_idx, weights))
+    matches = torch.einsum("bshd,btd->bsht", q_idx, k_idx.squeeze(2)).relu()
+    dense = torch.einsum("bsht,bsh->bst", matches, weights.to(matches.dtype))
+    position = torch.arange(q.shape[1], device=q.device)
     best, indices = dense.masked_fill(position[None, :] > position[:, None], -torch.inf).topk(topk, dim=-1)
     indices = indices.masked_fill(best == -torch.inf, -1)
-    logits = scale * torch.einsum("shd,skd->shk", q, kv[indices.clamp_min(0), 0]).float()
+    batch = torch.arange(q.shape[0], device=q.device)[:, None, None]
+    rows = kv.squeeze(2)[batch, indices.clamp_min(0)]
+    logits = scale * torch.einsum("bshd,bskd->bshk", q, rows).float()
     return torch_kl(logits, lse, indices, best.float())
 
 
 def torch_kl(logits: Tensor, lse: Tensor, indices: Tensor, scores: Tensor) -> Tensor:
     unused = indices < 0
-    target = torch.exp(logits - lse.unsqueeze(-1)).masked_fill(unused.unsqueeze(1), 0.0).mean(1)
+    target = torch.exp(logits - lse.unsqueeze(-1)).masked_fill(unused.unsqueeze(-2), 0.0).mean(-2)
     log_share = scores.masked_fill(unused, -torch.inf).log_softmax(-1).masked_fill(unused, 0.0)
     return (target * (target.clamp_min(1e-9).log() - log_share)).sum(-1).mean()
 

@@ -132,4 +132,5 @@ def test_kernels_fit_and_do_not_spill(arch: int, name: str) -> None:
         assert compiled.shared_bytes <= SMEM_BYTES[arch], kernel
         assert compiled.stack_bytes <= ALLOWED_STACK.get(kernel, 0), (kernel, compiled.stack_bytes)
         if arch == 90 and kernel in ("_select_kernel", "_score_passing_heads_kernel"):
-            assert compiled.stack_bytes == 0, kernel
+            # The cap that lets three programs of e4m3 products share an SM costs them one value of the prologue.
+            assert compiled.stack_bytes == (8 if "e4m3" in name else 0), kernel
