@@ -328,7 +328,9 @@ def test_compiled_indexer_on_a_gpu_equals_the_cpu(use_fp8: bool) -> None:
         function = learn if device == "cpu" else torch.compile(learn, fullgraph=True, dynamic=True)
         indices, loss = function(*(tensor.to(device) for tensor in (hidden, chosen, mass)))
         loss.sum().backward()
-        results.append([indices.cpu(), loss.cpu(), *(parameter.grad.cpu() for parameter in indexer.parameters())])
+        # Clones: a module that moves takes its gradients along, and with them what `cpu()` returned as it was.
+        gradients = (parameter.grad.clone().cpu() for parameter in indexer.parameters())
+        results.append([indices.cpu(), loss.detach().cpu(), *gradients])
     (cpu_indices, *cpu), (gpu_indices, *gpu) = results
     for ours, expected in zip(gpu, cpu, strict=True):
         torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
