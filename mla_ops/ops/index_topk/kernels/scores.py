@@ -37,22 +37,39 @@ def _stored(total, k_scale_ptr, stride_scale_s, keys, is_key):
 
 
 @triton.jit
-def _tile_range(
-    queries, is_row, last_query, starts_ptr, ends_ptr, stride_starts_s, stride_ends_s, seq_q, seq_kv,
-    IS_CAUSAL: tl.constexpr,
+def _tile_of_queries(
+    starts_ptr, stride_starts_b, stride_starts_s, ends_ptr, stride_ends_b, stride_ends_s,
+    first_plane, first_query, num_queries, seq_q, seq_kv, key_blocks,
+    KV_GROUP: tl.constexpr, BLOCK_Q: tl.constexpr, IS_CAUSAL: tl.constexpr,
 ):  # fmt: skip
-    """Return the first key that any query of a tile may choose, and one past the last."""
+    """Return `(plane, rows, is_row, queries, first, past)`: a program's rows of a strip, and the keys they may choose.
+
+    Those are from the first key that any of the queries may choose to one past the last.
+
+    Programs of one query block are neighbours: DRAM sees its queries once. The longest causal rows come first.
+    """
+    query_blocks = tl.cdiv(num_queries, BLOCK_Q)
+    row_block = tl.program_id(0) // key_blocks
+    query_block = query_blocks - 1 - row_block % query_blocks
+    plane = first_plane + row_block // query_blocks
+    batch = (plane // KV_GROUP).to(tl.int64)
+    rows = query_block * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    is_row = rows < num_queries
+    queries = first_query + rows
     first = 0
     past = seq_kv
     if starts_ptr is not None:
-        starts = tl.load(starts_ptr + queries.to(tl.int64) * stride_starts_s, mask=is_row, other=seq_kv)
+        bounds_ptr = starts_ptr + batch * stride_starts_b
+        starts = tl.load(bounds_ptr + queries.to(tl.int64) * stride_starts_s, mask=is_row, other=seq_kv)
         first = tl.min(tl.maximum(tl.minimum(starts, seq_kv), 0).to(tl.int32), 0)
     if ends_ptr is not None:
-        ends = tl.load(ends_ptr + queries.to(tl.int64) * stride_ends_s, mask=is_row, other=0)
+        bounds_ptr = ends_ptr + batch * stride_ends_b
+        ends = tl.load(bounds_ptr + queries.to(tl.int64) * stride_ends_s, mask=is_row, other=0)
         past = tl.max(tl.maximum(tl.minimum(ends, seq_kv), 0).to(tl.int32), 0)
     if IS_CAUSAL:
+        last_query = first_query + tl.minimum(query_block * BLOCK_Q + BLOCK_Q, num_queries) - 1
         past = tl.minimum(past, last_query + (seq_kv - seq_q) + 1)
-    return first, past
+    return plane, rows, is_row, queries, first, past
 
 
 # Lengths, and the batch strides that follow from them, change from call to call: one binary serves them all.
@@ -73,25 +90,12 @@ def _score_passing_heads_kernel(
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, STRIDE_ALIGN: tl.constexpr,
     IS_CAUSAL: tl.constexpr, HAS_RELU: tl.constexpr, IS_WIDE: tl.constexpr,
 ):  # fmt: skip
-    # Programs of one query block are neighbours: DRAM sees its queries once. The longest causal rows come first.
-    program = tl.program_id(0)
-    query_blocks = tl.cdiv(num_queries, BLOCK_Q)
-    row_block = program // key_blocks
-    query_block = query_blocks - 1 - row_block % query_blocks
-    plane = first_plane + row_block // query_blocks
+    plane, rows, is_row, queries, first, past = _tile_of_queries(
+        starts_ptr, stride_starts_b, stride_starts_s, ends_ptr, stride_ends_b, stride_ends_s,
+        first_plane, first_query, num_queries, seq_q, seq_kv, key_blocks, KV_GROUP, BLOCK_Q, IS_CAUSAL,
+    )  # fmt: skip
     batch, group = (plane // KV_GROUP).to(tl.int64), plane % KV_GROUP
-    rows = query_block * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    is_row = rows < num_queries
-    queries = first_query + rows
-    if starts_ptr is not None:
-        starts_ptr += batch * stride_starts_b
-    if ends_ptr is not None:
-        ends_ptr += batch * stride_ends_b
-    last_query = first_query + tl.minimum(query_block * BLOCK_Q + BLOCK_Q, num_queries) - 1
-    first, past = _tile_range(
-        queries, is_row, last_query, starts_ptr, ends_ptr, stride_starts_s, stride_ends_s, seq_q, seq_kv, IS_CAUSAL
-    )
-    first_key = (program % key_blocks) * BLOCK_K
+    first_key = (tl.program_id(0) % key_blocks) * BLOCK_K
     if (first_key >= past) | (first_key + BLOCK_K <= first):
         return
     keys = first_key + tl.arange(0, BLOCK_K)
@@ -158,24 +162,12 @@ def _score_passing_keys_kernel(
     IS_CAUSAL: tl.constexpr, HAS_RELU: tl.constexpr, KEY_TILES: tl.constexpr,
 ):  # fmt: skip
     # `key_blocks` counts runs of KEY_TILES tiles here: a program's queries are loaded once for all of them.
-    program = tl.program_id(0)
-    query_blocks = tl.cdiv(num_queries, BLOCK_Q)
-    row_block = program // key_blocks
-    query_block = query_blocks - 1 - row_block % query_blocks
-    plane = first_plane + row_block // query_blocks
+    plane, rows, is_row, queries, first, past = _tile_of_queries(
+        starts_ptr, stride_starts_b, stride_starts_s, ends_ptr, stride_ends_b, stride_ends_s,
+        first_plane, first_query, num_queries, seq_q, seq_kv, key_blocks, KV_GROUP, BLOCK_Q, IS_CAUSAL,
+    )  # fmt: skip
     batch, group = (plane // KV_GROUP).to(tl.int64), plane % KV_GROUP
-    rows = query_block * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    is_row = rows < num_queries
-    queries = first_query + rows
-    if starts_ptr is not None:
-        starts_ptr += batch * stride_starts_b
-    if ends_ptr is not None:
-        ends_ptr += batch * stride_ends_b
-    last_query = first_query + tl.minimum(query_block * BLOCK_Q + BLOCK_Q, num_queries) - 1
-    first, past = _tile_range(
-        queries, is_row, last_query, starts_ptr, ends_ptr, stride_starts_s, stride_ends_s, seq_q, seq_kv, IS_CAUSAL
-    )
-    first_key = (program % key_blocks) * (KEY_TILES * BLOCK_K)
+    first_key = (tl.program_id(0) % key_blocks) * (KEY_TILES * BLOCK_K)
     past = tl.minimum(past, first_key + KEY_TILES * BLOCK_K)
     if starts_ptr is not None:
         first_key = tl.maximum(first_key, first // BLOCK_K * BLOCK_K)
