@@ -48,6 +48,12 @@ def check_int(name: str, value: object) -> None:
         raise InvalidInputError(f"{name} must be an int, got {type(value).__name__}; use int({name})")
 
 
+def check_bool(name: str, value: object) -> None:
+    """Check that `value` is a bool."""
+    if not isinstance(value, bool):
+        raise InvalidInputError(f"{name} must be a bool, got {type(value).__name__}; use bool({name})")
+
+
 def check_scale(name: str, value: object) -> None:
     """Check that `value` is a float, or a symbol that stands for one."""
     if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymFloat, torch.SymInt)):
@@ -83,6 +89,39 @@ def check_rank(name: str, tensor: torch.Tensor, rank: int, expected: str) -> Non
         may_lack_group = "kv_group" in expected and tensor.dim() == rank - 1
         fix = f"; if kv_group is what it lacks, use {name}.unsqueeze(-2)" if may_lack_group else ""
         raise InvalidInputError(f"{name} must have {rank} dimensions, {expected}, got {shape_of(tensor)}{fix}")
+
+
+def check_index_dtype(name: str, tensor: torch.Tensor) -> None:
+    """Check that positions, lengths or bounds are int32 or int64."""
+    if tensor.dtype not in INDEX_DTYPES:
+        raise InvalidInputError(f"{name} must be int32 or int64, got {dtype_of(tensor)}; use {name}.to(torch.int32)")
+
+
+def check_lists(
+    q_name: str,
+    q: torch.Tensor,
+    kv_name: str,
+    kv: torch.Tensor,
+    indices: torch.Tensor,
+    topk_length: torch.Tensor | None,
+) -> None:
+    """Check lists of keys, and their lengths if there are any, against queries and keys that have been checked."""
+    check_storage(**{q_name: q, "indices": indices, "topk_length": topk_length})
+    lead = "batch, " if q.dim() == 4 else ""
+    check_rank("indices", indices, q.dim(), f"[{lead}seq_q, kv_group, topk]")
+    check_index_dtype("indices", indices)
+    if topk_length is not None:
+        check_rank("topk_length", topk_length, q.dim() - 2, f"[{lead}seq_q]")
+        check_index_dtype("topk_length", topk_length)
+    *batch, seq_q, _, _ = q.shape
+    if batch:
+        require_size("indices", indices, 0, batch[0], f"the batch of {q_name}")
+    require_size("indices", indices, -3, seq_q, f"seq_q of {q_name}")
+    require_size("indices", indices, -2, kv.shape[-2], f"kv_group of {kv_name}")
+    if topk_length is not None:
+        if batch:
+            require_size("topk_length", topk_length, 0, batch[0], f"the batch of {q_name}")
+        require_size("topk_length", topk_length, -1, seq_q, f"seq_q of {q_name}")
 
 
 def is_quantised(dtype: torch.dtype) -> bool:

@@ -148,6 +148,11 @@ def unfilled(shape: tuple[int, ...], dtype: torch.dtype, like: torch.Tensor, *, 
     return tensor
 
 
+def as_read(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor with the strides of `with_unit_inner_stride(tensor)`, without a copy: all that a plan needs."""
+    return tensor if tensor.stride(-1) == 1 else torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+
+
 def strides_as_read(tensor: torch.Tensor) -> tuple[int, int, int]:
     """Return the outer strides of `with_unit_inner_stride(tensor)`, without a copy."""
     if tensor.stride(-1) == 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -55,11 +56,7 @@ def index_topk_flops(q_idx_shape: Sequence[int], k_idx_shape: Sequence[int], *ar
     Bounds are data, and the causal one halves nothing, as in torch's own formula. `weights` and the choice count
     nothing.
     """
-    *tokens, index_heads, index_head_dim = q_idx_shape
-    count = 2 * index_heads * index_head_dim * k_idx_shape[-3]
-    for size in tokens:
-        count *= size
-    return count
+    return 2 * math.prod(q_idx_shape) * k_idx_shape[-3]
 
 
 def register() -> None:

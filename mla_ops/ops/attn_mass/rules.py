@@ -8,8 +8,8 @@ import torch
 
 from mla_ops.checks import (
     FLOAT_DTYPES,
-    INDEX_DTYPES,
     check_backend_type,
+    check_lists,
     check_rank,
     check_scale,
     check_storage,
@@ -37,28 +37,7 @@ def check_inputs(call: AttnMassCall) -> None:
     """Raise `InvalidInputError` at the first broken rule of `mla::attn_mass`; shapes in `mla_ops.attn_mass`."""
     q, kv, indices, lse, softmax_scale, topk_length = call
     check_attention(q, kv, lse, softmax_scale, "kv")
-    check_storage(q=q, indices=indices, topk_length=topk_length)
-
-    lead = "batch, " if q.dim() == 4 else ""
-    check_rank("indices", indices, q.dim(), f"[{lead}seq_q, kv_group, topk]")
-    if indices.dtype not in INDEX_DTYPES:
-        raise InvalidInputError(f"indices must be int32 or int64, got {dtype_of(indices)}; use indices.to(torch.int32)")
-    if topk_length is not None:
-        check_rank("topk_length", topk_length, q.dim() - 2, f"[{lead}seq_q]")
-        if topk_length.dtype not in INDEX_DTYPES:
-            raise InvalidInputError(
-                f"topk_length must be int32 or int64, got {dtype_of(topk_length)}; use topk_length.to(torch.int32)"
-            )
-
-    *batch, seq_q, _, _ = q.shape
-    if batch:
-        require_size("indices", indices, 0, batch[0], "the batch of q")
-    require_size("indices", indices, -3, seq_q, "seq_q of q")
-    require_size("indices", indices, -2, kv.shape[-2], "kv_group of kv")
-    if topk_length is not None:
-        if batch:
-            require_size("topk_length", topk_length, 0, batch[0], "the batch of q")
-        require_size("topk_length", topk_length, -1, seq_q, "seq_q of q")
+    check_lists("q", q, "kv", kv, indices, topk_length)
 
 
 def check_attention(q: torch.Tensor, kv: torch.Tensor, lse: torch.Tensor, softmax_scale: float, kv_name: str) -> None:

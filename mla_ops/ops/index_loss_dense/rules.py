@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from mla_ops.checks import check_scale, check_storage, check_tensor_types, dtype_of, require_size, shape_of
+from mla_ops.checks import check_bool, check_scale, check_storage, check_tensor_types, dtype_of, require_size, shape_of
 from mla_ops.errors import InvalidInputError
 from mla_ops.ops.attn_mass.rules import check_attention
 from mla_ops.ops.index_loss_dense.call import IndexLossDenseCall
@@ -18,9 +18,8 @@ def check_argument_types(call: IndexLossDenseCall) -> None:
     tensors = {name: getattr(call, name) for name in IndexLossDenseCall._fields[:7]}
     check_tensor_types(tensors, {"starts": call.starts, "ends": call.ends})
     check_scale("softmax_scale", call.softmax_scale)
-    for name, value in (("causal", call.causal), ("relu", call.relu)):
-        if not isinstance(value, bool):
-            raise InvalidInputError(f"{name} must be a bool, got {type(value).__name__}; use bool({name})")
+    check_bool("causal", call.causal)
+    check_bool("relu", call.relu)
 
 
 def check_inputs(call: IndexLossDenseCall) -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 
 from mla_ops.checks import (
-    INDEX_DTYPES,
     check_backend_type,
+    check_bool,
+    check_lists,
     check_rank,
     check_storage,
     check_tensor_types,
@@ -31,8 +32,7 @@ def check_argument_types(
     check_tensor_types(
         {"q_idx": q_idx, "k_idx": k_idx, "weights": weights, "indices": indices}, {"topk_length": topk_length}
     )
-    if not isinstance(relu, bool):
-        raise InvalidInputError(f"relu must be a bool, got {type(relu).__name__}; use bool(relu)")
+    check_bool("relu", relu)
     check_backend_type(backend)
 
 
@@ -40,28 +40,7 @@ def check_inputs(call: IndexScoresCall) -> None:
     """Raise `InvalidInputError` at the first broken rule of `mla::index_scores`; shapes in `mla_ops.index_scores`."""
     q_idx, k_idx, weights, indices, topk_length, _ = call
     check_index_tensors(q_idx, k_idx, weights, allow_fp8=False)
-    check_storage(q_idx=q_idx, indices=indices, topk_length=topk_length)
-
-    lead = "batch, " if q_idx.dim() == 4 else ""
-    check_rank("indices", indices, q_idx.dim(), f"[{lead}seq_q, kv_group, topk]")
-    if indices.dtype not in INDEX_DTYPES:
-        raise InvalidInputError(f"indices must be int32 or int64, got {dtype_of(indices)}; use indices.to(torch.int32)")
-    if topk_length is not None:
-        check_rank("topk_length", topk_length, q_idx.dim() - 2, f"[{lead}seq_q]")
-        if topk_length.dtype not in INDEX_DTYPES:
-            raise InvalidInputError(
-                f"topk_length must be int32 or int64, got {dtype_of(topk_length)}; use topk_length.to(torch.int32)"
-            )
-
-    *batch, seq_q, _, _ = q_idx.shape
-    if batch:
-        require_size("indices", indices, 0, batch[0], "the batch of q_idx")
-    require_size("indices", indices, -3, seq_q, "seq_q of q_idx")
-    require_size("indices", indices, -2, k_idx.shape[-2], "kv_group of k_idx")
-    if topk_length is not None:
-        if batch:
-            require_size("topk_length", topk_length, 0, batch[0], "the batch of q_idx")
-        require_size("topk_length", topk_length, -1, seq_q, "seq_q of q_idx")
+    check_lists("q_idx", q_idx, "k_idx", k_idx, indices, topk_length)
 
 
 def check_bwd_inputs(call: IndexScoresCall, dscores: torch.Tensor) -> None:

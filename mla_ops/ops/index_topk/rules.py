@@ -9,8 +9,9 @@ import torch
 
 from mla_ops.checks import (
     FLOAT_DTYPES,
-    INDEX_DTYPES,
     check_backend_type,
+    check_bool,
+    check_index_dtype,
     check_int,
     check_rank,
     check_storage,
@@ -44,9 +45,8 @@ def check_argument_types(
         {"q_idx": q_idx, "k_idx": k_idx, "weights": weights}, {"starts": starts, "ends": ends, "k_scale": k_scale}
     )
     check_int("topk", topk)
-    for name, value in (("causal", causal), ("relu", relu)):
-        if not isinstance(value, bool):
-            raise InvalidInputError(f"{name} must be a bool, got {type(value).__name__}; use bool({name})")
+    check_bool("causal", causal)
+    check_bool("relu", relu)
     check_backend_type(backend)
 
 
@@ -112,8 +112,7 @@ def check_index_tensors(q_idx: torch.Tensor, k_idx: torch.Tensor, weights: torch
 
 def _check_bound(name: str, bound: torch.Tensor, q_idx: torch.Tensor) -> None:
     """Check `starts` or `ends`: a bound for each query, of every batch element or of all."""
-    if bound.dtype not in INDEX_DTYPES:
-        raise InvalidInputError(f"{name} must be int32 or int64, got {dtype_of(bound)}; use {name}.to(torch.int32)")
+    check_index_dtype(name, bound)
     has_batch = q_idx.dim() == 4
     if bound.dim() != 1 and not (has_batch and bound.dim() == 2):
         shapes = "[batch, seq_q] or [seq_q]" if has_batch else "[seq_q]"

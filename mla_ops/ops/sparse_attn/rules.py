@@ -13,6 +13,7 @@ from mla_ops.checks import (
     FLOAT_DTYPES,
     INDEX_DTYPES,
     check_backend_type,
+    check_index_dtype,
     check_int,
     check_rank,
     check_scale,
@@ -81,12 +82,9 @@ def check_inputs(call: SparseAttnCall, *, head_shards: int = 1) -> None:
         if not is_quantised(kv.dtype):
             fix = _swapped("kv", kv, indices) or "use kv.to(q.dtype)"
         raise InvalidInputError(f"kv must have the dtype of q ({dtype_of(q)}), got {dtype_of(kv)}; {fix}")
-    if indices.dtype not in INDEX_DTYPES:
-        raise InvalidInputError(f"indices must be int32 or int64, got {dtype_of(indices)}; use indices.to(torch.int32)")
-    if topk_length is not None and topk_length.dtype not in INDEX_DTYPES:
-        raise InvalidInputError(
-            f"topk_length must be int32 or int64, got {dtype_of(topk_length)}; use topk_length.to(torch.int32)"
-        )
+    check_index_dtype("indices", indices)
+    if topk_length is not None:
+        check_index_dtype("topk_length", topk_length)
     if attn_sink is not None and attn_sink.dtype != torch.float32:
         raise InvalidInputError(f"attn_sink must be float32, got {dtype_of(attn_sink)}; use attn_sink.float()")
 

@@ -10,6 +10,7 @@ import torch
 
 from mla_ops.device import DeviceTraits
 from mla_ops.launching import (
+    INT32_OFFSETS,
     LaunchRecord,
     Wrap,
     alignment,
@@ -23,9 +24,6 @@ from mla_ops.launching import (
 from mla_ops.ops.attn_mass.call import AttnMassCall, AttnMassProblem
 from mla_ops.ops.attn_mass.configs.tables import mass_config
 from mla_ops.tiling import TileConfig, TileKey, product_pieces
-
-# Element offsets of KV rows from here on are computed in 64 bits.
-INT32_OFFSETS = 2**31
 
 
 class MassPlan(NamedTuple):

@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 import torch
 
 from mla_ops.device import DeviceTraits
-from mla_ops.launching import Wrap, as_it_is, unfilled
+from mla_ops.launching import INT32_OFFSETS, Wrap, as_it_is, unfilled
 from mla_ops.ops.index_scores.call import IndexScoresCall, IndexScoresProblem, Wanted
 from mla_ops.ops.index_scores.configs.tables import backward_config, column_slabs
-from mla_ops.ops.index_scores.triton.launch import INT32_OFFSETS, NOTHING, Launch, key_of, plan_launch, readable
+from mla_ops.ops.index_scores.triton.launch import NOTHING, Launch, key_of, plan_launch, readable
 from mla_ops.row_sums import sum_in_query_order
 from mla_ops.tiling import TileConfig, chunk_widths
 

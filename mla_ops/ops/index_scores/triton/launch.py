@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from mla_ops.device import DeviceTraits
 from mla_ops.launching import (
+    INT32_OFFSETS,
     LaunchRecord,
     alignment,
     contiguous,
@@ -15,9 +16,6 @@ from mla_ops.launching import (
 )
 from mla_ops.ops.index_scores.call import IndexScoresCall, IndexScoresProblem, Side
 from mla_ops.tiling import TileConfig, TileKey
-
-# Element offsets of keys from here on are computed in 64 bits.
-INT32_OFFSETS = 2**31
 
 # What `explain` says of a plan without work.
 NOTHING = "no queries or no slots: nothing is launched"

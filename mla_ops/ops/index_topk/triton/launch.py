@@ -14,7 +14,7 @@ import torch
 
 from mla_ops.device import DeviceTraits
 from mla_ops.errors import UnsupportedProblemError
-from mla_ops.launching import LaunchRecord, Wrap, as_it_is, launch_record, unfilled, with_unit_inner_stride
+from mla_ops.launching import LaunchRecord, Wrap, as_it_is, as_read, launch_record, unfilled, with_unit_inner_stride
 from mla_ops.ops.index_topk.call import IndexTopkCall, IndexTopkProblem
 from mla_ops.ops.index_topk.configs.launch import ScoresConfig, SelectConfig, StreamConfig
 from mla_ops.ops.index_topk.triton.scores import ScoresLaunch, Strip, plan_scores, run_scores, transposed_weights
@@ -59,7 +59,7 @@ def plan_topk(
 ) -> TopkPlan:
     """Plan a call on a device with `traits`; what is None is derived."""
     device, is_readable = call.q_idx.device, all(t.stride(-1) == 1 for t in (call.q_idx, call.k_idx))
-    call = as_read(call)
+    call = call._replace(q_idx=as_read(call.q_idx), k_idx=as_read(call.k_idx))
     *batch, seq_q, _, _ = call.q_idx.shape
     seq_kv, kv_group, topk = call.k_idx.shape[-3], problem.kv_group, problem.topk
     scoring = plan_scores(call, problem, traits, scores)
@@ -132,15 +132,6 @@ def launch_topk(call: IndexTopkCall, plan: TopkPlan, *, wrap: Wrap = as_it_is) -
         run_selection(call, strip, scratch, plan.row_stride, indices, plan.selection, wrap)
     plan.record.is_warm |= not is_traced
     return indices
-
-
-def as_read(call: IndexTopkCall) -> IndexTopkCall:
-    """Return `call` with the strides of `readable(call)`: what a plan needs, without a copy."""
-
-    def as_read(tensor: torch.Tensor) -> torch.Tensor:
-        return tensor if tensor.stride(-1) == 1 else torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
-
-    return call._replace(q_idx=as_read(call.q_idx), k_idx=as_read(call.k_idx))
 
 
 def readable(call: IndexTopkCall) -> IndexTopkCall:

@@ -19,7 +19,7 @@ from mla_ops.launching import (
 )
 from mla_ops.ops.sparse_attn.call import Gradients, Hints, Results, SparseAttnCall, SparseAttnProblem, Wanted
 from mla_ops.ops.sparse_attn.configs.launch import program_count, wave_programs
-from mla_ops.ops.sparse_attn.triton.forward import NOTHING, as_read, is_readable, readable
+from mla_ops.ops.sparse_attn.triton.forward import NOTHING, call_as_read, is_readable, readable
 from mla_ops.ops.sparse_attn.triton.kernel_sets import Choice, choose
 from mla_ops.ops.sparse_attn.triton.key_order import add_in_key_order, rows_per_launch
 from mla_ops.ops.sparse_attn.triton.launch import Into
@@ -57,7 +57,7 @@ def plan_backward(
     often that launches.
     """
     device, comes_readable = call.q.device, is_readable(call)
-    call = as_read(call)
+    call = call_as_read(call)
     is_deterministic = wanted.dkv and torch.are_deterministic_algorithms_enabled()
     problem, hints = problem or SparseAttnProblem.of(call, needs_grad=True), Hints.of(call)
     if choice is None:

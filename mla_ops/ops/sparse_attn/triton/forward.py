@@ -12,6 +12,7 @@ from mla_ops.launching import (
     LaunchRecord,
     Wrap,
     as_it_is,
+    as_read,
     contiguous,
     launch_record,
     unfilled,
@@ -54,7 +55,7 @@ def plan_forward(
     and without `use_int64_offsets` a guard is added.
     """
     device, comes_readable = call.q.device, is_readable(call)
-    call = as_read(call)
+    call = call_as_read(call)
     if choice is None:
         problem, hints = problem or SparseAttnProblem.of(call), Hints.of(call)
         choice = choose("max_logits" if max_logits_only else "forward", problem, hints, traits)
@@ -117,12 +118,8 @@ def is_readable(call: SparseAttnCall) -> bool:
     return has_unit_strides and all(t is None or t.is_contiguous() for t in (topk_length, attn_sink))
 
 
-def as_read(call: SparseAttnCall) -> SparseAttnCall:
+def call_as_read(call: SparseAttnCall) -> SparseAttnCall:
     """Return `call` with the strides of `readable(call)`: what a plan needs, without a copy."""
-
-    def as_read(tensor: torch.Tensor) -> torch.Tensor:
-        return tensor if tensor.stride(-1) == 1 else torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
-
     return call._replace(q=as_read(call.q), kv=as_read(call.kv), indices=as_read(call.indices))
 
 
