@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -75,20 +76,12 @@ def run_selection(
     place = (strip.first_plane, strip.first_query, strip.num_queries, call.q_idx.shape[-3], call.k_idx.shape[-3])
     arguments = (*ranges(call), *place)
     if launch.way == "in registers":
-        from mla_ops.ops.index_topk.kernels.select import _select_kernel
-
-        wrap(_select_kernel)[(rows,)](scratch, row_stride, indices, *arguments, **launch.constants)
+        wrap(_kernels().select)[(rows,)](scratch, row_stride, indices, *arguments, **launch.constants)
         return
     behind_scores = scratch[rows * row_stride :]
     if launch.way == "streamed":
-        from mla_ops.ops.index_topk.kernels.select_stream import _select_stream_kernel
-
-        wrap(_select_stream_kernel)[(rows,)](
-            scratch, row_stride, behind_scores, indices, *arguments, **launch.constants
-        )
+        wrap(_kernels().stream)[(rows,)](scratch, row_stride, behind_scores, indices, *arguments, **launch.constants)
         return
-    from mla_ops.ops.index_topk.kernels.select_split import _gather_splits_kernel, _select_splits_kernel
-
     buffer_words = 0 if isinstance(launch.config, SelectConfig) else 2 * launch.config.buffer
     buffers, gathered, counts = behind_scores.split_with_sizes(
         [
@@ -98,9 +91,28 @@ def run_selection(
         ]
     )
     gathering = {name: launch.constants[name] for name in launch.constants if name not in ("TOPK_BLOCK", "BUFFER")}
-    wrap(_gather_splits_kernel)[(rows * launch.splits,)](
+    wrap(_kernels().gather_splits)[(rows * launch.splits,)](
         scratch, row_stride, gathered, launch.capacity, counts, *arguments, **gathering
     )
-    wrap(_select_splits_kernel)[(rows,)](
+    wrap(_kernels().select_splits)[(rows,)](
         scratch, row_stride, gathered, launch.capacity, counts, buffers, indices, *arguments, **launch.constants
     )
+
+
+class _Kernels(NamedTuple):
+    """The kernels of the three ways."""
+
+    select: Any
+    stream: Any
+    gather_splits: Any
+    select_splits: Any
+
+
+@lru_cache(maxsize=1)
+def _kernels() -> _Kernels:
+    """Return the kernels; importing them imports triton."""
+    from mla_ops.ops.index_topk.kernels.select import _select_kernel
+    from mla_ops.ops.index_topk.kernels.select_split import _gather_splits_kernel, _select_splits_kernel
+    from mla_ops.ops.index_topk.kernels.select_stream import _select_stream_kernel
+
+    return _Kernels(_select_kernel, _select_stream_kernel, _gather_splits_kernel, _select_splits_kernel)
