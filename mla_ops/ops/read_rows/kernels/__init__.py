@@ -1,0 +1,1 @@
+"""Device code of `mla::read_rows`."""

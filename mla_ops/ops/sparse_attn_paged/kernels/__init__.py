@@ -1,0 +1,1 @@
+"""Device code of `mla::sparse_attn_paged`."""
