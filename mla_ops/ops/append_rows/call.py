@@ -11,7 +11,7 @@ from mla_ops.row_formats import RowLayout, row_format
 
 
 class AppendRowsCall(NamedTuple):
-    """The arguments of `mla::append_rows` in the order of its schema, up to `cache_scale`; see `mla_ops.append_rows`."""
+    """The arguments of `mla::append_rows` in the order of its schema; see `mla_ops.append_rows`."""
 
     latent: torch.Tensor  # [n, kv_group, d_v] with a tail, [n, kv_group, d_total] without
     tail: torch.Tensor | None  # [n, kv_group, d_tail], dtype of latent
