@@ -114,7 +114,7 @@ class PortableKernels:
                 *(alignment(q_strides), pool.unit),
                 *(form.payload != "none", layout.d_tail16 > 0, layout.tail_offset),
                 *(form.scale, form.tile, layout.scale_offset, layout.scale_bytes),
-                *(pool.has_one_stride, folds, is_native),
+                *(pool.has_one_stride and call.block_table is None, folds, is_native),
                 pool.is_far if use_int64_offsets is None else use_int64_offsets,
             ),
             multiplies=_FOLDED if is_scaled and folds else _ROUNDED if is_scaled else _PLAIN,
