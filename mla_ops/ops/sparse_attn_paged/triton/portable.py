@@ -127,20 +127,26 @@ class PortableKernels:
 
     def run(self, call: SparseAttnPagedCall, plan: PortablePlan, out: torch.Tensor, lse: torch.Tensor) -> None:
         """Run the kernel, and the merge kernel when a row's slots are shared out over programs."""
-        q, pages, indices, d_v, softmax_scale, name, block_table, seq_lens, topk_length, attn_sink, cache_scale = call
         kernel_out, kernel_lse, is_split = out, lse, plan.grid[1] > 1
         if is_split:
-            kernel_out = unfilled((*plan.partials, d_v), torch.float32, q, is_traced=False)
-            kernel_lse = unfilled(plan.partials, torch.float32, q, is_traced=False)
-        _kernel()[plan.grid](
-            q, *plan.q_strides, pages if name == "dense" else pages.view(torch.uint8), *plan.pool,
-            indices, *plan.indices_strides, block_table, 0 if block_table is None else block_table.stride(0),
-            seq_lens, topk_length, attn_sink, cache_scale, plan.scale_stride,
-            kernel_out, kernel_lse, softmax_scale, *plan.sizes, *plan.constants, is_split, softmax_scale < 0,
-            **launch_options(plan.config),
-        )  # fmt: skip
+            kernel_out = unfilled((*plan.partials, call.d_v), torch.float32, call.q, is_traced=False)
+            kernel_lse = unfilled(plan.partials, torch.float32, call.q, is_traced=False)
+        _kernel()[plan.grid](*arguments_of(call, plan, kernel_out, kernel_lse), **launch_options(plan.config))
         if is_split:
-            run_merge(kernel_out, kernel_lse, attn_sink, out, lse, as_it_is)
+            run_merge(kernel_out, kernel_lse, call.attn_sink, out, lse, as_it_is)
+
+
+def arguments_of(
+    call: SparseAttnPagedCall, plan: PortablePlan, out: torch.Tensor, lse: torch.Tensor
+) -> tuple[Any, ...]:
+    """Return the arguments of the kernel; `out` and `lse` are what it writes, partial results where slots are split."""
+    q, pages, indices, _, softmax_scale, name, block_table, seq_lens, topk_length, attn_sink, cache_scale = call
+    return (
+        q, *plan.q_strides, pages if name == "dense" else pages.view(torch.uint8), *plan.pool,
+        indices, *plan.indices_strides, block_table, 0 if block_table is None else block_table.stride(0),
+        seq_lens, topk_length, attn_sink, cache_scale, plan.scale_stride, out, lse,
+        softmax_scale, *plan.sizes, *plan.constants, plan.grid[1] > 1, softmax_scale < 0,
+    )  # fmt: skip
 
 
 _PLAIN = "rows are multiplied as they are"
