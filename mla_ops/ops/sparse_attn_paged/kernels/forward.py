@@ -1,10 +1,10 @@
 """Forward kernel of paged rows: the dense forward with rows that stand in a pool of pages, quantised or not.
 
 NOTE [Scales stay out of rows]
-`FOLDS` multiplies neither keys nor values by their scales. The logits of the channels that share a scale are multiplied
-by it, and so are the weights before they are rounded: BLOCK_H products a row and scale and not one a channel, and what
-enters the tensor cores is exact in bf16 and fp16, whatever the scales are. With 64 heads a block the parts of the logits
-spill; there rows are multiplied in fp32 and rounded.
+FOLDS multiplies neither keys nor values by their scales: the logits of channels that share a scale are multiplied by it,
+and so are the weights before they are rounded. That is BLOCK_H products a row and scale instead of one a channel, and
+what enters the tensor cores is exact in bf16 and fp16, whatever the scales are. With 64 heads a block the parts of the
+logits spill; there rows are multiplied in fp32 and rounded.
 
 NOTE [A row in two segments]
 A row is NUM_DV pieces of BLOCK_DV channels, then NUM_DT of BLOCK_DT. The first are e4m3 or, of dense rows, in 16 bits;

@@ -59,7 +59,8 @@ def as_dense_call(call: SparseAttnPagedCall) -> SparseAttnCall:
     """Return a call on dense rows of one stride, by row number, as one on `kv`: all batch elements share the pool."""
     num_pages, page_size, kv_group, width = call.pages.shape
     _, row, group, inner = call.pages.stride()
-    shape, stride = (num_pages * page_size, kv_group, width), (row, group, inner)
+    shape: tuple[int, ...] = (num_pages * page_size, kv_group, width)
+    stride: tuple[int, ...] = (row, group, inner)
     if call.q.dim() == 4:
         shape, stride = (call.q.shape[0], *shape), (0, *stride)
     kv = torch.as_strided(call.pages, shape, stride)
