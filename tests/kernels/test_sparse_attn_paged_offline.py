@@ -50,6 +50,8 @@ def compile_call(
     plan = PORTABLE.plan(call, traits, config=config, **options)
     out = torch.empty(1, dtype=torch.float32 if plan.grid[1] > 1 else torch.bfloat16, device="meta")
     lse = torch.empty(1, device="meta")
+    if plan.resolve is not None:
+        call = plan.resolve.as_resolved(call)
     arguments = dict(zip(kernel.arg_names, arguments_of(call, plan, out, lse), strict=True))
     compiled = compile_launch(kernel, arch, {**arguments, **launch_options(plan.config)})
     key = key_of(SparseAttnPagedProblem.of(call), traits)
