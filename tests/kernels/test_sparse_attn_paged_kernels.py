@@ -117,24 +117,29 @@ def test_a_selected_nan_reaches_the_result() -> None:
         assert out.isnan().all()
 
 
-def test_dense_rows_of_one_stride_are_a_dense_call() -> None:
-    case = PagedCase("dense", 32, 16, topk=20, dtype=DTYPE)
-    inputs = make_paged_inputs(case, DEVICE)
+@pytest.mark.parametrize("padded_rows", [0, 1])
+def test_dense_rows_are_a_dense_call(padded_rows: int) -> None:
+    inputs = make_paged_inputs(PagedCase("dense", 32, 16, topk=20, padded_rows=padded_rows, dtype=DTYPE), DEVICE)
     plan = plan_forward(inputs.by_row, TRAITS or traits_of(inputs.by_row.q.device))
     assert plan.choice.kernels.name == "dense"
-    assert_forward_bars(*chosen(inputs.by_row), inputs.out, inputs.lse)
-    flat = inputs.by_row._replace(q=inputs.by_row.q[0], indices=inputs.by_row.indices[0])
-    flat = flat._replace(topk_length=inputs.by_row.topk_length[0])
-    assert_forward_bars(*chosen(flat), inputs.out[0], inputs.lse[0])
+    results = chosen(inputs.by_row)
+    assert_forward_bars(*results, inputs.out, inputs.lse)
+    assert_same_bits(results, chosen(inputs.by_table))
+    call = inputs.by_row
+    assert call.topk_length is not None
+    flat = call._replace(q=call.q[0], indices=call.indices[0], topk_length=call.topk_length[0])
+    assert_same_bits((results[0][0], results[1][0]), chosen(flat))
 
 
-def test_other_dense_rows_are_not() -> None:
-    case = PagedCase("dense", 32, 16, topk=20, padded_rows=1, dtype=DTYPE)
-    inputs = make_paged_inputs(case, DEVICE)
-    for call, reason in ((inputs.by_row, "pages are padded"), (inputs.by_table, "rows are found by block_table")):
-        plan = plan_forward(call, TRAITS or traits_of(call.q.device))
-        assert plan.choice.kernels.name == "portable"
-        assert any(reason in refusal for refusal in plan.choice.refusals)
+def test_pages_that_lie_any_distance_apart() -> None:
+    call = make_paged_inputs(PagedCase("dense", 32, 16, topk=20, page_size=5, dtype=DTYPE), DEVICE).by_row
+    apart = torch.full((len(call.pages), 5 * 32 + 8), torch.nan, dtype=DTYPE, device=DEVICE)
+    apart[:, : 5 * 32] = call.pages.flatten(1)
+    odd = call._replace(pages=apart[:, : 5 * 32].unflatten(1, (5, 1, 32)))
+    plan = plan_forward(odd, TRAITS or traits_of(odd.q.device))
+    assert plan.choice.kernels.name == "portable"
+    assert "pages are not as far apart as a whole number of rows" in plan.choice.refusals[0]
+    assert_same_bits(portable(call), chosen(odd))
 
 
 WIDTHS = [(576, 512), (512, 512), (320, 256), (192, 128), (128, 64), (72, 64), (100, 96)]
