@@ -69,7 +69,6 @@ def compile_call(
         (100, "fp8", 576, 512, 64),
         (120, "fp8", 576, 512, 16),
         pytest.param(90, "model1", 512, 512, 16, marks=pytest.mark.slow),
-        pytest.param(90, "mxfp8", 512, 512, 16, marks=pytest.mark.slow),
         pytest.param(90, "fp8_cache", 576, 512, 16, marks=pytest.mark.slow),
         pytest.param(80, "fp8_all", 128, 64, 28, marks=pytest.mark.slow),
         pytest.param(120, "fp8", 128, 64, 28, marks=pytest.mark.slow),

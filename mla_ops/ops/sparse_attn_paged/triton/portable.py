@@ -92,7 +92,8 @@ class PortableKernels:
             num_splits = split_count_of(name, programs, topk, config, traits, key)
         q_strides = outer_strides(call.q.stride())
         cut = cut_row(name, problem.d_total, problem.d_v, config.max_chunk)
-        is_scaled, folds = form.scale != "none", config.block_h <= MAX_FOLDING_HEADS
+        # A power of two times a payload is exact, and costs fewer registers than parts of the logits.
+        folds = form.scale == "fp32" and config.block_h <= MAX_FOLDING_HEADS
         is_native = traits.arch >= FIRST_NATIVE_E4M3
         return PortablePlan(
             config,
@@ -120,7 +121,7 @@ class PortableKernels:
                 *(pool.has_one_stride, folds, is_native),
                 pool.is_far if use_int64_offsets is None else use_int64_offsets,
             ),
-            multiplies=_FOLDED if is_scaled and folds else _ROUNDED if is_scaled else _PLAIN,
+            multiplies=_FOLDED if folds else _PLAIN if form.scale == "none" else _ROUNDED,
         )  # fmt: skip
 
     def describe(self, plan: PortablePlan) -> tuple[str, ...]:
