@@ -33,12 +33,12 @@ Results = tuple[torch.Tensor, torch.Tensor]
 ROUNDED_HEADS = 33
 
 
-def portable(call: SparseAttnPagedCall, **options: Any) -> Results:
+def portable(call: SparseAttnPagedCall, *, traits: DeviceTraits | None = TRAITS, **options: Any) -> Results:
     """Run the portable kernel, whoever would be asked first; options as of `PortableKernels.plan`."""
     out = torch.full((*call.q.shape[:-1], call.d_v), torch.nan, dtype=call.q.dtype, device=call.q.device)
     lse = torch.full(call.q.shape[:-1], torch.nan, device=call.q.device)
     call = readable(call)
-    PORTABLE.run(call, PORTABLE.plan(call, TRAITS or traits_of(call.q.device), **options), out, lse)
+    PORTABLE.run(call, PORTABLE.plan(call, traits or traits_of(call.q.device), **options), out, lse)
     return out, lse
 
 
@@ -177,6 +177,17 @@ def test_page_sizes_give_the_same_bits(name: str) -> None:
         padded.copy_(pages)
         assert_same_bits(whole, portable(call._replace(pages=pages)))
         assert_same_bits(whole, portable(call._replace(pages=padded)))
+
+
+@on_gpu_only
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("heads", [16, 64])
+def test_integers_decode_what_the_instruction_does(dtype: torch.dtype, heads: int) -> None:
+    call = make_paged_inputs(PagedCase("fp8", 192, 128, heads=heads, topk=512, dtype=dtype), DEVICE).by_row
+    traits = traits_of(call.q.device)
+    config = PORTABLE.plan(call, traits).config
+    native = portable(call, config=config, num_splits=1)
+    assert_same_bits(native, portable(call, traits=replace(traits, arch=80), config=config, num_splits=1))
 
 
 @on_gpu_only
