@@ -35,8 +35,8 @@ def e4m3_to_half(x, DTYPE: tl.constexpr, IS_NATIVE: tl.constexpr):
     if IS_NATIVE:
         # Straight to bf16 is one instruction a value from triton 3.7 on, and a slow one.
         half = x.to(tl.float8e4nv, bitcast=True).to(tl.float16)
-        return half if DTYPE == tl.float16 else half.to(tl.float32).to(DTYPE)
-    if DTYPE == tl.float16:
+        return half if tl.float16 == DTYPE else half.to(tl.float32).to(DTYPE)
+    if tl.float16 == DTYPE:
         # The byte to the top of a half-word, its exponent and mantissa to their places, times 2**8.
         return tl.inline_asm_elementwise(
             """{
