@@ -25,8 +25,8 @@ pytestmark = pytest.mark.skipif(
     triton.knobs.runtime.interpret, reason="kernels defined under TRITON_INTERPRET=1 can't be compiled"
 )
 
-# Stack bytes that a kernel may use: what was seen, rounded up. Capped at 168 registers three programs share an SM.
-ALLOWED_STACK = {(90, "fp8", 16): 64}
+# Stack bytes that a kernel may use: what was seen, rounded up.
+ALLOWED_STACK: dict[tuple[int, str, int], int] = {}
 
 
 def make_call(name: str, d_total: int, d_v: int, heads: int, *, has_table: bool = False) -> SparseAttnPagedCall:

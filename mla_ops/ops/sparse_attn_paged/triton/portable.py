@@ -30,8 +30,8 @@ from mla_ops.row_formats import row_format
 
 # The first compute capability that converts e4m3 by an instruction; before it, integers do.
 FIRST_NATIVE_E4M3 = 89
-# More programs a row never pay: the merge takes longer than they save.
-MAX_SPLITS = 32
+# Fewer slots a program, or more programs a row, never pay: the merge takes longer than they save.
+MIN_SLOTS, MAX_SPLITS = 64, 32
 
 
 class PortablePlan(NamedTuple):
@@ -171,18 +171,17 @@ def key_of(problem: SparseAttnPagedProblem, traits: DeviceTraits) -> ConfigKey:
 def split_count_of(name: str, programs: int, topk: int, config: FwdConfig, traits: DeviceTraits, key: ConfigKey) -> int:
     """Return over how many programs the slots of one row are shared out.
 
-    Dense rows: as `mla::sparse_attn` does. Quantised rows, measured at 576/512 with 16 heads and topk 2048: as many as
-    give the device all programs it holds, of two blocks at least.
+    Dense rows: as `mla::sparse_attn` does. Quantised rows: as many as give the device all programs it holds, of
+    MIN_SLOTS slots each or more. At 576/512 with 16 heads and topk 2048 that is the best of three or four choices for
+    1, 16, 64 and 128 requests.
     """
     if name == "dense":
         return split_count(programs, topk, config, traits, key)
-    blocks = -(-topk // config.block_k)
-    if blocks < 4 or programs == 0:
-        return 1
     by_memory = traits.smem_bytes // quantised_smem_bytes(config, name, key)
     places = traits.num_sms * max(1, min(by_memory, programs_by_registers(config, 232)))
-    splits = max(1, min(places // programs, blocks // 2, MAX_SPLITS))
-    return -(-blocks // -(-blocks // splits))
+    blocks = -(-topk // config.block_k)
+    splits = min(places // max(1, programs), topk // max(MIN_SLOTS, config.block_k), MAX_SPLITS)
+    return -(-blocks // -(-blocks // max(1, splits))) if blocks else 1
 
 
 @lru_cache(maxsize=1)
