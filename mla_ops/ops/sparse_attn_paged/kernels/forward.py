@@ -31,8 +31,7 @@ from mla_ops.kernels.primitives import (
     store_chunks,
     zero_chunks,
 )
-from mla_ops.kernels.row_codec import e4m3_to_half, opaque, ue8m0_to_fp32
-from mla_ops.ops.sparse_attn_paged.kernels.resolve import split_row
+from mla_ops.kernels.row_codec import e4m3_to_half, opaque, split_row, ue8m0_to_fp32
 
 
 @triton.jit

@@ -7,13 +7,7 @@ of rows repeats the division and the load. A kernel of its own takes 2 us.
 import triton
 import triton.language as tl
 
-
-@triton.jit
-def split_row(row, page_size):
-    """Return the page of a row, or of a position, and its place in the page; of a negative number anything."""
-    row = row.to(tl.uint32)
-    page = row // tl.cast(page_size, tl.uint32)
-    return page, row - page * tl.cast(page_size, tl.uint32)
+from mla_ops.kernels.row_codec import split_row
 
 
 @triton.jit(
