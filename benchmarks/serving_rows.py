@@ -134,7 +134,12 @@ class Run:
             for latent, rows in zip(self.latents, self.rows, strict=True)
         ]
         plan = plan_append(calls[0], AppendRowsProblem.of(calls[0]), self.traits, **chosen)
-        return lambda: [launch_append(call, plan) for call in calls] and None
+
+        def run() -> None:
+            for call in calls:
+                launch_append(call, plan)
+
+        return run
 
     def read(self, **chosen: Any) -> Callable[[], list[Tensor]]:
         """Return what reads every set, planned once."""
