@@ -51,7 +51,7 @@ def compile_append(
     plan = append.plan_append(call, AppendRowsProblem.of(call), traits_of(arch))
     owners = empty(512, dtype=torch.int32) if plan.is_claimed else None
     arguments = dict(zip(kernel.arg_names, append.arguments_of(call, plan, owners), strict=True))
-    return compile_launch(kernel, arch, {**arguments, "num_warps": plan.config.num_warps})
+    return compile_launch(kernel, arch, {**arguments, **plan.options})
 
 
 def compile_read(arch: int, name: str, d_total: int = 576, d_v: int = 512) -> Compiled:
