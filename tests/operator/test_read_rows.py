@@ -109,6 +109,16 @@ def test_a_gradient_is_refused() -> None:
         assert mla_ops.read_rows(pages, torch.tensor([0]), **options).shape == (1, 1, 72)
 
 
+def test_vmap_reads_the_rows_of_all_elements_at_once() -> None:
+    pages = torch.arange(40 * 72, dtype=torch.float32).view(5, 8, 1, 72)
+    options = {"d_total": 72, "d_v": 64, "row_format": "dense", "dtype": torch.float32}
+    rows = torch.tensor([[0, 39, -1], [7, 8, 40]])
+    together = torch.vmap(lambda rows: mla_ops.read_rows(pages, rows, **options))(rows)
+    assert torch.equal(together, torch.stack([mla_ops.read_rows(pages, r, **options) for r in rows]))
+    with pytest.raises(InvalidInputError, match="pages or cache_scale has a vmapped dimension"):
+        torch.vmap(lambda pages: mla_ops.read_rows(pages, rows[0], **options))(pages[None])
+
+
 def test_opcheck() -> None:
     pages = torch.zeros(3, 5, 2, 96, dtype=torch.uint8)
     arguments = (pages, torch.tensor([0, 7, -1, 14]), 72, 64, "fp8", BF16)

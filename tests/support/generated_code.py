@@ -26,7 +26,9 @@ def generated_code(function: Callable[..., Any], *arguments: Any) -> str:
 
     with (
         mock.patch.object(GraphLowering, "save_output_code", staticmethod(keep)),
-        torch._inductor.config.patch(force_disable_caches=True),
+        # A graph that an earlier test compiled would be taken from a cache, written by nobody.
+        torch._inductor.config.patch(fx_graph_cache=False),
+        torch._functorch.config.patch(enable_autograd_cache=False),
         pytest.raises(Exception, match="the code is written"),
     ):
         torch.compile(function, fullgraph=True)(*arguments)
