@@ -127,7 +127,8 @@ def arguments_of(call: AppendRowsCall, plan: AppendPlan, owners: torch.Tensor | 
 def _outer_strides(tensor: torch.Tensor) -> tuple[int, int]:
     """Return the strides of entries and groups of `with_unit_inner_stride(tensor)`."""
     _, groups, width = tensor.shape
-    return (tensor.stride(0), tensor.stride(1)) if tensor.stride(-1) == 1 else (groups * width, width)
+    entry, group, inner = tensor.stride()
+    return (entry, group) if inner == 1 else (groups * width, width)
 
 
 @lru_cache(maxsize=1)
