@@ -28,6 +28,7 @@ GROUND: dict[str, set[str]] = {
     "launching": {"errors", "device"},
     "gathering": {"settings"},
     "row_formats": {"errors"},
+    "row_tiling": {"row_formats"},
     "pages": {"errors", "checks", "row_formats"},
     "kernels": set(),
     "row_sums": {"launching", "kernels"},

@@ -89,29 +89,33 @@ def describe_append(plan: AppendPlan) -> tuple[str, ...]:
 
 def launch_append(call: AppendRowsCall, plan: AppendPlan) -> None:
     """Run the writer."""
-    latent, tail, rows, pages, _, name, _, cache_scale = call
-    entries, num_rows, _ = plan.sizes
     if 0 in plan.sizes:
         return
+    entries, num_rows, _ = plan.sizes
     append, claim = _kernels()
     owners = None
     if plan.is_claimed:
-        owners = unfilled((num_rows,), torch.int32, pages, is_traced=False)
-        claim[(-(-entries // BLOCK_CLAIMED),)](rows, plan.strides[2], owners, entries, num_rows, BLOCK_CLAIMED)
+        owners = unfilled((num_rows,), torch.int32, call.pages, is_traced=False)
+        claim[(-(-entries // BLOCK_CLAIMED),)](call.rows, plan.strides[2], owners, entries, num_rows, BLOCK_CLAIMED)
+    append[plan.grid](*arguments_of(call, plan, owners), num_warps=plan.config.num_warps)
+    plan.record.is_warm = True
+
+
+def arguments_of(call: AppendRowsCall, plan: AppendPlan, owners: torch.Tensor | None) -> tuple[Any, ...]:
+    """Return the arguments of the writer; `owners` are what rows have been claimed in."""
+    latent, tail, rows, pages, _, name, _, cache_scale = call
     of_latent, of_tail, of_rows = plan.strides
-    append[plan.grid](
+    return (
         with_unit_inner_stride(latent), *of_latent, None if tail is None else with_unit_inner_stride(tail), *of_tail,
         rows, of_rows, owners, pages if name == "dense" else pages.view(torch.uint8), *plan.pool,
-        cache_scale, plan.scale_stride, *plan.sizes, *plan.constants, num_warps=plan.config.num_warps,
+        cache_scale, plan.scale_stride, *plan.sizes, *plan.constants,
     )  # fmt: skip
-    plan.record.is_warm = True
 
 
 def _outer_strides(tensor: torch.Tensor) -> tuple[int, int]:
     """Return the strides of entries and groups of `with_unit_inner_stride(tensor)`."""
     _, groups, width = tensor.shape
-    entry, group, inner = tensor.stride()
-    return (entry, group) if inner == 1 else (groups * width, width)
+    return (tensor.stride(0), tensor.stride(1)) if tensor.stride(-1) == 1 else (groups * width, width)
 
 
 @lru_cache(maxsize=1)
