@@ -239,15 +239,20 @@ def merge_partials(
     # Finite where all parts are empty, so that neither exp(-inf + inf) nor a gradient below becomes NaN.
     finite = [lse.masked_fill(all_empty, 0.0) for lse in lses]
     peak = functools.reduce(torch.maximum, finite).detach()
-    total = functools.reduce(torch.add, (torch.exp(lse - peak) for lse in finite)).log() + peak
-    # exp(total) / (exp(total) + exp(sink)), finite for infinite sinks.
-    share = None if attn_sink is None else torch.sigmoid(total - attn_sink)
-    out = torch.zeros((), dtype=compute, device=total.device)
-    for part, lse, empty in zip(outs, finite, is_empty, strict=True):
-        weight = torch.exp(lse - total)
-        weight = weight if share is None else weight * share
-        out = out + part.to(compute).masked_fill(empty.unsqueeze(-1), 0.0) * weight.unsqueeze(-1)
-    return SparseAttnOutput(out.to(outs[0].dtype), total.masked_fill(all_empty, -torch.inf))
+    weights = [torch.exp(lse - peak) for lse in finite]
+    total = functools.reduce(torch.add, weights)
+    lse = total.log() + peak
+    # Divided by the sum, not by exp(lse): a large lse has lost the digits that are left of the sum.
+    share = 1.0 / total
+    if attn_sink is not None:
+        # exp(lse) / (exp(lse) + exp(sink)), finite for infinite sinks.
+        share = share * torch.sigmoid(lse - attn_sink)
+    out = torch.zeros((), dtype=compute, device=lse.device)
+    for part, weight, empty in zip(outs, weights, is_empty, strict=True):
+        out = out + part.to(compute).masked_fill(empty.unsqueeze(-1), 0.0) * (weight * share).unsqueeze(-1)
+    # Zeros already; masked, so that a NaN in their gradient reaches no sink.
+    out = out.to(outs[0].dtype).masked_fill(all_empty.unsqueeze(-1), 0.0)
+    return SparseAttnOutput(out, lse.masked_fill(all_empty, -torch.inf))
 
 
 def bytes_per_row(row_format: str, d_total: int, d_v: int, dtype: torch.dtype = torch.bfloat16) -> int:
