@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-
 FILES = ("test_kernels_gpu.py", "test_sparse_attn_paged_kernels.py", "test_row_codec_kernels.py")
 
 
