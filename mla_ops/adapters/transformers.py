@@ -165,6 +165,7 @@ def attach(
     check_format(cache_format, next(iter(layers.values())).o_proj.weight.dtype)
     needs_grad = any(parameter.requires_grad for parameter in model.parameters())
     plan = _plan(backend, layers.values(), metas, needs_grad)
+    stored = bytes_per_token(layers.values(), metas, cache_format)
 
     with ExitStack() as undo:
         for layer, meta in zip(layers.values(), metas, strict=True):
@@ -179,7 +180,7 @@ def attach(
         owner.set_attn_implementation(ATTN_IMPLEMENTATION)
         if owner.config._attn_implementation != ATTN_IMPLEMENTATION:  # for some models transformers only logs that
             raise UnsupportedFeatureError(f"{type(owner).__name__} does not let its attention implementation be set")
-        return Attachment(plan, bytes_per_token(list(layers.values()), metas, cache_format), undo.pop_all())
+        return Attachment(plan, stored, undo.pop_all())
 
 
 def cache_bytes(model: nn.Module, cache_format: CacheFormat = "dense") -> CacheBytes:
@@ -193,8 +194,8 @@ def cache_bytes(model: nn.Module, cache_format: CacheFormat = "dense") -> CacheB
         MLAMetadataError: `model` has no layers that `attach` would take.
         UnsupportedFeatureError: there is no such format, or not for the model's dtype.
     """
-    layers = list(_indexed_layers(model).values())
-    check_format(cache_format, layers[0].o_proj.weight.dtype)
+    layers = _indexed_layers(model).values()
+    check_format(cache_format, next(iter(layers)).o_proj.weight.dtype)
     return bytes_per_token(layers, [_meta(layer, "absorbed") for layer in layers], cache_format)
 
 

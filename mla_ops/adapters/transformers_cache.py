@@ -7,6 +7,7 @@ offloading stay the framework's.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -54,7 +55,7 @@ class RowsCache:
 
         Returns:
             All rows `[B, 1, T, d_total]` (or bytes `[B, 1, T, row]`) and, in the place of a rope part, a tensor without
-            channels in the dtype that the rows stand for; see `whole_rows` and `split_rows`.
+            channels in the dtype that the rows stand for; see `join` and `split_rows`.
 
         Raises:
             UnsupportedFeatureError: this cache cannot store rows, or a gradient would have to pass through bytes.
@@ -144,15 +145,15 @@ def check_format(cache_format: str, dtype: torch.dtype) -> None:
         )
 
 
-def bytes_per_token(layers: list[Any], metas: list[MLALayerMeta], cache_format: CacheFormat) -> CacheBytes:
+def bytes_per_token(layers: Iterable[Any], metas: Iterable[MLALayerMeta], cache_format: CacheFormat) -> CacheBytes:
     """Return what the caches of these attention layers hold for one token."""
     rows = index_keys = 0
     for layer, meta in zip(layers, metas, strict=True):
         dtype = layer.o_proj.weight.dtype
-        if not getattr(layer, "is_kv_shared_layer", False):  # those that are read an earlier layer's rows
+        if not getattr(layer, "is_kv_shared_layer", False):  # such a layer reads the rows of an earlier one
             rows += bytes_per_row(cache_format, *_widths(meta), dtype)
         if layer.indexer is not None:
-            index_keys += layer.indexer.head_dim * dtype.itemsize
+            index_keys += layer.config.index_head_dim * dtype.itemsize
     return CacheBytes(rows, index_keys)
 
 
