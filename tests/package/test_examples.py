@@ -25,3 +25,17 @@ def test_the_indexer_learns_where_dense_attention_goes() -> None:
     # Of what the best choice gains over a random one, the warm-up has most and an untrained indexer little.
     assert untrained[0] - untrained[2] < 0.2 * (untrained[1] - untrained[2])
     assert warm[0] - warm[2] > 0.5 * (warm[1] - warm[2])
+
+
+def test_decoding_with_a_cache_chooses_the_bytes_of_the_whole_text_at_once() -> None:
+    command = [
+        sys.executable,
+        str(ROOT / "examples/decode_loop.py"),
+        *["--steps", "5", "--tokens", "8", "--device", "cpu"],
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr[-2000:]
+    lines = {line.split()[0]: line for line in result.stdout.splitlines()[2:]}
+    assert list(lines) == ["dense", "fp8", "fp8_all"]
+    assert all(line.endswith("33 of 33") for line in lines.values()), result.stdout
