@@ -317,7 +317,7 @@ def test_vllm_caches_that_are_not_fp8_ds_mla() -> None:
         one_scale.view(6, 96)[slots].view(torch.float8_e4m3fn).float(),
         (rows.float() / scale).clamp(-448, 448).to(torch.float8_e4m3fn).float(),
     )
-    with pytest.raises(UnsupportedFeatureError, match="kv_cache_dtype must be one of 'auto', .*, got 'fp8_e5m2'"):
+    with pytest.raises(UnsupportedFeatureError, match=r"kv_cache_dtype must be one of 'auto', .*, got 'fp8_e5m2'"):
         concat_and_cache_mla(rows[:, :64], rows[:, 64:], one_scale, slots, "fp8_e5m2", scale)
     with pytest.raises(mla_ops.InvalidInputError, match=r"kv_cache must be \[num_blocks, block_size, row\]"):
         concat_and_cache_mla(rows[:, :64], rows[:, 64:], dense.unsqueeze(2), slots, "auto", None)
