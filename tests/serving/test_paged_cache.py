@@ -1,4 +1,4 @@
-"""Caches: rows and index keys stand where a plain list of every request's tokens says, through forks, frees, replays."""
+"""Caches: rows and index keys stand where a plain list of each request's tokens says, whatever happened before."""
 
 from __future__ import annotations
 
