@@ -215,4 +215,5 @@ class MLASparseAttention(nn.Module):
 
         `attend` ends with it. Decoding calls it on what attention over a cache returned, `[..., rows, heads, d_v]`.
         """
-        return self.out_proj(project_v(latent, self.w_uv).flatten(-2))
+        hidden: torch.Tensor = self.out_proj(project_v(latent, self.w_uv).flatten(-2))
+        return hidden
