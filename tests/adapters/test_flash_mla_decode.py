@@ -173,11 +173,11 @@ def test_a_bf16_cache_the_default_scale_and_a_table_that_nobody_reads(device: st
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_two_caches_are_one_softmax_and_one_sink(device: str) -> None:
-    first = draw((128, 64), page_size=7, blocks=5, device=device)
-    second = draw((128, 64), page_size=2, topk=9, seed=1, device=device)
-    second.indices[0, 0] = -1  # in the first request only one of the two has keys
+    first = draw((128, 64), b=4, page_size=7, blocks=5, device=device)
+    second = draw((128, 64), b=4, page_size=2, topk=9, seed=1, device=device)
+    first.indices[1] = second.indices[2] = -1  # one of the two has no keys
     sink = torch.randn(6, device=device)
-    length, extra_length = torch.tensor([[11, 20], [4, 9]], dtype=torch.int32, device=device)
+    length, extra_length = torch.tensor([[11, 20, 5, 20], [4, 8, 2, 9]], dtype=torch.int32, device=device)
     out, lse = flash_mla_with_kvcache(
         *(first.q, first.cache, None, None, 64, get_mla_metadata()[0], None, 0.3, False, True),
         *(first.indices, sink, second.cache, second.indices, length, extra_length),

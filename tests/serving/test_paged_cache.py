@@ -118,19 +118,33 @@ def test_rows_stand_where_plain_lists_say_through_any_history() -> None:
 
 
 def test_a_fork_shares_pages_until_one_of_the_two_writes() -> None:
-    texts = Texts(make_cache())
+    texts = Texts(make_cache(num_pages=4))
     first = texts.add()
     texts.extend({first: 7})  # two full pages and one token
-    assert texts.cache.free_pages == 12 - 3
+    assert texts.cache.free_pages == 1
     twin = texts.fork(first)
-    assert texts.cache.free_pages == 12 - 3
+    assert texts.cache.free_pages == 1
     texts.extend({first: 1, twin: 1})  # the last page is copied once: the other one keeps the original
-    assert texts.cache.free_pages == 12 - 4
+    assert texts.cache.free_pages == 0
     assert texts.cache.block_table[first, :2].tolist() == texts.cache.block_table[twin, :2].tolist()
     texts.check()
     texts.free(first)
-    assert texts.cache.free_pages == 12 - 3
+    assert texts.cache.free_pages == 1
     texts.check()
+
+
+def test_new_positions_are_those_of_the_last_step_alone() -> None:
+    cache = make_cache()
+    a, b = cache.add(), cache.add()
+    cache.extend({a: 5, b: 2})
+    cache.extend({b: 2})
+    assert cache.new_positions(3).tolist() == [[-1, -1, -1], [2, 3, -1], [-1, -1, -1], [-1, -1, -1]]
+    assert cache.new_rows(2).tolist() == [[-1, -1], [2 * 3 + 2, 3 * 3], [-1, -1], [-1, -1]]
+    cache.fork(b)  # the twin has no step of its own yet
+    assert cache.new_positions(2).tolist() == [[-1, -1], [2, 3], [-1, -1], [-1, -1]]
+    cache.free(b)
+    assert cache.new_positions(2).tolist() == [[-1, -1]] * 4
+    assert cache.seq_lens.tolist() == [5, 0, 4, 0]
 
 
 def test_attention_reads_each_request_and_rows_of_the_batch_without_one_get_zeros() -> None:
@@ -208,7 +222,7 @@ def test_e4m3_index_keys_carry_their_scales() -> None:
     keys = IndexKeys(2, 6, 8, dtype=torch.float8_e4m3fn)
     assert keys.bytes_per_token == 8 + 4
     k_idx = torch.randn(2, 3, 1, 8)
-    positions = torch.tensor([[0, 1, -1], [5, -1, 6]])
+    positions = torch.tensor([[0, 1, -2], [5, -1, 6]])
     quantised, scale = to_e4m3(k_idx)
     keys.append(quantised, positions, scale)
     assert torch.equal(keys.keys[0, :2].float(), quantised[0, :2].float())
