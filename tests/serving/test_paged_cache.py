@@ -319,3 +319,34 @@ def test_a_captured_step_replays_after_any_change_of_requests() -> None:
     texts.free(a)
     extend(b, c)
     replay()
+
+
+@pytest.mark.gpu
+def test_reduce_overhead_captures_a_step_because_pools_are_buffers(fresh_dynamo: None) -> None:
+    from torch._dynamo.utils import counters
+
+    cache = make_cache("cuda")
+    texts = Texts(cache)
+    q = torch.randn(4, 1, 3, D_TOTAL, device="cuda").bfloat16()
+    everything = torch.arange(14, dtype=torch.int32, device="cuda").expand(4, 1, 1, -1)
+
+    def step(cache: PagedCache, tokens: torch.Tensor) -> torch.Tensor:
+        write(cache, tokens)
+        tables = {"block_table": cache.block_table, "seq_lens": cache.seq_lens}
+        return cache.pool(1).attend(q, everything, softmax_scale=SCALE, **tables).out
+
+    compiled = torch.compile(step, fullgraph=True, mode="reduce-overhead")
+    a, b = texts.add(), texts.add()
+    texts.extend({a: 2, b: 4})
+    for _ in range(6):
+        cache.extend({a: 1, b: 1})
+        tokens = torch.full((4, 1), -9, device="cuda")
+        for request in (a, b):
+            tokens[request] = texts.next_token
+            texts.tokens[request].append(texts.next_token)
+            texts.next_token += 1
+        out = compiled(cache, tokens).clone()
+        texts.check()
+        assert torch.equal(out, step(cache, tokens))
+    assert counters["inductor"]["cudagraph_skips"] == 0
+    assert counters["stats"]["unique_graphs"] == 1
