@@ -162,10 +162,11 @@ class PagedCache(nn.Module):
         """
         self._refuse_capture("extend")
         for request, count in counts.items():
-            if count < 0 or self.tokens(request) + count > self.max_len:
+            tokens = self.tokens(request)
+            if not 0 <= count <= self.max_len - tokens:
                 raise InvalidInputError(
-                    f"counts of request {request} must be 0 to {self.max_len - self.tokens(request)} (it has "
-                    f"{self.tokens(request)} of max_len={self.max_len} tokens), got {count}"
+                    f"counts of request {request} must be 0 to {self.max_len - tokens} (it has {tokens} of "
+                    f"max_len={self.max_len} tokens), got {count}"
                 )
         needed = self._pages_needed(counts)
         if needed > self.free_pages:
