@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -34,6 +34,7 @@ class PagedCache(nn.Module):
         index_head_dim: width of an index key, 0 for a model that selects without an indexer.
         index_layers: layers with an indexer of their own; None for all.
         index_dtype: of index keys, also `torch.float8_e4m3fn`.
+        cache_scale: `[layers]` fp32, for a format with one scale for a whole pool ("fp8_cache").
         dtype: of the rows and queries that come.
         device: where everything lies.
 
@@ -58,16 +59,24 @@ class PagedCache(nn.Module):
         index_head_dim: int = 0,
         index_layers: Iterable[int] | None = None,
         index_dtype: torch.dtype = torch.bfloat16,
+        cache_scale: torch.Tensor | None = None,
         dtype: torch.dtype = torch.bfloat16,
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
         sizes = {"layers": layers, "max_requests": max_requests, "max_len": max_len}
-        if bad := [f"{name} must be at least 1, got {size}" for name, size in sizes.items() if size < 1]:
+        bad = [f"{name} must be at least 1, got {size}" for name, size in sizes.items() if size < 1]
+        if cache_scale is not None and list(cache_scale.shape) != [layers]:
+            bad.append(f"cache_scale must be [{layers}], one for each layer, got shape {list(cache_scale.shape)}")
+        if bad:
             raise InvalidInputError(f"PagedCache: {'; '.join(bad)}")
         self.num_pages, self.page_size, self.max_len = num_pages, page_size, max_len
+        scales: Sequence[torch.Tensor | None] = (
+            [None] * layers if cache_scale is None else cache_scale.to(device).split(1)
+        )
         self.pools = nn.ModuleList(
-            RowCache(num_pages, page_size, d_total, d_v, row_format, dtype=dtype, device=device) for _ in range(layers)
+            RowCache(num_pages, page_size, d_total, d_v, row_format, cache_scale=scale, dtype=dtype, device=device)
+            for scale in scales
         )
         selecting = range(layers) if index_layers is None else index_layers
         self.keys_of_layer = nn.ModuleDict(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from mla_ops.serving import IndexKeys, PagedCache, RowCache
 D_TOTAL, D_V, SCALE = 24, 16, 0.2
 
 
-def make_cache(device: str = "cpu", **changes: int) -> PagedCache:
+def make_cache(device: str = "cpu", **changes: Any) -> PagedCache:
     sizes = {"layers": 2, "num_pages": 12, "page_size": 3, "max_requests": 4, "max_len": 14, "index_head_dim": 8}
     return PagedCache(
         **{**sizes, **changes}, d_total=D_TOTAL, d_v=D_V, row_format="dense", index_dtype=torch.float32, device=device
@@ -245,6 +246,13 @@ def filled(**sizes: int) -> tuple[PagedCache, int]:
 @pytest.mark.parametrize(
     ("run", "error", "message"),
     [
+        (
+            lambda c, r: make_cache(max_len=0),
+            mla_ops.InvalidInputError,
+            "PagedCache: max_len must be at least 1, got 0",
+        ),
+        (lambda c, r: make_cache(cache_scale=torch.ones(3)), ValueError, r"cache_scale must be \[2\], one for each"),
+        (lambda c, r: RowCache(1, 0, 8, 8), mla_ops.InvalidInputError, "RowCache: page_size must be at least 1, got 0"),
         (lambda c, r: c.extend({r: 11}), mla_ops.InvalidInputError, r"must be 0 to 10 \(it has 4 of max_len=14 tokens"),
         (lambda c, r: c.extend({3: 1}), mla_ops.InvalidInputError, r"request must be one of \[0\], got 3"),
         (lambda c, r: c.free(2), mla_ops.InvalidInputError, r"request must be one of \[0\], got 2"),
