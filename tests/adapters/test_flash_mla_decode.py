@@ -321,3 +321,18 @@ def test_vllm_caches_that_are_not_fp8_ds_mla() -> None:
         concat_and_cache_mla(rows[:, :64], rows[:, 64:], one_scale, slots, "fp8_e5m2", scale)
     with pytest.raises(mla_ops.InvalidInputError, match=r"kv_cache must be \[num_blocks, block_size, row\]"):
         concat_and_cache_mla(rows[:, :64], rows[:, 64:], dense.unsqueeze(2), slots, "auto", None)
+
+
+def test_decode_compiles_whole(fresh_dynamo: None) -> None:
+    case = draw((128, 64))
+    meta = get_mla_metadata()[0]
+
+    def decode(q: torch.Tensor, indices: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return flash_mla_with_kvcache(*(q, case.cache, None, None, 64, meta, None, 0.3, False, True, indices))
+
+    compiled = torch.compile(decode, fullgraph=True, backend="aot_eager")
+    for _ in range(2):
+        for actual, expected in zip(compiled(case.q, case.indices), decode(case.q, case.indices), strict=True):
+            assert torch.equal(actual, expected)
+    # The first call filled the metadata; later ones find it filled.
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
