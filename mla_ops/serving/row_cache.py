@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from mla_ops.api import SparseAttnOutput, append_rows, read_rows, sparse_attn_paged
+from mla_ops.api import SparseAttnOutput, append_rows, bytes_per_row, read_rows, sparse_attn_paged
 from mla_ops.errors import InvalidInputError
 from mla_ops.row_formats import row_format as format_named
 
@@ -31,7 +31,7 @@ class RowCache(nn.Module):
         cache_scale: `[1]` or `[kv_group]` fp32, for a format with one scale for the whole cache.
 
     Raises:
-        InvalidInputError: a size cannot be, or there is no such format.
+        InvalidInputError: a size cannot be, there is no such format, or it has no rows of these widths.
     """
 
     storage: torch.Tensor  # [num_pages, bytes of a page], for "dense" channels of `dtype`
@@ -58,8 +58,9 @@ class RowCache(nn.Module):
         self.num_pages, self.page_size, self.kv_group = num_pages, page_size, kv_group
         self.d_total, self.d_v = d_total, d_v
         self.row_format, self.scale_rule, self.dtype = row_format, scale_rule, dtype
-        self._layout = format_named(row_format).layout(d_total, d_v, dtype.itemsize)
-        page_bytes = self._layout.page_bytes(page_size * kv_group)
+        self._row_bytes = bytes_per_row(row_format, d_total, d_v, dtype)
+        layout = format_named(row_format).layout(d_total, d_v, dtype.itemsize)
+        page_bytes = layout.page_bytes(page_size * kv_group)
         is_dense = row_format == "dense"
         storage = torch.zeros(
             *(num_pages, page_bytes // dtype.itemsize if is_dense else page_bytes),
@@ -80,14 +81,14 @@ class RowCache(nn.Module):
     @property
     def pages(self) -> torch.Tensor:
         """The pool as the operators take it, `[num_pages, page_size, kv_group, row]`: a view of the buffer."""
-        row = self._layout.row_bytes // self.storage.dtype.itemsize
+        row = self._row_bytes // self.storage.dtype.itemsize
         shape = (self.num_pages, self.page_size, self.kv_group, row)
         return self.storage[:, : self.page_size * self.kv_group * row].view(shape)
 
     @property
     def bytes_per_token(self) -> int:
         """Bytes of a token's rows, scales included."""
-        return self.kv_group * self._layout.row_bytes
+        return self.kv_group * self._row_bytes
 
     def append(self, latent: torch.Tensor, rows: torch.Tensor, tail: torch.Tensor | None = None) -> None:
         """Write rows into the pool.
