@@ -25,8 +25,8 @@ pytestmark = pytest.mark.skipif(
     triton.knobs.runtime.interpret, reason="kernels defined under TRITON_INTERPRET=1 can't be compiled"
 )
 
-# Stack bytes that a kernel may use: what was seen, rounded up. Capped at 168 registers three programs share an SM.
-ALLOWED_STACK = {(90, "fp8", 16): 64}
+# Stack bytes that a kernel may use: what was seen, rounded up.
+ALLOWED_STACK: dict[tuple[int, str, int], int] = {}
 
 
 def make_call(name: str, d_total: int, d_v: int, heads: int, *, has_table: bool = False) -> SparseAttnPagedCall:
@@ -50,6 +50,8 @@ def compile_call(
     plan = PORTABLE.plan(call, traits, config=config, **options)
     out = torch.empty(1, dtype=torch.float32 if plan.grid[1] > 1 else torch.bfloat16, device="meta")
     lse = torch.empty(1, device="meta")
+    if plan.resolve is not None:
+        call = plan.resolve.as_resolved(call)
     arguments = dict(zip(kernel.arg_names, arguments_of(call, plan, out, lse), strict=True))
     compiled = compile_launch(kernel, arch, {**arguments, **launch_options(plan.config)})
     key = key_of(SparseAttnPagedProblem.of(call), traits)
@@ -67,7 +69,6 @@ def compile_call(
         (100, "fp8", 576, 512, 64),
         (120, "fp8", 576, 512, 16),
         pytest.param(90, "model1", 512, 512, 16, marks=pytest.mark.slow),
-        pytest.param(90, "mxfp8", 512, 512, 16, marks=pytest.mark.slow),
         pytest.param(90, "fp8_cache", 576, 512, 16, marks=pytest.mark.slow),
         pytest.param(80, "fp8_all", 128, 64, 28, marks=pytest.mark.slow),
         pytest.param(120, "fp8", 128, 64, 28, marks=pytest.mark.slow),

@@ -12,9 +12,10 @@ from mla_ops.ops.append_rows.backend import Backend
 from mla_ops.ops.append_rows.call import AppendRowsCall, AppendRowsProblem
 from mla_ops.ops.append_rows.eager import EagerBackend
 from mla_ops.ops.append_rows.rules import check_inputs
+from mla_ops.ops.append_rows.triton.backend import TritonBackend
 
 # In order of preference for every call.
-BACKENDS: tuple[Backend, ...] = (EagerBackend(),)
+BACKENDS: tuple[Backend, ...] = (TritonBackend(), EagerBackend())
 
 Decision = dispatch.Decision[AppendRowsProblem, Backend]
 

@@ -12,9 +12,10 @@ from mla_ops.ops.read_rows.backend import Backend
 from mla_ops.ops.read_rows.call import ReadRowsCall, ReadRowsProblem
 from mla_ops.ops.read_rows.eager import EagerBackend
 from mla_ops.ops.read_rows.rules import check_inputs
+from mla_ops.ops.read_rows.triton.backend import TritonBackend
 
 # In order of preference for every call.
-BACKENDS: tuple[Backend, ...] = (EagerBackend(),)
+BACKENDS: tuple[Backend, ...] = (TritonBackend(), EagerBackend())
 
 Decision = dispatch.Decision[ReadRowsProblem, Backend]
 
