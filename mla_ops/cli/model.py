@@ -101,7 +101,8 @@ class Layer(nn.Module):
     def feed_forward(self, x: Tensor) -> Tensor:
         """Return the residual stream after the feed-forward block."""
         y = self.ffn_norm(x)
-        return x + self.down(F.silu(self.gate(y)) * self.up(y))
+        stream: Tensor = x + self.down(F.silu(self.gate(y)) * self.up(y))
+        return stream
 
 
 class LanguageModel(nn.Module):
