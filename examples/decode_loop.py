@@ -107,10 +107,10 @@ def serve(decoder: Decoder, prompts: list[Tensor], count: int, *, use_graph: boo
     """Continue every prompt; returns prompts with what follows them, and tokens per second of the decoding steps."""
     cache = decoder.cache
     # The i-th request ends i steps early, so that they come and go at different steps.
-    left = [max(count - i, 2) for i in range(len(prompts))]
+    left = [max(count - i, 3) for i in range(len(prompts))]
     texts = list(prompts)
     waiting, running = list(range(len(prompts))), dict[int, int]()  # row of the batch -> number of the prompt
-    tokens, seconds = 0, 0.0
+    tokens, seconds, is_warm = 0, 0.0, False
     while waiting or running:
         new = {cache.add(): waiting.pop(0) for _ in range(min(len(waiting), AT_ONCE - len(running)))}
         if new:
@@ -119,11 +119,14 @@ def serve(decoder: Decoder, prompts: list[Tensor], count: int, *, use_graph: boo
             for request, number in new.items():
                 texts[number] = torch.cat([texts[number], decoder.tokens[request]])
                 left[number] -= 1
-        steps = min(left[number] for number in running.values())
+        # Until one is done; the first step stands alone and is not timed: it compiles kernels and captures the graph.
+        steps = min(left[number] for number in running.values()) if is_warm else 1
         started = now(cache.lens.device)
         following = decoder.decode(steps, use_graph=use_graph)
-        seconds += now(cache.lens.device) - started
-        tokens += steps * len(running)
+        if is_warm:
+            seconds += now(cache.lens.device) - started
+            tokens += steps * len(running)
+        is_warm = True
         for request, number in list(running.items()):
             texts[number] = torch.cat([texts[number], following[request]])
             left[number] -= steps
