@@ -211,7 +211,7 @@ def main() -> int:
     name = torch.cuda.get_device_name(device) if has_graphs else "CPU: no CUDA graphs here"
     print(f"{name}; {CONFIG.num_layers} layers, widths {D_TOTAL}/{D_V}; {len(PROMPTS)} requests, {AT_ONCE} at a time")
     print(f"{'rows':10}{'bytes':>6}{'CUDA graph':>18}{'plain loop':>18}   as the whole text at once")
-    max_len = max(PROMPTS) + options.tokens
+    max_len = max(PROMPTS) + max(options.tokens, 3)
     status = 0
     for row_format in options.row_formats:
         rates, lines = {}, []
