@@ -125,9 +125,9 @@ def append_rows(
     row number outside the pool writes nothing, which is how a padded batch says so. Of equal row numbers in one call
     one is written, whole. Nothing else in the pool changes, bytes that pad a row or a page included.
 
-    In compiled code write into a pool once per graph. One write costs no copy of the pool; two with a read of the pool
-    between them make the compiler copy all of it. Under `mode="reduce-overhead"` the pool must be a buffer or a
-    parameter: a graph that changes one of its inputs is not captured.
+    In compiled code a write copies no pool, but write into a pool once per graph where you can: compilers of torch have
+    copied all of it for a second write with a read between. Under `mode="reduce-overhead"` the pool must be a buffer or
+    a parameter: a graph that changes one of its inputs is not captured. vmap is refused; flatten it into `n`.
 
     Args:
         latent: `[n, kv_group, d_total]`, or with `tail` `[n, kv_group, d_v]`; bf16 or fp16, for "dense" the dtype of

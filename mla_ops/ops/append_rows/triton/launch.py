@@ -110,7 +110,8 @@ def launch_append(call: AppendRowsCall, plan: AppendPlan) -> None:
 def _outer_strides(tensor: torch.Tensor) -> tuple[int, int]:
     """Return the strides of entries and groups of `with_unit_inner_stride(tensor)`."""
     _, groups, width = tensor.shape
-    return tensor.stride()[:2] if tensor.stride(-1) == 1 else (groups * width, width)
+    entry, group, inner = tensor.stride()
+    return (entry, group) if inner == 1 else (groups * width, width)
 
 
 @lru_cache(maxsize=1)
