@@ -73,6 +73,8 @@ ALLOWED_STACK = {
 }
 # What the kernels of the index scores have in fp32 beside inputs in bf16.
 INDEX_SCORES_FP32 = ("weights_ptr", "scores_ptr", "dscores_ptr", "dk_ptr", "dw_ptr")
+# What says of q and kv that they are bytes of e4m3.
+SCALES = ("q_scale_ptr", "kv_scale_ptr")
 # Rows compiled on every run; the others are marked slow.
 REPRESENTATIVE = {("128x64", 32), ("576x512", 16), ("576x512", 64)}
 
@@ -107,28 +109,33 @@ def compile_kernel(
 ) -> Compiled:
     """Compile for `arch` as a launch would: pointers and specialised strides divisible by 16, or by STRIDE_ALIGN.
 
-    `rows` is the element of dkv.
+    `rows` is the element of dkv. A constant of `...` is none: a pointer that would be None by default is given then.
     """
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
     from triton.experimental.gluon._runtime import GluonASTSource
 
+    names = list(kernel.arg_names)
+    defaults = {param.name: param.default for param in kernel.params if param.has_default}
+    constants = {name: value for name, value in {**defaults, **constants}.items() if value is not ...}
+
     def type_of(name: str) -> str:
         if name in constants:
             return "constexpr"
+        if f"{name.removesuffix('_ptr')}_scale_ptr" in set(names) - set(constants):
+            return "*u8"
         if name in ("softmax_scale",):
             return "fp32"
         if not name.endswith("_ptr"):
             return "i32"
         if name in ("indices_ptr", "topk_length_ptr", "places_ptr", "ranks_ptr", "counters_ptr", "starts_ptr"):
             return "*i32"
-        if name in ("lse_ptr", "dlse_ptr", "dsink_ptr", "attn_sink_ptr", "mass_ptr", *INDEX_SCORES_FP32):
+        if name in ("lse_ptr", "dlse_ptr", "dsink_ptr", "attn_sink_ptr", "mass_ptr", *SCALES, *INDEX_SCORES_FP32):
             return "*fp32"
         if name in ("dkv_ptr", "sums_ptr", "partial_ptr"):
             return f"*{rows}"
         return "*fp32" if "partial" in name else f"*{element}"
 
-    names = list(kernel.arg_names)
     is_aligned = constants.get("STRIDE_ALIGN", 16) == 16
     specialised = {param.name for param in kernel.params if not param.do_not_specialize}
     aligned = [n for n in names if n.endswith("_ptr") or (is_aligned and n.startswith("stride_") and n in specialised)]

@@ -23,6 +23,7 @@ GROUND: dict[str, set[str]] = {
     "settings": {"errors"},
     "device": {"errors"},
     "wrappers": {"errors"},
+    "scaled_tensors": {"errors"},
     "checks": {"errors", "wrappers"},
     "dispatch": {"errors", "device"},
     "launching": {"errors", "device"},
@@ -62,7 +63,7 @@ LAYERS: dict[str, set[str]] = {
     "lowering": {*GROUND, "ops", "registration"},
     "api": {*GROUND, "ops", "registration"},
     "distributed": {"wrappers", "errors", "ops", "registration", "api"},
-    "adapters": {"wrappers", "errors", "device", "dispatch", "ops", "api"},
+    "adapters": {"wrappers", "scaled_tensors", "errors", "device", "dispatch", "ops", "api"},
     "testing": {"errors", "ops", "reference", "api"},
     # `tune` and `bench` launch kernels with configurations of their own, past dispatch.
     "bench": {"errors", "settings", "device", "ops", "api"},
@@ -108,7 +109,7 @@ OWNERS = {
     "torch.cuda.get_device_name": ("mla_ops/device.py",),
     "megatron": ("mla_ops/adapters/megatron/",),
     "transformers": ("mla_ops/adapters/transformers.py",),
-    # Their tensors are known by what they hold: see adapters/quantized.py.
+    # Their tensors are known by what they hold: see scaled_tensors.py.
     "torchao": (),
     "transformer_engine": (),
 }

@@ -15,7 +15,16 @@ import torch
 from mla_ops import gathering, settings
 from mla_ops.device import DeviceTraits
 from mla_ops.gathering import NamedKeys
-from mla_ops.ops.sparse_attn.call import Gradients, Results, Side, SparseAttnCall, SparseAttnProblem, Wanted
+from mla_ops.ops.sparse_attn.call import (
+    SCALED_FORMAT,
+    Gradients,
+    Results,
+    Scales,
+    Side,
+    SparseAttnCall,
+    SparseAttnProblem,
+    Wanted,
+)
 
 _SUPPORTED_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
@@ -30,7 +39,7 @@ class EagerBackend:
         reasons = []
         if problem.dtype not in _SUPPORTED_DTYPES:
             reasons.append(f"dtype is {problem.dtype}, needs bf16, fp16, fp32 or fp64; cast q and kv")
-        if problem.kv_format != "dense":
+        if problem.kv_format not in ("dense", SCALED_FORMAT):
             reasons.append(f"kv_format is {problem.kv_format!r}, needs 'dense'; dequantise kv first")
         return reasons
 
@@ -49,12 +58,12 @@ class EagerBackend:
         """See `Backend.describe`."""
         return (f"rows are gathered in chunks of {settings.current().eager_workspace_mb} MiB; nothing to warm",)
 
-    def forward(self, call: SparseAttnCall, plan: None) -> Results:
+    def forward(self, call: SparseAttnCall, plan: None, scales: Scales | None = None) -> Results:
         """See `Backend.forward`."""
         q, d_v, softmax_scale = call.q, call.d_v, call.softmax_scale
-        out = q.new_empty((*q.shape[:-1], d_v))
+        rows = _Rows.of(call, scales)
+        out = q.new_empty((*q.shape[:-1], d_v), dtype=rows.dtype)
         lse = q.new_empty(q.shape[:-1], dtype=torch.float32)
-        rows = _Rows.of(call)
         if rows.is_empty:
             return Results(out.zero_(), lse.fill_(-torch.inf))
         out_rows, lse_rows = rows.by_head(out), rows.by_head(lse)
@@ -80,17 +89,23 @@ class EagerBackend:
         return max_logits
 
     def backward(
-        self, call: SparseAttnCall, results: Results, gradients: Gradients, wanted: Wanted, plan: None
+        self,
+        call: SparseAttnCall,
+        results: Results,
+        gradients: Gradients,
+        wanted: Wanted,
+        plan: None,
+        scales: Scales | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """See `Backend.backward`; `results` are not read (module docstring)."""
         q, kv, attn_sink = call.q, call.kv, call.attn_sink
         dout, dlse = gradients
-        rows = _Rows.of(call)
-        dq = torch.empty_like(q, memory_format=torch.contiguous_format) if wanted.dq else q.new_empty(0)
+        rows = _Rows.of(call, scales)
+        dq = q.new_empty(q.shape if wanted.dq else 0, dtype=rows.dtype)
         dkv_rows = rows.kv.accumulator() if wanted.dkv else kv.new_empty(0)
         dsink = q.new_zeros(0 if attn_sink is None else attn_sink.shape, dtype=torch.float32)
         if rows.is_empty or (dout is None and dlse is None):
-            return dq.zero_(), kv.new_zeros(kv.shape if wanted.dkv else 0), dsink
+            return dq.zero_(), kv.new_zeros(kv.shape if wanted.dkv else 0, dtype=rows.dtype), dsink
 
         dq_rows = rows.by_head(dq) if wanted.dq else dq
         dout_rows = None if dout is None else rows.by_head(dout)
@@ -122,7 +137,7 @@ class EagerBackend:
                 if chunk_dout is not None:
                     dkeys[..., : call.d_v] += torch.bmm(out_weights.transpose(1, 2), chunk_dout)
                 dkv_rows.index_add_(0, chunk.scatter_to, dkeys.flatten(0, 1))
-        dkv = dkv_rows[:-1].view(kv.shape).to(kv.dtype) if wanted.dkv else dkv_rows.to(kv.dtype)
+        dkv = (dkv_rows[:-1].view(kv.shape) if wanted.dkv else dkv_rows).to(rows.dtype)
         return dq, dkv, dsink
 
 
@@ -162,12 +177,24 @@ class _Rows:
 
     q: torch.Tensor  # [rows, heads_per_group, d_total]
     kv: NamedKeys
+    dtype: torch.dtype  # of results and gradients
+    # Of payloads, in the compute dtype: [rows, heads_per_group, 1], and [keys + 1, 1], where the spare row has scale 0.
+    q_scale: torch.Tensor | None = None
+    kv_scale: torch.Tensor | None = None
 
     @classmethod
-    def of(cls, call: SparseAttnCall) -> _Rows:
+    def of(cls, call: SparseAttnCall, scales: Scales | None = None) -> _Rows:
         *_, heads, d_total = call.q.shape
-        kv = NamedKeys.of(call.kv, call.indices, call.topk_length)
-        return cls(call.q.reshape(len(kv.indices), heads // kv.kv_group, d_total), kv)
+        dtype = call.q.dtype if scales is None else scales.dtype
+        kv = NamedKeys.of(call.kv, call.indices, call.topk_length, gathering.compute_dtype(dtype))
+        q = call.q.reshape(len(kv.indices), heads // kv.kv_group, d_total)
+        q_scale = kv_scale = None
+        if scales is not None and scales.q is not None:
+            q_scale = scales.q.to(kv.compute_dtype).expand(*call.q.shape[:-1], 1).reshape(*q.shape[:2], 1)
+        if scales is not None and scales.kv is not None:
+            kv_scale = scales.kv.to(kv.compute_dtype).expand(*call.kv.shape[:-1], 1).reshape(-1, 1)
+            kv_scale = torch.cat([kv_scale, kv_scale.new_zeros(1, 1)])
+        return cls(q, kv, dtype, q_scale, kv_scale)
 
     @property
     def is_empty(self) -> bool:
@@ -188,4 +215,8 @@ class _Rows:
             # A copy even where the dtype fits: the same bits in the same layout, whatever the strides of q.
             layout = torch.contiguous_format
             queries = self.q[chunk.span].to(self.kv.compute_dtype, copy=True, memory_format=layout)
+            if self.q_scale is not None:
+                queries.mul_(self.q_scale[chunk.span])
+            if self.kv_scale is not None:
+                chunk.keys.mul_(self.kv_scale[chunk.scatter_to].view(*chunk.keys.shape[:2], 1))
             yield _Chunk(**vars(chunk), queries=queries)
