@@ -12,8 +12,9 @@ import pytest
 
 def test_kernels_under_the_interpreter() -> None:
     pytest.importorskip("triton", reason="triton is not installed")
-    tests = Path(__file__).with_name("test_kernels_gpu.py")
-    command = [sys.executable, "-m", "pytest", str(tests), "-q", "-x", "-p", "no:cacheprovider", "-W", "ignore"]
+    here = Path(__file__)
+    tests = [str(here.with_name(f"test_{name}_gpu.py")) for name in ("kernels", "scaled_kernels")]
+    command = [sys.executable, "-m", "pytest", *tests, "-q", "-x", "-p", "no:cacheprovider", "-W", "ignore"]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    result = subprocess.run(command, env=environment, cwd=tests.parents[2], capture_output=True, text=True, check=False)
+    result = subprocess.run(command, env=environment, cwd=here.parents[2], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]

@@ -48,8 +48,8 @@ class TritonBackend:
             reasons.append(f"dtype is {problem.dtype}, needs bf16, fp16 or fp32; cast q and kv")
         if problem.is_scaled and problem.dtype != torch.bfloat16:
             reasons.append(
-                f"dtype is {problem.dtype}, needs bf16 where rows are e4m3, which are multiplied in bf16; quantise bf16 "
-                'tensors, or pass quantized="dequantize"'
+                f"dtype is {problem.dtype}, needs bf16 where rows are e4m3, whose products are made in bf16; quantise "
+                'bf16 tensors, or pass quantized="dequantize"'
             )
         if problem.kv_format not in ("dense", SCALED_FORMAT):
             reasons.append(f"kv_format is {problem.kv_format!r}, needs 'dense'; dequantise kv first")
