@@ -371,11 +371,9 @@ def test_fused_changes_nothing_for_plain_tensors() -> None:
 @pytest.mark.parametrize("way", ["front door", "raw"])
 def test_fused_refuses_what_it_cannot_read(way: str, make: Callable[[], torch.Tensor], message: str) -> None:
     kv = make()
-    with pytest.raises(QuantizedInputError, match=message), fused(type(kv)):
-        if way == "raw":
-            raw(INPUTS.q, kv)
-        else:
-            mla_ops.sparse_attn(INPUTS.q, kv, INPUTS.indices, **CALL, quantized="fused")
+    call = raw if way == "raw" else fused_out
+    with fused(type(kv)), pytest.raises(QuantizedInputError, match=message):
+        call(INPUTS.q, kv)
 
 
 # Raw operator calls

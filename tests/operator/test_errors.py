@@ -104,7 +104,7 @@ TENSOR_RULES = [
         r"q must be bfloat16, .*got int32; q and indices look swapped, the order is q, kv, indices",
     ),
     bad({"q": lambda a: a["q"].long()}, r"q must be bfloat16, .*got int64; use q.to\(kv.dtype\)"),
-    bad({"q": lambda a: a["q"].to(torch.uint8)}, r"q must be bfloat16, .*got uint8; quantised inputs have no fused"),
+    bad({"q": lambda a: a["q"].to(torch.uint8)}, r"q must be bfloat16, .*got uint8; a payload without its scales"),
     bad({"indices": lambda a: a["indices"].float()}, r"indices must be int32 or int64, got float32; use indices.to"),
     bad(
         {"indices": lambda a: a["indices"].float().requires_grad_()},

@@ -14,7 +14,7 @@ import torch
 
 from mla_ops import gathering, settings
 from mla_ops.device import DeviceTraits
-from mla_ops.gathering import NamedKeys
+from mla_ops.gathering import Lists, NamedKeys
 from mla_ops.ops.sparse_attn.call import (
     SCALED_FORMAT,
     Gradients,
@@ -60,27 +60,12 @@ class EagerBackend:
 
     def forward(self, call: SparseAttnCall, plan: None, scales: Scales | None = None) -> Results:
         """See `Backend.forward`."""
-        q, d_v, softmax_scale = call.q, call.d_v, call.softmax_scale
-        rows = _Rows.of(call, scales)
-        out = q.new_empty((*q.shape[:-1], d_v), dtype=rows.dtype)
-        lse = q.new_empty(q.shape[:-1], dtype=torch.float32)
-        if rows.is_empty:
-            return Results(out.zero_(), lse.fill_(-torch.inf))
-        out_rows, lse_rows = rows.by_head(out), rows.by_head(lse)
-        sink = None if call.attn_sink is None else rows.per_head(call.attn_sink)
-        for chunk in rows.chunks():
-            weights, row_lse = chunk.softmax(softmax_scale)
-            if sink is not None:
-                weights.mul_(_keep(row_lse, sink[chunk.groups].unsqueeze(2)))
-            chunk_out = torch.bmm(weights, chunk.keys[..., :d_v])
-            out_rows[chunk.span] = chunk_out.masked_fill_(chunk.empty, 0.0)
-            lse_rows[chunk.span] = row_lse
-        return Results(out, lse)
+        return attend(call.q, _keys_of(call, scales), call.d_v, call.softmax_scale, call.attn_sink, scales)
 
     def max_logits(self, call: SparseAttnCall, plan: None) -> torch.Tensor:
         """See `Backend.max_logits`."""
         max_logits = call.q.new_empty(call.q.shape[:-1], dtype=torch.float32)
-        rows = _Rows.of(call)
+        rows = _Rows.of(call.q, NamedKeys.of(call.kv, call.indices, call.topk_length))
         if rows.is_empty:
             return max_logits.fill_(-torch.inf)
         max_rows = rows.by_head(max_logits)
@@ -100,12 +85,14 @@ class EagerBackend:
         """See `Backend.backward`; `results` are not read (module docstring)."""
         q, kv, attn_sink = call.q, call.kv, call.attn_sink
         dout, dlse = gradients
-        rows = _Rows.of(call, scales)
-        dq = q.new_empty(q.shape if wanted.dq else 0, dtype=rows.dtype)
-        dkv_rows = rows.kv.accumulator() if wanted.dkv else kv.new_empty(0)
+        keys = _keys_of(call, scales)
+        rows = _Rows.of(q, keys, scales)
+        dtype = q.dtype if scales is None else scales.dtype
+        dq = q.new_empty(q.shape if wanted.dq else 0, dtype=dtype)
+        dkv_rows = keys.accumulator() if wanted.dkv else kv.new_empty(0)
         dsink = q.new_zeros(0 if attn_sink is None else attn_sink.shape, dtype=torch.float32)
         if rows.is_empty or (dout is None and dlse is None):
-            return dq.zero_(), kv.new_zeros(kv.shape if wanted.dkv else 0, dtype=rows.dtype), dsink
+            return dq.zero_(), kv.new_zeros(kv.shape if wanted.dkv else 0, dtype=dtype), dsink
 
         dq_rows = rows.by_head(dq) if wanted.dq else dq
         dout_rows = None if dout is None else rows.by_head(dout)
@@ -137,8 +124,53 @@ class EagerBackend:
                 if chunk_dout is not None:
                     dkeys[..., : call.d_v] += torch.bmm(out_weights.transpose(1, 2), chunk_dout)
                 dkv_rows.index_add_(0, chunk.scatter_to, dkeys.flatten(0, 1))
-        dkv = (dkv_rows[:-1].view(kv.shape) if wanted.dkv else dkv_rows).to(rows.dtype)
+        dkv = (dkv_rows[:-1].view(kv.shape) if wanted.dkv else dkv_rows).to(dtype)
         return dq, dkv, dsink
+
+
+def attend(
+    q: torch.Tensor,
+    kv: Lists,
+    d_v: int,
+    softmax_scale: float,
+    attn_sink: torch.Tensor | None,
+    scales: Scales | None = None,
+) -> Results:
+    """Attend queries `[..., heads, d_total]` to the rows that lists name, wherever those rows stand."""
+    out = q.new_empty((*q.shape[:-1], d_v), dtype=q.dtype if scales is None else scales.dtype)
+    lse = q.new_empty(q.shape[:-1], dtype=torch.float32)
+    rows = _Rows.of(q, kv, scales)
+    if rows.is_empty:
+        return Results(out.zero_(), lse.fill_(-torch.inf))
+    out_rows, lse_rows = rows.by_head(out), rows.by_head(lse)
+    sink = None if attn_sink is None else rows.per_head(attn_sink)
+    for chunk in rows.chunks():
+        weights, row_lse = chunk.softmax(softmax_scale)
+        if sink is not None:
+            weights.mul_(_keep(row_lse, sink[chunk.groups].unsqueeze(2)))
+        chunk_out = torch.bmm(weights, chunk.keys[..., :d_v])
+        out_rows[chunk.span] = chunk_out.masked_fill_(chunk.empty, 0.0)
+        lse_rows[chunk.span] = row_lse
+    return Results(out, lse)
+
+
+def _keys_of(call: SparseAttnCall, scales: Scales | None) -> NamedKeys:
+    if scales is None:
+        return NamedKeys.of(call.kv, call.indices, call.topk_length)
+    keys = NamedKeys.of(call.kv, call.indices, call.topk_length, gathering.compute_dtype(scales.dtype))
+    return keys if scales.kv is None else _Payloads(**vars(keys), scale=scales.kv.to(keys.compute_dtype))
+
+
+@dataclass(frozen=True)
+class _Payloads(NamedKeys):
+    """Keys that are payloads with scales; they become real numbers as they are gathered."""
+
+    scale: torch.Tensor  # [] or [..., seq_kv, kv_group, 1], in the compute dtype
+
+    def gather(self, keys: torch.Tensor, out: torch.Tensor) -> None:
+        """See `Lists.gather`."""
+        super().gather(keys, out)
+        out.mul_(self.scale if self.scale.dim() == 0 else self.scale.reshape(-1, 1).index_select(0, keys))
 
 
 def _keep(lse: torch.Tensor, sink: torch.Tensor) -> torch.Tensor:
@@ -176,25 +208,17 @@ class _Rows:
     """The call with (batch, query, group) flattened into rows."""
 
     q: torch.Tensor  # [rows, heads_per_group, d_total]
-    kv: NamedKeys
-    dtype: torch.dtype  # of results and gradients
-    # Of payloads, in the compute dtype: [rows, heads_per_group, 1], and [keys + 1, 1], where the spare row has scale 0.
-    q_scale: torch.Tensor | None = None
-    kv_scale: torch.Tensor | None = None
+    kv: Lists
+    q_scale: torch.Tensor | None  # of payloads: [rows, heads_per_group, 1], in the compute dtype
 
     @classmethod
-    def of(cls, call: SparseAttnCall, scales: Scales | None = None) -> _Rows:
-        *_, heads, d_total = call.q.shape
-        dtype = call.q.dtype if scales is None else scales.dtype
-        kv = NamedKeys.of(call.kv, call.indices, call.topk_length, gathering.compute_dtype(dtype))
-        q = call.q.reshape(len(kv.indices), heads // kv.kv_group, d_total)
-        q_scale = kv_scale = None
-        if scales is not None and scales.q is not None:
-            q_scale = scales.q.to(kv.compute_dtype).expand(*call.q.shape[:-1], 1).reshape(*q.shape[:2], 1)
-        if scales is not None and scales.kv is not None:
-            kv_scale = scales.kv.to(kv.compute_dtype).expand(*call.kv.shape[:-1], 1).reshape(-1, 1)
-            kv_scale = torch.cat([kv_scale, kv_scale.new_zeros(1, 1)])
-        return cls(q, kv, dtype, q_scale, kv_scale)
+    def of(cls, q: torch.Tensor, kv: Lists, scales: Scales | None = None) -> _Rows:
+        *_, heads, d_total = q.shape
+        rows = q.reshape(len(kv.indices), heads // kv.kv_group, d_total)
+        if scales is None or scales.q is None:
+            return cls(rows, kv, None)
+        q_scale = scales.q.to(kv.compute_dtype).expand(*q.shape[:-1], 1)
+        return cls(rows, kv, q_scale.reshape(*rows.shape[:-1], 1))
 
     @property
     def is_empty(self) -> bool:
@@ -217,6 +241,4 @@ class _Rows:
             queries = self.q[chunk.span].to(self.kv.compute_dtype, copy=True, memory_format=layout)
             if self.q_scale is not None:
                 queries.mul_(self.q_scale[chunk.span])
-            if self.kv_scale is not None:
-                chunk.keys.mul_(self.kv_scale[chunk.scatter_to].view(*chunk.keys.shape[:2], 1))
             yield _Chunk(**vars(chunk), queries=queries)

@@ -132,8 +132,8 @@ def _check_scales(q: torch.Tensor, kv: torch.Tensor, scales: Scales) -> None:
         raise InvalidInputError(f"dtype must be bfloat16, float16, float32 or float64, got {name_of(scales.dtype)}")
     if scales.q is None and scales.kv is None:
         raise InvalidInputError(
-            "q_scale or kv_scale must be given, got neither; plain tensors are for mla::sparse_attn, and a wrapper that "
-            "dequantised itself on the way (compiled in inference mode) needs mla_ops.fuse_wrapper, or torch.no_grad"
+            "q_scale or kv_scale must be given, got neither; plain tensors are for mla::sparse_attn, and a wrapper "
+            "that dequantised itself on the way (compiled in inference mode) needs mla_ops.fuse_wrapper, or no_grad"
         )
     check_storage(q=q, q_scale=scales.q, kv_scale=scales.kv)
     for name, tensor, scale in (("q", q, scales.q), ("kv", kv, scales.kv)):

@@ -135,23 +135,16 @@ class PortableKernels:
             if out is not None:
                 kernel_out = unfilled((*plan.partials, d_v), torch.float32, q, is_traced=is_traced)
             kernel_lse = unfilled(plan.partials, torch.float32, q, is_traced=is_traced)
-        forward_kernel, merge_kernel = _forward_kernels()
-        wrap(forward_kernel)[plan.grid](
+        wrap(_forward_kernels()[0])[plan.grid](
             q, *plan.q_strides, kv, *plan.kv_strides, indices, *plan.indices_strides,
             topk_length, attn_sink, kernel_out, kernel_lse, softmax_scale,
             *plan.sizes, *plan.constants, _input_precision(q), is_split, softmax_scale < 0, **plan.options,
         )  # fmt: skip
         if not is_split:
             return lse
-        if out is None:
+        if out is None or kernel_out is None:
             return kernel_lse.amax(1).view(lse.shape)
-        rows, _, heads = plan.partials
-        block_d = min(MERGED_CHANNELS, 1 << (d_v - 1).bit_length())
-        block_h = MERGED_CHANNELS // block_d
-        wrap(merge_kernel)[(program_count(rows, heads, 1, block_h) * -(-d_v // block_d),)](
-            kernel_out, kernel_lse, attn_sink, out, lse, num_splits,
-            heads, d_v, MERGED_SPLITS, block_h, block_d, num_warps=1,
-        )  # fmt: skip
+        run_merge(kernel_out, kernel_lse, attn_sink, out, lse, wrap)
         return lse
 
     def plan_backward(self, call: SparseAttnCall, config: BwdConfig, use_int64_offsets: bool) -> PortableBackward:
@@ -199,6 +192,24 @@ class PortableKernels:
             *plan.constants, plan.use_int64_offsets or has_far_places, _input_precision(q), *plan.orders,
             **plan.options,
         )  # fmt: skip
+
+
+def run_merge(
+    partial_out: torch.Tensor,
+    partial_lse: torch.Tensor,
+    attn_sink: torch.Tensor | None,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    wrap: Wrap,
+) -> None:
+    """Merge fp32 partial results `[rows, splits, heads, d_v]` and `[rows, splits, heads]` into `out` and `lse`."""
+    rows, num_splits, heads, d_v = partial_out.shape
+    block_d = min(MERGED_CHANNELS, 1 << (d_v - 1).bit_length())
+    block_h = MERGED_CHANNELS // block_d
+    wrap(_forward_kernels()[1])[(program_count(rows, heads, 1, block_h) * -(-d_v // block_d),)](
+        partial_out, partial_lse, attn_sink, out, lse, num_splits,
+        heads, d_v, MERGED_SPLITS, block_h, block_d, num_warps=1,
+    )  # fmt: skip
 
 
 def needs_int64_offsets(call: SparseAttnCall) -> bool:
