@@ -81,7 +81,7 @@ TENSOR_RULES = [
     bad({"attn_sink": lambda a: a["attn_sink"][None]}, r"attn_sink must be \[heads\], got shape \[1, 4\]"),
     bad({"q": lambda a: a["q"].int()}, r"q must be bfloat16, float16, float32 or float64, got int32"),
     bad({"q": lambda a: a["q"].to(torch.complex64)}, r"q must be bfloat16, .*got complex64"),
-    bad({"q": lambda a: a["q"].to(torch.float8_e4m3fn)}, r"q must be bfloat16, .*got float8_e4m3fn; quantised"),
+    bad({"q": lambda a: a["q"].to(torch.float8_e4m3fn)}, r"q must be bfloat16, .*got float8_e4m3fn; a payload without"),
     bad(
         {"kv": lambda a: a["kv"].half()}, r"kv must have the dtype of q \(float32\), got float16; use kv.to\(q.dtype\)"
     ),
