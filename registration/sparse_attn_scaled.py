@@ -7,7 +7,7 @@ NOTE [Wrappers are opened by the autograd kernel]
 A payload can't carry a gradient in another dtype than its own, its wrapper can. So the forward also takes wrappers that
 `as_scaled` opens, in the place of a payload and its scale: the autograd kernel, which comes before the
 `__torch_dispatch__` of their class, opens them and saves their payloads; gradients go to the wrappers. Inference mode
-has no autograd kernels: the front door opens wrappers itself, and in compiled code a class needs `fuse_wrapper`.
+has no autograd kernels: the front door opens what takes no gradient, and in compiled code a class needs `fuse_wrapper`.
 """
 
 from __future__ import annotations

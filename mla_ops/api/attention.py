@@ -125,9 +125,13 @@ def _fused(
     if not torch.is_autocast_enabled(indices.device.type):
         check_logical_dtypes(q, kv)
     dtype, q_scale, kv_scale = q.dtype, None, None
-    # NOTE [Wrappers are opened by the autograd kernel], which inference mode lacks, after which Dynamo can't ask.
-    if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
-        (q, q_scale), (kv, kv_scale) = open_wrapper("q", q), open_wrapper("kv", kv)
+    # NOTE [Wrappers are opened by the autograd kernel]; what takes no gradient is opened here, except by Dynamo.
+    if not torch.compiler.is_compiling():
+        with_grad = torch.is_grad_enabled()
+        if not (with_grad and q.requires_grad):
+            q, q_scale = open_wrapper("q", q)
+        if not (with_grad and kv.requires_grad):
+            kv, kv_scale = open_wrapper("kv", kv)
     arguments = (indices, d_v, softmax_scale, dtype, topk_length, attn_sink, backend)
     return SparseAttnOutput(*SPARSE_ATTN_SCALED(q, q_scale, kv, kv_scale, *arguments))
 

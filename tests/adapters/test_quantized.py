@@ -329,6 +329,18 @@ def test_fused_without_autograd() -> None:
     assert TeLike.dequantised == []
 
 
+def test_fused_under_torch_func(dequantisations: list) -> None:
+    kv = torchao_inference(INPUTS.kv)
+    leaves = [INPUTS.q.clone().requires_grad_(), torchao_inference(INPUTS.kv).requires_grad_()]
+    fused_out(*leaves).float().sum().backward()
+    gradient = torch.func.grad(lambda q: fused_out(q, kv).float().sum())(INPUTS.q)
+    assert torch.equal(gradient, leaves[0].grad)
+    with fused(Float8Tensor):  # a transform hides what it differentiates from the front door
+        gradient = torch.func.grad(lambda kv: fused_out(INPUTS.q, kv).float().sum())(kv)
+    assert torch.equal(gradient, leaves[1].grad)
+    assert dequantisations == []
+
+
 def test_fused_under_autocast(dequantisations: list) -> None:
     kv = Float8Tensor.from_hp(INPUTS.kv.float(), granularity=PerRow())
     assert kv.dtype == torch.float32
