@@ -2,9 +2,9 @@
 
     python benchmarks/quantized.py
 
-writes results/<date>-<device>-quantized.json and prints it. Payloads and scales (one a row) are random; the plain tensors
-are what they stand for. Graphs of a case take turns, ROUNDS times, and the median over the rounds is recorded, after
-results and gradients have been held against each other. A copy is what users make without the fused path:
+writes results/<date>-<device>-quantized.json and prints it. Payloads and scales (one a row) are random; the plain
+tensors are what they stand for. Graphs of a case take turns, ROUNDS times, and the median over the rounds is recorded,
+after results and gradients have been held against each other. A copy is what users make without the fused path:
 `(payload.float() * scale).bfloat16()`, kv alone or q too.
 """
 
