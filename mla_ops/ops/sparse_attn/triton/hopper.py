@@ -186,7 +186,7 @@ def check_config(config: HopperConfig | FewHeadsConfig | HopperBwdConfig, key: C
     if isinstance(config, FewHeadsConfig):
         side, plain = "forward for few heads", "a FwdConfig"
         can_run = few_heads_config(key) is not None and key.heads_per_group <= config.block_h
-        value, width = config.left + config.right, config.left + config.right + config.tail
+        value, width = config.value, config.value + config.tail
     elif isinstance(config, HopperConfig):
         side, plain, can_run = "forward", "a FwdConfig", hopper_config(key) is not None
         value, width = config.left + config.right, config.left + config.right + config.tail
