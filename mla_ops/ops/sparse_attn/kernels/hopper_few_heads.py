@@ -1,6 +1,8 @@
 """Forward kernel for wide rows and few heads on sm90, in Gluon: keys are rows of its products, heads are columns."""
 
-# ruff: noqa: RUF005, SIM102, SIM113 (Triton has no enumerate and no starred tuples, and folds an `if` of constants alone)
+# ruff: noqa: RUF005, SIM113 (Triton has no starred tuples and no enumerate)
+
+from typing import Any, NamedTuple
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -11,6 +13,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
+from triton.language.extra.cuda import gdc_launch_dependents
 
 from mla_ops.kernels.gluon_compat import block_barrier
 from mla_ops.kernels.gluon_rows import convert_e4m3, end_position, load_positions, locate_rows, pages_of
@@ -30,8 +33,43 @@ from mla_ops.ops.sparse_attn.kernels.hopper_forward import (
 PART = gl.constexpr(128)
 # Channels of the tail that share a scale with no other part.
 PIECE = gl.constexpr(64)
-# Rows of a tile that one of the two converting groups loads.
-SHARE = gl.constexpr(32)
+
+
+class Slots(NamedTuple):
+    """The slots of every query, and how they are shared out over work items."""
+
+    indices_ptr: Any
+    stride_b: Any
+    stride_s: Any
+    stride_g: Any
+    topk_length_ptr: Any
+    seq_q: Any
+    topk: Any
+    slots_per_split: Any
+    num_splits: Any
+    num_items: Any
+
+
+class Pool(NamedTuple):
+    """How positions become rows; see `gluon_rows.py`."""
+
+    table_ptr: Any
+    stride_table: Any
+    seq_lens_ptr: Any
+    num_positions: Any
+    page_size: Any
+    num_pages: Any
+
+
+class Cursor(NamedTuple):
+    """A tile of a work item."""
+
+    item: Any
+    tiles_left: Any
+    slots_ptr: Any  # to the position of its first slot
+    slots_left: Any
+    batch: Any
+    group: Any
 
 
 @gluon.constexpr_function
@@ -49,16 +87,32 @@ def _scale_of(piece, value):
 
 @gluon.constexpr_function
 def _words_layout(num_words):
-    """Return the layout of [32, num_words] words of 32 or 16 of a row: 16 bytes a thread.
+    """Return the layout of [64, num_words] words of 32 or 16 of a row: 16 bytes a thread.
 
     Eight threads that store together have 64 channels of two rows, which the swizzle of a tile puts into different
     banks. 16 words are held twice, so that both layouts have the same rows.
     """
     wide = [0, 16] if num_words == 32 else [0, 0]
     return gl.DistributedLinearLayout(
-        reg_bases=[[0, 1], [0, 2], [16, 0]], lane_bases=[[0, 4], [0, 8], [1, 0], wide, [2, 0]],
-        warp_bases=[[4, 0], [8, 0]], block_bases=[], shape=[32, num_words],
+        reg_bases=[[0, 1], [0, 2], [16, 0], [32, 0]], lane_bases=[[0, 4], [0, 8], [1, 0], wide, [2, 0]],
+        warp_bases=[[4, 0], [8, 0]], block_bases=[], shape=[64, num_words],
     )  # fmt: skip
+
+
+@gluon.constexpr_function
+def _scales_layout(num_scales):
+    """Return the layout of [64, num_scales] scales of 4 or 8 of a row, with the same rows: one a thread."""
+    wide = [0, 4] if num_scales == 8 else [0, 0]
+    return gl.DistributedLinearLayout(
+        reg_bases=[[16, 0], [32, 0]], lane_bases=[[0, 1], [0, 2], [1, 0], wide, [2, 0]],
+        warp_bases=[[4, 0], [8, 0]], block_bases=[], shape=[64, num_scales],
+    )  # fmt: skip
+
+
+@gluon.constexpr_function
+def _held_scales(num_scales):
+    """Return for how many scales of a row there is room."""
+    return 8 if num_scales > 4 else 4
 
 
 @gluon.jit
@@ -69,48 +123,42 @@ def _locate_item(item, num_splits, KV_GROUP: gl.constexpr):
 
 
 @gluon.jit
-def _item_slots(topk_length_ptr, row, split, topk, slots_per_split):
-    """Return the first slot of an item, the slot it ends before, and its tiles: one at least."""
-    first = split * slots_per_split
-    end = gl.minimum(first + slots_per_split, _end_slot(topk_length_ptr, row, topk))
-    return first, end, gl.maximum((end - first + TILE - 1) // TILE, 1)
-
-
-@gluon.jit
-def _item_tiles(item, slots, KV_GROUP: gl.constexpr):
-    """Return a cursor at the first tile of an item.
-
-    A cursor is (item, tiles left, pointer to the positions of the tile, slots left, batch, group).
-    """
-    indices_ptr, stride_i_b, stride_i_s, stride_i_g, topk_length_ptr, seq_q, topk, slots_per_split, num_splits, _ = (
-        slots
-    )
-    row, group, split = _locate_item(item, num_splits, KV_GROUP)
-    first, end, num_tiles = _item_slots(topk_length_ptr, row, split, topk, slots_per_split)
-    batch = row // seq_q
-    slots_ptr = indices_ptr + batch * stride_i_b + (row % seq_q) * stride_i_s + group.to(gl.int64) * stride_i_g
-    return item, num_tiles, slots_ptr + first, end - first, batch, group
+def _first_tile(item, slots, KV_GROUP: gl.constexpr):
+    """Return the cursor of the first tile of an item; an item has one at least, which may have no slots."""
+    row, group, split = _locate_item(item, slots.num_splits, KV_GROUP)
+    first = split * slots.slots_per_split
+    end = gl.minimum(first + slots.slots_per_split, _end_slot(slots.topk_length_ptr, row, slots.topk))
+    num_tiles = gl.maximum((end - first + TILE - 1) // TILE, 1)
+    batch = row // slots.seq_q
+    slots_ptr = slots.indices_ptr + batch * slots.stride_b + (row % slots.seq_q) * slots.stride_s
+    slots_ptr += group.to(gl.int64) * slots.stride_g
+    return Cursor(item, num_tiles, slots_ptr + first, end - first, batch, group)
 
 
 @gluon.jit
 def _next_tile(cursor, slots, KV_GROUP: gl.constexpr):
-    """Return a cursor at the tile after a tile; the last item of a program is followed by itself."""
+    """Return the cursor of the tile after a tile; the last item of a program is followed by itself."""
     item, tiles_left, slots_ptr, slots_left, batch, group = cursor
     tiles_left -= 1
     slots_ptr += TILE
     slots_left -= TILE
     if tiles_left == 0:
-        following = gl.minimum(item + gl.num_programs(0), slots[9] - 1)
-        item, tiles_left, slots_ptr, slots_left, batch, group = _item_tiles(following, slots, KV_GROUP)
-    return item, tiles_left, slots_ptr, slots_left, batch, group
+        item = gl.minimum(item + gl.num_programs(0), slots.num_items - 1)
+        item, tiles_left, slots_ptr, slots_left, batch, group = _first_tile(item, slots, KV_GROUP)
+    return Cursor(item, tiles_left, slots_ptr, slots_left, batch, group)
 
 
 @gluon.jit
-def _cursor_pages(positions, cursor, pool, IS_PAGED: gl.constexpr):
+def _load_slots(cursor, LAYOUT: gl.constexpr):
+    """Return the positions of a tile."""
+    return load_positions(cursor.slots_ptr, 0, cursor.slots_left, TILE, LAYOUT)
+
+
+@gluon.jit
+def _load_pages(positions, cursor, pool, IS_PAGED: gl.constexpr):
     """Return the page of each position of a tile."""
-    table_ptr, stride_table, seq_lens_ptr, num_positions, page_size, _ = pool
-    end = end_position(seq_lens_ptr, cursor[4], num_positions)
-    return pages_of(positions, end, page_size, table_ptr, stride_table, cursor[4], IS_PAGED)
+    end = end_position(pool.seq_lens_ptr, cursor.batch, pool.num_positions)
+    return pages_of(positions, end, pool.page_size, pool.table_ptr, pool.stride_table, cursor.batch, IS_PAGED)
 
 
 @gluon.jit
@@ -126,9 +174,9 @@ def _copy_queries(
     HEADS: gl.constexpr, KV_GROUP: gl.constexpr, D_TOTAL: gl.constexpr, VALUE: gl.constexpr,
 ):  # fmt: skip
     """Start the copy of the queries of an item."""
-    row, group, _ = _locate_item(item, slots[8], KV_GROUP)
+    row, group, _ = _locate_item(item, slots.num_splits, KV_GROUP)
     heads = gl.arange(0, q[0].shape[1], layout=gl.SliceLayout(1, ROWS_LAYOUT))
-    q_ptr += (row // slots[5]) * _known_multiple(stride_q_b) + (row % slots[5]) * _known_multiple(stride_q_s)
+    q_ptr += (row // slots.seq_q) * _known_multiple(stride_q_b) + (row % slots.seq_q) * _known_multiple(stride_q_s)
     q_ptr += (group * (HEADS // KV_GROUP)).to(gl.int64) * _known_multiple(stride_q_h)
     row_ptrs = q_ptr + heads.to(gl.int64) * _known_multiple(stride_q_h)
     _copy_parts(q, buffer, row_ptrs, heads < HEADS // KV_GROUP, VALUE, D_TOTAL)
@@ -143,28 +191,33 @@ def _gather(
 ):  # fmt: skip
     """Copy the rows of every tile, and the queries of every item, with cp.async."""
     SLOTS_LAYOUT: gl.constexpr = gl.SliceLayout(1, ROWS_LAYOUT)
-    num_items = slots[9]
-    cursor = _item_tiles(gl.program_id(0), slots, KV_GROUP)
-    positions = load_positions(cursor[2], 0, cursor[3], TILE, SLOTS_LAYOUT)
-    pages = _cursor_pages(positions, cursor, pool, IS_PAGED)
+    cursor = _first_tile(gl.program_id(0), slots, KV_GROUP)
+    positions = _load_slots(cursor, SLOTS_LAYOUT)
+    pages = _load_pages(positions, cursor, pool, IS_PAGED)
     cursor = _next_tile(cursor, slots, KV_GROUP)
-    ahead = load_positions(cursor[2], 0, cursor[3], TILE, SLOTS_LAYOUT)
+    ahead = _load_slots(cursor, SLOTS_LAYOUT)
     count = 0
     items = 0
-    for item in range(gl.program_id(0), num_items, gl.num_programs(0)):
-        _, num_tiles, _, _, batch, group = _item_tiles(item, slots, KV_GROUP)
-        rows_ptr = kv_ptr + group.to(gl.int64) * _known_multiple(stride_kv_g)
+    for item in range(gl.program_id(0), slots.num_items, gl.num_programs(0)):
+        first = _first_tile(item, slots, KV_GROUP)
+        rows_ptr = kv_ptr + first.group.to(gl.int64) * _known_multiple(stride_kv_g)
         if not IS_PAGED:
-            rows_ptr += batch * _known_multiple(stride_kv_b)
-        for tile in range(num_tiles):
+            rows_ptr += first.batch * _known_multiple(stride_kv_b)
+        for tile in range(first.tiles_left):
             stage = count % STAGES
             offsets, is_valid = locate_rows(
-                positions, pages, pool[5], pool[4], _known_multiple(stride_kv_b), _known_multiple(stride_kv_s), IS_PAGED
+                positions,
+                pages,
+                pool.num_pages,
+                pool.page_size,
+                _known_multiple(stride_kv_b),
+                _known_multiple(stride_kv_s),
+                IS_PAGED,
             )
             positions = ahead
-            pages = _cursor_pages(positions, cursor, pool, IS_PAGED)
+            pages = _load_pages(positions, cursor, pool, IS_PAGED)
             cursor = _next_tile(cursor, slots, KV_GROUP)
-            ahead = load_positions(cursor[2], 0, cursor[3], TILE, SLOTS_LAYOUT)
+            ahead = _load_slots(cursor, SLOTS_LAYOUT)
 
             mbarrier.wait(free.index(stage), ((count // STAGES) & 1) ^ 1)
             _copy_parts(k, stage, rows_ptr + offsets, is_valid, VALUE, D_TOTAL)
@@ -203,7 +256,7 @@ def _load_rows(
     VALUE: gl.constexpr, D_PAYLOAD: gl.constexpr, D_TAIL: gl.constexpr,
     NUM_SCALES: gl.constexpr, SCALE_OFFSET: gl.constexpr, TAIL_OFFSET: gl.constexpr,
 ):  # fmt: skip
-    """Start the loads of some rows: the words of every part, a tail in 16 bits among them, and the scales."""
+    """Start the loads of some rows: the words of every part, of a tail in 16 bits among them, and the scales."""
     parts = ()
     NUM_PAYLOADS: gl.constexpr = len(k) - (1 if D_TAIL > 0 else 0)
     for i in gl.static_range(NUM_PAYLOADS):
@@ -214,26 +267,28 @@ def _load_rows(
             words = _load_words(row_ptrs, is_valid, TAIL_OFFSET // 4 + 32 * j, TAIL_OFFSET // 4 + D_TAIL // 2, 32)
             parts = parts + (words,)
     scales = ()
-    for i in gl.static_range(NUM_SCALES):
-        scale_ptrs = (row_ptrs + (SCALE_OFFSET // 4 + i)).to(gl.pointer_type(gl.float32), bitcast=True)
-        scales = scales + (gl.load(scale_ptrs, mask=is_valid, other=0.0),)
+    if NUM_SCALES > 0:
+        LAYOUT: gl.constexpr = _scales_layout(_held_scales(NUM_SCALES))
+        row_ptrs = gl.convert_layout(row_ptrs, gl.SliceLayout(1, LAYOUT), assert_trivial=True)
+        mask = gl.convert_layout(is_valid, gl.SliceLayout(1, LAYOUT), assert_trivial=True)[:, None]
+        cols = gl.arange(0, _held_scales(NUM_SCALES), layout=gl.SliceLayout(0, LAYOUT))
+        scale_ptrs = (row_ptrs + SCALE_OFFSET // 4).to(gl.pointer_type(gl.float32), bitcast=True)
+        mask = mask & (cols < NUM_SCALES)[None, :]
+        scales = (gl.load(scale_ptrs[:, None] + cols[None, :], mask=mask, other=0.0),)
     return parts, scales
 
 
 @gluon.jit
-def _store_rows(
-    parts, scales, is_valid, k, k_words, valid, row_scales, stage, HALF: gl.constexpr, D_TAIL: gl.constexpr
-):
-    """Store half of the rows of a tile as 16-bit channels without their scales, and the scales."""
+def _store_rows(parts, scales, is_valid, k, k_words, valid, row_scales, stage, D_TAIL: gl.constexpr):
+    """Store the rows of a tile as 16-bit channels without their scales, and the scales."""
     NUM_PAYLOADS: gl.constexpr = len(k) - (1 if D_TAIL > 0 else 0)
     for i in gl.static_range(NUM_PAYLOADS):
-        k_words[i].index(stage).slice(HALF * SHARE, SHARE).store(convert_e4m3(parts[i], k[i].dtype))
+        k_words[i].index(stage).store(convert_e4m3(parts[i], k[i].dtype))
     for j in gl.static_range(len(parts) - NUM_PAYLOADS):
-        tail = k_words[NUM_PAYLOADS].index(stage).slice(HALF * SHARE, SHARE)
-        tail.slice(32 * j, 32, 1).store(parts[NUM_PAYLOADS + j])
-    valid.index(2 * stage + HALF).store(is_valid.to(gl.int32))
-    for i in gl.static_range(len(scales)):
-        row_scales.index((stage * len(scales) + i) * 2 + HALF).store(scales[i])
+        k_words[NUM_PAYLOADS].index(stage).slice(32 * j, 32, 1).store(parts[NUM_PAYLOADS + j])
+    valid.index(stage).store(is_valid.to(gl.int32))
+    if len(scales) > 0:
+        row_scales.index(stage).permute([1, 0]).store(scales[0])
 
 
 @gluon.jit
@@ -243,60 +298,61 @@ def _gather_converting(
     HEADS: gl.constexpr, KV_GROUP: gl.constexpr, D_TOTAL: gl.constexpr, VALUE: gl.constexpr,
     STAGES: gl.constexpr, Q_BUFFERS: gl.constexpr, IS_PAGED: gl.constexpr,
     D_PAYLOAD: gl.constexpr, D_TAIL: gl.constexpr,
-    NUM_SCALES: gl.constexpr, SCALE_OFFSET: gl.constexpr, TAIL_OFFSET: gl.constexpr, HALF: gl.constexpr,
+    NUM_SCALES: gl.constexpr, SCALE_OFFSET: gl.constexpr, TAIL_OFFSET: gl.constexpr, PARITY: gl.constexpr,
 ):  # fmt: skip
-    """Load half of the rows of every tile a tile ahead, convert and store them; the first half copies the queries."""
+    """Load the rows of every second tile, convert and store them; copy the queries of items that begin with one."""
     SLOTS_LAYOUT: gl.constexpr = gl.SliceLayout(1, _words_layout(32))
-    num_items = slots[9]
     # Strides in words: rows begin at multiples of 16 bytes.
     stride_page, stride_row, stride_group = stride_kv_b // 16 * 4, stride_kv_s // 16 * 4, stride_kv_g // 16 * 4
     words_ptr = kv_ptr.to(gl.pointer_type(gl.int32), bitcast=True)
-    cursor = _item_tiles(gl.program_id(0), slots, KV_GROUP)
-    positions = load_positions(cursor[2], HALF * SHARE, cursor[3], SHARE, SLOTS_LAYOUT)
-    pages = _cursor_pages(positions, cursor, pool, IS_PAGED)
-    offsets, is_valid = locate_rows(positions, pages, pool[5], pool[4], stride_page, stride_row, IS_PAGED)
+    cursor = _first_tile(gl.program_id(0), slots, KV_GROUP)
+    if PARITY == 1:
+        cursor = _next_tile(cursor, slots, KV_GROUP)
+    positions = _load_slots(cursor, SLOTS_LAYOUT)
+    pages = _load_pages(positions, cursor, pool, IS_PAGED)
+    offsets, is_valid = locate_rows(positions, pages, pool.num_pages, pool.page_size, stride_page, stride_row, IS_PAGED)
     parts, scales = _load_rows(
-        words_ptr + cursor[5].to(gl.int64) * stride_group + offsets, is_valid, k,
+        words_ptr + cursor.group.to(gl.int64) * stride_group + offsets, is_valid, k,
         VALUE, D_PAYLOAD, D_TAIL, NUM_SCALES, SCALE_OFFSET, TAIL_OFFSET,
     )  # fmt: skip
-    cursor = _next_tile(cursor, slots, KV_GROUP)
-    positions = load_positions(cursor[2], HALF * SHARE, cursor[3], SHARE, SLOTS_LAYOUT)
-    pages = _cursor_pages(positions, cursor, pool, IS_PAGED)
-    group = cursor[5]
-    cursor = _next_tile(cursor, slots, KV_GROUP)
-    ahead = load_positions(cursor[2], HALF * SHARE, cursor[3], SHARE, SLOTS_LAYOUT)
-    count = 0
+    cursor = _next_tile(_next_tile(cursor, slots, KV_GROUP), slots, KV_GROUP)
+    positions = _load_slots(cursor, SLOTS_LAYOUT)
+    pages = _load_pages(positions, cursor, pool, IS_PAGED)
+    group = cursor.group
+    cursor = _next_tile(_next_tile(cursor, slots, KV_GROUP), slots, KV_GROUP)
+    ahead = _load_slots(cursor, SLOTS_LAYOUT)
+    first_count = 0
     items = 0
-    for item in range(gl.program_id(0), num_items, gl.num_programs(0)):
-        _, num_tiles, _, _, _, _ = _item_tiles(item, slots, KV_GROUP)
-        for tile in range(num_tiles):
+    for item in range(gl.program_id(0), slots.num_items, gl.num_programs(0)):
+        num_tiles = _first_tile(item, slots, KV_GROUP).tiles_left
+        for tile in range((first_count + PARITY) % 2, num_tiles, 2):
+            count = first_count + tile
             stage = count % STAGES
-            offsets, next_valid = locate_rows(positions, pages, pool[5], pool[4], stride_page, stride_row, IS_PAGED)
-            next_parts, next_scales = _load_rows(
-                words_ptr + group.to(gl.int64) * stride_group + offsets, next_valid, k,
+            if tile == 0:
+                # The queries arrive with the first tile of their item.
+                buffer = items % Q_BUFFERS
+                mbarrier.wait(q_free.index(buffer), ((items // Q_BUFFERS) & 1) ^ 1)
+                _copy_queries(
+                    q_ptr, stride_q_b, stride_q_s, stride_q_h, item, slots, q, buffer, HEADS, KV_GROUP, D_TOTAL, VALUE
+                )
+                async_copy.commit_group()
+            mbarrier.wait(free.index(stage), ((count // STAGES) & 1) ^ 1)
+            _store_rows(parts, scales, is_valid, k, k_words, valid, row_scales, stage, D_TAIL)
+            _publish_copies(full.index(stage), 0, True)
+            # The next tile but one, whose rows come while the other group converts.
+            offsets, is_valid = locate_rows(
+                positions, pages, pool.num_pages, pool.page_size, stride_page, stride_row, IS_PAGED
+            )
+            parts, scales = _load_rows(
+                words_ptr + group.to(gl.int64) * stride_group + offsets, is_valid, k,
                 VALUE, D_PAYLOAD, D_TAIL, NUM_SCALES, SCALE_OFFSET, TAIL_OFFSET,
             )  # fmt: skip
             positions = ahead
-            pages = _cursor_pages(positions, cursor, pool, IS_PAGED)
-            group = cursor[5]
-            cursor = _next_tile(cursor, slots, KV_GROUP)
-            ahead = load_positions(cursor[2], HALF * SHARE, cursor[3], SHARE, SLOTS_LAYOUT)
-
-            if HALF == 0:
-                if tile == 0:
-                    # The queries arrive with the first tile of their item.
-                    buffer = items % Q_BUFFERS
-                    mbarrier.wait(q_free.index(buffer), ((items // Q_BUFFERS) & 1) ^ 1)
-                    _copy_queries(
-                        q_ptr, stride_q_b, stride_q_s, stride_q_h, item, slots, q, buffer,
-                        HEADS, KV_GROUP, D_TOTAL, VALUE,
-                    )  # fmt: skip
-                    async_copy.commit_group()
-            mbarrier.wait(free.index(stage), ((count // STAGES) & 1) ^ 1)
-            _store_rows(parts, scales, is_valid, k, k_words, valid, row_scales, stage, HALF, D_TAIL)
-            _publish_copies(full.index(stage), 0, True)
-            parts, scales, is_valid = next_parts, next_scales, next_valid
-            count += 1
+            pages = _load_pages(positions, cursor, pool, IS_PAGED)
+            group = cursor.group
+            cursor = _next_tile(_next_tile(cursor, slots, KV_GROUP), slots, KV_GROUP)
+            ahead = _load_slots(cursor, SLOTS_LAYOUT)
+        first_count += num_tiles
         items += 1
 
 
@@ -329,6 +385,7 @@ def _scaled_scores(
 ):  # fmt: skip
     """Return K Q^T of a tile whose rows lie there without their scales: each piece times the scale of its key."""
     NUM_VALUES: gl.constexpr = (VALUE + PART - 1) // PART
+    HELD: gl.constexpr = _held_scales(NUM_SCALES)
     IS_CUT: gl.constexpr = D_TAIL == 0 and len(k) > NUM_VALUES
     NUM_PIECES: gl.constexpr = NUM_VALUES + k[NUM_VALUES].shape[2] // PIECE if IS_CUT else len(k)
     scores = zero
@@ -341,7 +398,7 @@ def _scaled_scores(
             )  # fmt: skip
         done = warpgroup_mma_wait(1 if n + 1 < NUM_PIECES else 0, deps=[piece])
         if n < NUM_VALUES or D_TAIL == 0:
-            scores += done * row_scales.index(stage * NUM_SCALES + _scale_of(n, VALUE)).load(KEYS_LAYOUT)[:, None]
+            scores += done * row_scales.index(stage * HELD + _scale_of(n, VALUE)).load(KEYS_LAYOUT)[:, None]
         else:
             scores += done
         if n + 1 < NUM_PIECES:
@@ -350,12 +407,33 @@ def _scaled_scores(
 
 
 @gluon.jit
-def _store_values(out_ptrs, acc, channels, head_mask, factor, D_V: gl.constexpr):
-    gl.store(
-        out_ptrs[None, :] + channels[:, None],
-        (acc * factor[None, :]).to(out_ptrs.dtype.element_ty),
-        mask=(channels < D_V)[:, None] & head_mask[None, :],
-    )
+def _store_partial(
+    out_ptr,
+    acc,
+    head_mask,
+    HEADS_LAYOUT: gl.constexpr,
+    KEYS_LAYOUT: gl.constexpr,
+    START: gl.constexpr,
+    D_V: gl.constexpr,
+):
+    """Store [channels, heads] from START on in fp32, as they are: eight threads have a sector."""
+    heads = gl.arange(0, acc.shape[1], layout=HEADS_LAYOUT)
+    channels = START + gl.arange(0, acc.shape[0], layout=KEYS_LAYOUT)
+    out_ptrs = (out_ptr + heads * D_V)[None, :] + channels[:, None]
+    gl.store(out_ptrs, acc, mask=(channels < D_V)[:, None] & head_mask[None, :])
+
+
+@gluon.jit
+def _store_out(out_ptr, staged, acc, HEADS: gl.constexpr, START: gl.constexpr, D_V: gl.constexpr):
+    """Store [channels, heads] from START on, transposed through shared memory: 16 bytes a thread, heads in a line."""
+    BLOCK_H: gl.constexpr = staged.shape[0]
+    WIDTH: gl.constexpr = staged.shape[1]
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // WIDTH, WIDTH // 8], [4, 1], [1, 0])
+    staged.permute([1, 0]).store(acc.to(staged.dtype))
+    heads = gl.arange(0, BLOCK_H, layout=gl.SliceLayout(1, LAYOUT))
+    channels = START + gl.arange(0, WIDTH, layout=gl.SliceLayout(0, LAYOUT))
+    mask = (heads < HEADS)[:, None] & (channels < D_V)[None, :]
+    gl.store((out_ptr + heads * D_V)[:, None] + channels[None, :], staged.load(LAYOUT), mask=mask)
 
 
 @gluon.jit
@@ -364,7 +442,7 @@ def _attend(
     q, k, weights, valid, row_scales, full, free, q_free,
     HEADS: gl.constexpr, KV_GROUP: gl.constexpr, D_V: gl.constexpr, VALUE: gl.constexpr,
     BLOCK_H: gl.constexpr, STAGES: gl.constexpr, Q_BUFFERS: gl.constexpr,
-    NUM_SCALES: gl.constexpr, D_TAIL: gl.constexpr, IS_NEGATIVE_SCALE: gl.constexpr,
+    NUM_SCALES: gl.constexpr, D_TAIL: gl.constexpr, IS_SPLIT: gl.constexpr, IS_NEGATIVE_SCALE: gl.constexpr,
 ):  # fmt: skip
     # One layout for [keys, heads] and [channels, heads]: a thread has the same heads of both.
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_H, 16])
@@ -372,7 +450,9 @@ def _attend(
     KEYS_LAYOUT: gl.constexpr = gl.SliceLayout(1, LAYOUT)
     HEADS_PER_GROUP: gl.constexpr = HEADS // KV_GROUP
     NUM_VALUES: gl.constexpr = (VALUE + PART - 1) // PART
-    num_splits = slots[8]
+    num_splits = slots.num_splits
+    if IS_SPLIT:
+        gdc_launch_dependents()
     # Positive, and 0 as a number that makes every logit 0: see `forward.py`.
     logit_scale = gl.where(softmax_scale == 0, 1e-37, gl.abs(softmax_scale) * LOG2_E)
     zero = gl.full([TILE, BLOCK_H], 0.0, gl.float32, LAYOUT)
@@ -380,9 +460,9 @@ def _attend(
     head_mask = heads < HEADS_PER_GROUP
     count = 0
     items = 0
-    for item in range(gl.program_id(0), slots[9], gl.num_programs(0)):
+    for item in range(gl.program_id(0), slots.num_items, gl.num_programs(0)):
         row, group, split = _locate_item(item, num_splits, KV_GROUP)
-        _, num_tiles, _, _, _, _ = _item_tiles(item, slots, KV_GROUP)
+        num_tiles = _first_tile(item, slots, KV_GROUP).tiles_left
         buffer = items % Q_BUFFERS
         row_max = gl.full([BLOCK_H], -float("inf"), gl.float32, HEADS_LAYOUT)
         # Summed over the keys once, at the end of the item.
@@ -415,7 +495,7 @@ def _attend(
             for i in gl.static_range(NUM_VALUES if NUM_SCALES > 0 else 1):
                 scaled = p
                 if NUM_SCALES > 0:
-                    scaled = p * row_scales.index(stage * NUM_SCALES + i).load(KEYS_LAYOUT)[:, None]
+                    scaled = p * row_scales.index(stage * _held_scales(NUM_SCALES) + i).load(KEYS_LAYOUT)[:, None]
                 weights.index(i).store(scaled.to(q[0].dtype))
             rescale = gl.exp2(row_max - finite_max)
             row_max = new_max
@@ -433,8 +513,6 @@ def _attend(
             accs = warpgroup_mma_wait(0, deps=added)
             mbarrier.arrive(free.index(stage), count=1)
             count += 1
-        mbarrier.arrive(q_free.index(buffer), count=1)
-        items += 1
         row_sum = gl.sum(sums, 0)
         # Empty is the sum being 0, not "not positive": a NaN in a selected row must reach the output.
         is_empty = row_sum == 0.0
@@ -448,10 +526,15 @@ def _attend(
             factor = gl.where(is_empty, 0.0, factor * cache_scale)
         row_head = (row * num_splits + split) * HEADS + first_head
         gl.store(lse_ptr + row_head + heads, lse, mask=head_mask)
-        out_ptrs = out_ptr + row_head * D_V + heads * D_V
         for i in gl.static_range(NUM_VALUES):
-            channels = i * PART + gl.arange(0, k[i].shape[2], layout=KEYS_LAYOUT)
-            _store_values(out_ptrs, accs[i], channels, head_mask, factor, D_V)
+            acc = accs[i] * factor[None, :]
+            if IS_SPLIT:
+                _store_partial(out_ptr + row_head * D_V, acc, head_mask, HEADS_LAYOUT, KEYS_LAYOUT, i * PART, D_V)
+            else:
+                # Through the queries of the item, which are dead.
+                _store_out(out_ptr + row_head * D_V, q[i].index(buffer), acc, HEADS_PER_GROUP, i * PART, D_V)
+        mbarrier.arrive(q_free.index(buffer), count=1)
+        items += 1
 
 
 @gluon.jit
@@ -499,55 +582,55 @@ def _sparse_attn_fwd_few_heads_kernel(
     softmax_scale, seq_q, num_positions, page_size, num_pages, topk, slots_per_split, num_splits, num_items,
     HEADS: gl.constexpr, KV_GROUP: gl.constexpr, D_TOTAL: gl.constexpr, D_V: gl.constexpr,
     VALUE: gl.constexpr, TAIL: gl.constexpr, BLOCK_H: gl.constexpr, STAGES: gl.constexpr, Q_BUFFERS: gl.constexpr,
-    GATHER_REGISTERS: gl.constexpr, IS_PAGED: gl.constexpr, IS_NEGATIVE_SCALE: gl.constexpr,
+    GATHER_REGISTERS: gl.constexpr, IS_PAGED: gl.constexpr, IS_SPLIT: gl.constexpr, IS_NEGATIVE_SCALE: gl.constexpr,
     # Of rows in e4m3: channels of the payload, 0 of other rows; channels in 16 bits behind it; scales of a row.
     D_PAYLOAD: gl.constexpr, D_TAIL: gl.constexpr,
     NUM_SCALES: gl.constexpr, SCALE_OFFSET: gl.constexpr, TAIL_OFFSET: gl.constexpr,
 ):  # fmt: skip
     ELEMENT: gl.constexpr = q_ptr.dtype.element_ty
     FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    GATHERS: gl.constexpr = 2 if D_PAYLOAD > 0 else 1
     NUM_WEIGHTS: gl.constexpr = (VALUE + PART - 1) // PART if NUM_SCALES > 0 else 1
     q = _allocate_parts(Q_BUFFERS, BLOCK_H, VALUE, TAIL, ELEMENT)
     k = _allocate_parts(STAGES, TILE, VALUE, TAIL, ELEMENT)
     weights = gl.allocate_shared_memory(ELEMENT, [NUM_WEIGHTS, TILE, BLOCK_H], gl.NVMMASharedLayout(2 * BLOCK_H, 16, 2))
-    halves_valid = gl.allocate_shared_memory(gl.int32, [2 * STAGES, SHARE], FLAT)
-    valid = halves_valid._reinterpret(gl.int32, [STAGES, TILE], FLAT)
+    valid = gl.allocate_shared_memory(gl.int32, [STAGES, TILE], FLAT)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     q_free = gl.allocate_shared_memory(gl.int64, [Q_BUFFERS, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
-        mbarrier.init(full.index(i), count=GATHERS)
+        mbarrier.init(full.index(i), count=1)
         mbarrier.init(free.index(i), count=1)
     for i in gl.static_range(Q_BUFFERS):
         mbarrier.init(q_free.index(i), count=1)
-    slots = (
+    slots = Slots(
         indices_ptr, stride_i_b, stride_i_s, stride_i_g, topk_length_ptr,
         seq_q, topk, slots_per_split, num_splits, num_items,
     )  # fmt: skip
-    pool = (table_ptr, stride_table, seq_lens_ptr, num_positions, page_size, num_pages)
+    pool = Pool(table_ptr, stride_table, seq_lens_ptr, num_positions, page_size, num_pages)
     if D_PAYLOAD > 0:
-        half_scales = gl.allocate_shared_memory(gl.float32, [max(2 * NUM_SCALES * STAGES, 1), SHARE], FLAT)
-        row_scales = half_scales._reinterpret(
-            gl.float32, [max(NUM_SCALES * STAGES, 1), TILE if NUM_SCALES > 0 else SHARE], FLAT
+        HELD: gl.constexpr = _held_scales(NUM_SCALES)
+        scales_2d = gl.allocate_shared_memory(
+            gl.float32, [STAGES, HELD, TILE], gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
         )
+        row_scales = scales_2d._reinterpret(gl.float32, [STAGES * HELD, TILE], FLAT)
         k_words = _as_words(k, STAGES, TILE)
         gl.warp_specialize(
             [
                 (_attend, (
                     out_ptr, lse_ptr, attn_sink_ptr, cache_scale_ptr, stride_cache, gl.to_tensor(softmax_scale), slots,
                     q, k, weights, valid, row_scales, full, free, q_free,
-                    HEADS, KV_GROUP, D_V, VALUE, BLOCK_H, STAGES, Q_BUFFERS, NUM_SCALES, D_TAIL, IS_NEGATIVE_SCALE,
+                    HEADS, KV_GROUP, D_V, VALUE, BLOCK_H, STAGES, Q_BUFFERS, NUM_SCALES, D_TAIL,
+                    IS_SPLIT, IS_NEGATIVE_SCALE,
                 )),
                 (_gather_converting, (
                     q_ptr, stride_q_b, stride_q_s, stride_q_h, kv_ptr, stride_kv_b, stride_kv_s, stride_kv_g,
-                    slots, pool, q, k, k_words, halves_valid, half_scales, full, free, q_free,
+                    slots, pool, q, k, k_words, valid, scales_2d, full, free, q_free,
                     HEADS, KV_GROUP, D_TOTAL, VALUE, STAGES, Q_BUFFERS, IS_PAGED,
                     D_PAYLOAD, D_TAIL, NUM_SCALES, SCALE_OFFSET, TAIL_OFFSET, gl.constexpr(0),
                 )),
                 (_gather_converting, (
                     q_ptr, stride_q_b, stride_q_s, stride_q_h, kv_ptr, stride_kv_b, stride_kv_s, stride_kv_g,
-                    slots, pool, q, k, k_words, halves_valid, half_scales, full, free, q_free,
+                    slots, pool, q, k, k_words, valid, scales_2d, full, free, q_free,
                     HEADS, KV_GROUP, D_TOTAL, VALUE, STAGES, Q_BUFFERS, IS_PAGED,
                     D_PAYLOAD, D_TAIL, NUM_SCALES, SCALE_OFFSET, TAIL_OFFSET, gl.constexpr(1),
                 )),
@@ -561,7 +644,8 @@ def _sparse_attn_fwd_few_heads_kernel(
                 (_attend, (
                     out_ptr, lse_ptr, attn_sink_ptr, cache_scale_ptr, stride_cache, gl.to_tensor(softmax_scale), slots,
                     q, k, weights, valid, valid, full, free, q_free,
-                    HEADS, KV_GROUP, D_V, VALUE, BLOCK_H, STAGES, Q_BUFFERS, NUM_SCALES, D_TAIL, IS_NEGATIVE_SCALE,
+                    HEADS, KV_GROUP, D_V, VALUE, BLOCK_H, STAGES, Q_BUFFERS, NUM_SCALES, D_TAIL,
+                    IS_SPLIT, IS_NEGATIVE_SCALE,
                 )),
                 (_gather, (
                     q_ptr, stride_q_b, stride_q_s, stride_q_h, kv_ptr, stride_kv_b, stride_kv_s, stride_kv_g,

@@ -19,8 +19,10 @@ from mla_ops.ops.sparse_attn.triton.portable import run_merge
 TILE = 64
 # Query heads of one KV row that a work item takes at most.
 MAX_HEADS = 32
-# What a work item, and the merge of splits, take besides tiles, in the time of a tile.
-ITEM_TILES, MERGE_TILES = 0.3, 1.0
+# What a work item, and the merge of splits, take besides tiles, in the time of a tile when the whole device is at work.
+ITEM_TILES, MERGE_TILES = 0.5, 1.0
+# The share of the device that takes rows from memory as fast as all of it, measured at 576/512.
+BUSY_SHARE = 0.52
 # More splits of a row never pay: the merge takes longer than they save.
 MAX_SPLITS = 32
 
@@ -162,11 +164,12 @@ def run_few_heads(
         plan.slots_per_split, plan.num_splits, plan.items,
         heads, kv_group, d_total, d_v,
         config.value, config.tail, config.block_h, config.stages, config.q_buffers,
-        gather_registers(config, is_converting=rows.format[0] > 0), rows.is_paged, softmax_scale < 0, *rows.format,
+        gather_registers(config, is_converting=rows.format[0] > 0),
+        rows.is_paged, is_split, softmax_scale < 0, *rows.format,
         num_warps=4,
     )  # fmt: skip
     if is_split:
-        run_merge(kernel_out, kernel_lse, attn_sink, out, lse, as_it_is)
+        run_merge(kernel_out, kernel_lse, attn_sink, out, lse, as_it_is, is_dependent=True)
 
 
 def gather_registers(config: FewHeadsConfig, *, is_converting: bool) -> int:
@@ -179,15 +182,18 @@ def gather_registers(config: FewHeadsConfig, *, is_converting: bool) -> int:
 def split_count(groups: int, tiles: int, num_sms: int) -> int:
     """Return over how many work items the slots of one (batch, query, group) are shared out: the fastest number.
 
-    Programs take work items in turn, so the device takes as long as the program with most of them.
+    Programs take work items in turn, and share the bandwidth of the memory: a tile takes longer the more of them are at
+    work, from BUSY_SHARE of the device on. Times are those of a tile when all of it is at work.
     """
 
-    def tiles_in_turn(splits: int) -> float:
+    def duration(splits: int) -> float:
         turns = -(-groups * splits // num_sms)
-        return turns * (-(-tiles // splits) + ITEM_TILES) + (MERGE_TILES if splits > 1 else 0.0)
+        at_work = max(groups * splits / turns, BUSY_SHARE * num_sms) / num_sms
+        merge = MERGE_TILES if splits > 1 else 0.0
+        return turns * (-(-tiles // splits) + ITEM_TILES) * at_work + merge
 
     shares = {-(-tiles // splits) for splits in range(1, min(MAX_SPLITS, tiles) + 1)}
-    return min((-(-tiles // share) for share in sorted(shares, reverse=True)), key=tiles_in_turn)
+    return min((-(-tiles // share) for share in sorted(shares, reverse=True)), key=duration)
 
 
 def _kernel() -> Any:
