@@ -13,7 +13,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.language.extra.cuda import gdc_launch_dependents
 
 from mla_ops.kernels.gluon_compat import block_barrier
 from mla_ops.kernels.gluon_rows import convert_e4m3, end_position, load_positions, locate_rows, pages_of
@@ -116,21 +115,26 @@ def _held_scales(num_scales):
 
 
 @gluon.jit
-def _locate_item(item, num_splits, KV_GROUP: gl.constexpr):
-    """Return `(row, group, split)` of a work item: a share of the slots of one (batch, query, group)."""
-    row_group = item // num_splits
-    return (row_group // KV_GROUP).to(gl.int64), row_group % KV_GROUP, item % num_splits
+def _locate_item(item, slots, KV_GROUP: gl.constexpr):
+    """Return `(row, batch, query, group, split)` of a work item: a share of the slots of one (batch, query, group).
+
+    In 32 bits, because a division in 64 bits takes as long as the rows of a tile.
+    """
+    split = item % slots.num_splits
+    row = item // slots.num_splits // KV_GROUP
+    group = item // slots.num_splits % KV_GROUP
+    return row, row // slots.seq_q, row % slots.seq_q, group, split
 
 
 @gluon.jit
 def _first_tile(item, slots, KV_GROUP: gl.constexpr):
     """Return the cursor of the first tile of an item; an item has one at least, which may have no slots."""
-    row, group, split = _locate_item(item, slots.num_splits, KV_GROUP)
+    row, batch, query, group, split = _locate_item(item, slots, KV_GROUP)
     first = split * slots.slots_per_split
     end = gl.minimum(first + slots.slots_per_split, _end_slot(slots.topk_length_ptr, row, slots.topk))
     num_tiles = gl.maximum((end - first + TILE - 1) // TILE, 1)
-    batch = row // slots.seq_q
-    slots_ptr = slots.indices_ptr + batch * slots.stride_b + (row % slots.seq_q) * slots.stride_s
+    batch = batch.to(gl.int64)
+    slots_ptr = slots.indices_ptr + batch * slots.stride_b + query.to(gl.int64) * slots.stride_s
     slots_ptr += group.to(gl.int64) * slots.stride_g
     return Cursor(item, num_tiles, slots_ptr + first, end - first, batch, group)
 
@@ -174,9 +178,9 @@ def _copy_queries(
     HEADS: gl.constexpr, KV_GROUP: gl.constexpr, D_TOTAL: gl.constexpr, VALUE: gl.constexpr,
 ):  # fmt: skip
     """Start the copy of the queries of an item."""
-    row, group, _ = _locate_item(item, slots.num_splits, KV_GROUP)
+    _, batch, query, group, _ = _locate_item(item, slots, KV_GROUP)
     heads = gl.arange(0, q[0].shape[1], layout=gl.SliceLayout(1, ROWS_LAYOUT))
-    q_ptr += (row // slots.seq_q) * _known_multiple(stride_q_b) + (row % slots.seq_q) * _known_multiple(stride_q_s)
+    q_ptr += batch.to(gl.int64) * _known_multiple(stride_q_b) + query.to(gl.int64) * _known_multiple(stride_q_s)
     q_ptr += (group * (HEADS // KV_GROUP)).to(gl.int64) * _known_multiple(stride_q_h)
     row_ptrs = q_ptr + heads.to(gl.int64) * _known_multiple(stride_q_h)
     _copy_parts(q, buffer, row_ptrs, heads < HEADS // KV_GROUP, VALUE, D_TOTAL)
@@ -317,10 +321,6 @@ def _gather_converting(
     )  # fmt: skip
     cursor = _next_tile(_next_tile(cursor, slots, KV_GROUP), slots, KV_GROUP)
     positions = _load_slots(cursor, SLOTS_LAYOUT)
-    pages = _load_pages(positions, cursor, pool, IS_PAGED)
-    group = cursor.group
-    cursor = _next_tile(_next_tile(cursor, slots, KV_GROUP), slots, KV_GROUP)
-    ahead = _load_slots(cursor, SLOTS_LAYOUT)
     first_count = 0
     items = 0
     for item in range(gl.program_id(0), slots.num_items, gl.num_programs(0)):
@@ -328,6 +328,11 @@ def _gather_converting(
         for tile in range((first_count + PARITY) % 2, num_tiles, 2):
             count = first_count + tile
             stage = count % STAGES
+            # Pages of this group's next tile, and positions of the one after it, come while this tile is converted.
+            pages = _load_pages(positions, cursor, pool, IS_PAGED)
+            group = cursor.group
+            cursor = _next_tile(_next_tile(cursor, slots, KV_GROUP), slots, KV_GROUP)
+            ahead = _load_slots(cursor, SLOTS_LAYOUT)
             if tile == 0:
                 # The queries arrive with the first tile of their item.
                 buffer = items % Q_BUFFERS
@@ -339,7 +344,7 @@ def _gather_converting(
             mbarrier.wait(free.index(stage), ((count // STAGES) & 1) ^ 1)
             _store_rows(parts, scales, is_valid, k, k_words, valid, row_scales, stage, D_TAIL)
             _publish_copies(full.index(stage), 0, True)
-            # The next tile but one, whose rows come while the other group converts.
+            # The rows of the next tile come while the other group converts.
             offsets, is_valid = locate_rows(
                 positions, pages, pool.num_pages, pool.page_size, stride_page, stride_row, IS_PAGED
             )
@@ -348,10 +353,6 @@ def _gather_converting(
                 VALUE, D_PAYLOAD, D_TAIL, NUM_SCALES, SCALE_OFFSET, TAIL_OFFSET,
             )  # fmt: skip
             positions = ahead
-            pages = _load_pages(positions, cursor, pool, IS_PAGED)
-            group = cursor.group
-            cursor = _next_tile(_next_tile(cursor, slots, KV_GROUP), slots, KV_GROUP)
-            ahead = _load_slots(cursor, SLOTS_LAYOUT)
         first_count += num_tiles
         items += 1
 
@@ -450,9 +451,6 @@ def _attend(
     KEYS_LAYOUT: gl.constexpr = gl.SliceLayout(1, LAYOUT)
     HEADS_PER_GROUP: gl.constexpr = HEADS // KV_GROUP
     NUM_VALUES: gl.constexpr = (VALUE + PART - 1) // PART
-    num_splits = slots.num_splits
-    if IS_SPLIT:
-        gdc_launch_dependents()
     # Positive, and 0 as a number that makes every logit 0: see `forward.py`.
     logit_scale = gl.where(softmax_scale == 0, 1e-37, gl.abs(softmax_scale) * LOG2_E)
     zero = gl.full([TILE, BLOCK_H], 0.0, gl.float32, LAYOUT)
@@ -461,7 +459,7 @@ def _attend(
     count = 0
     items = 0
     for item in range(gl.program_id(0), slots.num_items, gl.num_programs(0)):
-        row, group, split = _locate_item(item, num_splits, KV_GROUP)
+        row, _, _, group, split = _locate_item(item, slots, KV_GROUP)
         num_tiles = _first_tile(item, slots, KV_GROUP).tiles_left
         buffer = items % Q_BUFFERS
         row_max = gl.full([BLOCK_H], -float("inf"), gl.float32, HEADS_LAYOUT)
@@ -524,7 +522,7 @@ def _attend(
             factor = gl.where(is_empty, 0.0, factor / (1.0 + gl.exp2((sink - lse) * LOG2_E)))
         if cache_scale_ptr is not None:
             factor = gl.where(is_empty, 0.0, factor * cache_scale)
-        row_head = (row * num_splits + split) * HEADS + first_head
+        row_head = (row.to(gl.int64) * slots.num_splits + split) * HEADS + first_head
         gl.store(lse_ptr + row_head + heads, lse, mask=head_mask)
         for i in gl.static_range(NUM_VALUES):
             acc = accs[i] * factor[None, :]

@@ -169,7 +169,7 @@ def run_few_heads(
         num_warps=4,
     )  # fmt: skip
     if is_split:
-        run_merge(kernel_out, kernel_lse, attn_sink, out, lse, as_it_is, is_dependent=True)
+        run_merge(kernel_out, kernel_lse, attn_sink, out, lse, as_it_is)
 
 
 def gather_registers(config: FewHeadsConfig, *, is_converting: bool) -> int:
