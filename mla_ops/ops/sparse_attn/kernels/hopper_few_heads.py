@@ -389,21 +389,21 @@ def _scaled_scores(
     HELD: gl.constexpr = _held_scales(NUM_SCALES)
     IS_CUT: gl.constexpr = D_TAIL == 0 and len(k) > NUM_VALUES
     NUM_PIECES: gl.constexpr = NUM_VALUES + k[NUM_VALUES].shape[2] // PIECE if IS_CUT else len(k)
+    # As many products at a time as there are registers for: with too few of them ptxas lets every wgmma wait.
+    AHEAD: gl.constexpr = NUM_PIECES - 1 if zero.shape[1] == 16 else 1
     scores = zero
-    piece = warpgroup_mma(k[0].index(stage), q[0].index(buffer).permute([1, 0]), zero, use_acc=False, is_async=True)
-    for n in gl.static_range(NUM_PIECES):
-        if n + 1 < NUM_PIECES:
-            following = warpgroup_mma(
-                _piece(k, n + 1, stage, VALUE, IS_CUT), _piece(q, n + 1, buffer, VALUE, IS_CUT).permute([1, 0]), zero,
-                use_acc=False, is_async=True,
-            )  # fmt: skip
-        done = warpgroup_mma_wait(1 if n + 1 < NUM_PIECES else 0, deps=[piece])
-        if n < NUM_VALUES or D_TAIL == 0:
-            scores += done * row_scales.index(stage * HELD + _scale_of(n, VALUE)).load(KEYS_LAYOUT)[:, None]
-        else:
+    started = ()
+    for n in gl.static_range(NUM_PIECES + AHEAD):
+        if n < NUM_PIECES:
+            k_piece, q_piece = _piece(k, n, stage, VALUE, IS_CUT), _piece(q, n, buffer, VALUE, IS_CUT)
+            product = warpgroup_mma(k_piece, q_piece.permute([1, 0]), zero, use_acc=False, is_async=True)
+            started = started + (product,)
+        if n >= AHEAD:
+            done = warpgroup_mma_wait(min(AHEAD, NUM_PIECES + AHEAD - 1 - n), deps=[started[n - AHEAD]])
+            if n - AHEAD < NUM_VALUES or D_TAIL == 0:
+                scale = row_scales.index(stage * HELD + _scale_of(n - AHEAD, VALUE)).load(KEYS_LAYOUT)
+                done = done * scale[:, None]
             scores += done
-        if n + 1 < NUM_PIECES:
-            piece = following
     return scores
 
 
