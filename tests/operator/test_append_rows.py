@@ -233,9 +233,7 @@ def test_autograd_sees_that_the_pool_was_written() -> None:
 
 def test_vmap_is_refused() -> None:
     latent, rows, pages = torch.ones(2, 3, 1, 72), torch.arange(6).view(2, 3), torch.zeros(1, 8, 1, 72)
-    with pytest.raises(
-        mla_ops.InvalidInputError, match=r"append_rows has no vmap rule: .*flatten the vmapped"
-    ):
+    with pytest.raises(mla_ops.InvalidInputError, match=r"append_rows has no vmap rule: .*flatten the vmapped"):
         torch.vmap(lambda x, r: mla_ops.append_rows(x, r, pages, d_v=64, row_format="dense"))(latent, rows)
     assert (pages == 0).all()
 

@@ -9,6 +9,7 @@ from row_writers import value_of
 
 import mla_ops
 from mla_ops.errors import InvalidInputError
+from mla_ops.reference import read_rows_reference
 
 BF16 = torch.bfloat16
 DEVICES = [pytest.param("cpu"), pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -39,6 +40,9 @@ def test_rows_are_payload_times_scale_then_the_tail(name: str, d_total: int, d_v
     )
     assert read.is_contiguous()
     assert torch.equal(read[:5], numbers[rows[:5]].float().to(BF16))
+    defined = read_rows_reference(pages, rows, d_total, d_v, name, BF16, cache_scale)
+    assert torch.equal(defined[:5], numbers[rows[:5]])
+    assert torch.equal(read[5:], defined[5:].to(BF16))
     assert (read[5:] == 0).all()
     odd = mla_ops.read_rows(
         pages, torch.tensor([7], device=device), d_total=d_total, d_v=d_v, row_format=name, dtype=BF16,

@@ -28,6 +28,7 @@ GROUND: dict[str, set[str]] = {
     "launching": {"errors", "device"},
     "gathering": {"settings"},
     "row_formats": {"errors"},
+    "row_tiling": {"row_formats"},
     "pages": {"errors", "checks", "row_formats"},
     "kernels": set(),
     "row_sums": {"launching", "kernels"},
@@ -54,6 +55,7 @@ COMPOSITES: dict[tuple[str, str], str] = {
     ): "scores on a list are those that selection ranks: one formula, one set of rules",
     ("index_loss_dense", "index_topk"): "it scores the keys that selection ranks: one formula, one set of rules",
     ("sparse_attn_paged", "sparse_attn"): "attention on rows that stand elsewhere: one merge, dense rows of one stride",
+    ("sparse_attn_paged", "read_rows"): "its definition begins with rows as numbers",
     ("index_loss_dense", "attn_mass"): "its target is attention mass over all keys: one set of rules",
 }
 # What stands on the rooms, bottom-up.

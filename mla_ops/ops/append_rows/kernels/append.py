@@ -9,6 +9,7 @@ the call as the owner of its row, one of them last, and only the owner of a row 
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from mla_ops.kernels.primitives import known_multiple
 from mla_ops.kernels.row_codec import fp32_to_ue8m0, scales_of, split_row, to_e4m3
@@ -105,7 +106,7 @@ def _append_rows_kernel(
     SCALE_OFFSET: tl.constexpr, SCALE_BYTES: tl.constexpr, TAIL_OFFSET: tl.constexpr,
     TILE: tl.constexpr, FIRST_TILES: tl.constexpr, SECOND_TILES: tl.constexpr,
     FIRST_COPIED: tl.constexpr, SECOND_COPIED: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_COMPARED: tl.constexpr, IS_NATIVE: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_COMPARED: tl.constexpr, IS_NATIVE: tl.constexpr, IS_EARLY: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     group = program % KV_GROUP
@@ -153,6 +154,8 @@ def _append_rows_kernel(
             has_twin = tl.maximum(has_twin, tl.max(is_twin.to(tl.int32), 1))
         is_written = is_written & (has_twin == 0)
     else:
+        if IS_EARLY:
+            gdc_wait()
         is_written = is_written & (tl.load(owners_ptr + rows, mask=is_written, other=-1) == entries)
 
     page, place = split_row(rows, page_size)
@@ -181,8 +184,15 @@ def _append_rows_kernel(
 
 
 @triton.jit(do_not_specialize=["stride_r", "n", "num_rows"])
-def _claim_rows_kernel(rows_ptr, stride_r, owners_ptr, n, num_rows, BLOCK_N: tl.constexpr):
-    """Write into the owner of every row that is named the place of an entry that names it."""
+def _claim_rows_kernel(
+    rows_ptr, stride_r, owners_ptr, n, num_rows, BLOCK_N: tl.constexpr, IS_EARLY: tl.constexpr
+):  # fmt: skip
+    """Write into the owner of every row that is named the place of an entry that names it.
+
+    IS_EARLY: the writer may start, and load what it writes, while this kernel runs.
+    """
+    if IS_EARLY:
+        gdc_launch_dependents()
     entries = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     rows = tl.load(rows_ptr + entries.to(tl.int64) * stride_r, mask=entries < n, other=-1)
     tl.store(owners_ptr + rows, entries, mask=(rows >= 0) & (rows < num_rows))

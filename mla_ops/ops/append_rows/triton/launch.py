@@ -16,6 +16,8 @@ from mla_ops.row_tiling import PoolStrides, RowPieces
 # Up to so many entries a row's twin is looked for by comparing: see NOTE [One of equal rows].
 MAX_COMPARED = 1024
 BLOCK_CLAIMED = 128
+# Compute capability from which on a kernel may start before the one in front of it has ended.
+FIRST_EARLY = 90
 
 
 class AppendConfig(NamedTuple):
@@ -32,16 +34,22 @@ class AppendPlan(NamedTuple):
     record: LaunchRecord
     grid: tuple[int]
     is_claimed: bool  # which of equal rows is written, a kernel of its own decides
+    is_early: bool  # the writer starts while that kernel runs
     strides: tuple[tuple[int, int], tuple[int, int], int]  # of latent, tail and rows
     pool: tuple[int, int, int, int]  # distances of pages, rows, groups, and from a page to its scales
     scale_stride: int
     sizes: tuple[int, int, int]  # entries, rows of the pool, rows of a page
     constants: tuple[int | bool | str, ...]  # of the kernel, from KV_GROUP on
 
+    @property
+    def options(self) -> dict[str, int | bool]:
+        """How Triton compiles and launches the writer."""
+        return {"num_warps": self.config.num_warps, "launch_pdl": self.is_early}
+
 
 def append_config(entries: int) -> AppendConfig:
     """Return how to write so many rows."""
-    return AppendConfig(block_n=1, num_warps=4) if entries <= MAX_COMPARED else AppendConfig(block_n=4, num_warps=4)
+    return AppendConfig(block_n=1, num_warps=4) if entries <= MAX_COMPARED else AppendConfig(block_n=8, num_warps=4)
 
 
 def plan_append(
@@ -51,6 +59,7 @@ def plan_append(
     *,
     config: AppendConfig | None = None,
     is_claimed: bool | None = None,
+    is_early: bool | None = None,
 ) -> AppendPlan:
     """Plan a launch on a device with `traits`; what is None is derived."""
     latent, tail, rows, pages, _, name, scale_rule, cache_scale = call
@@ -58,12 +67,14 @@ def plan_append(
     config = config or append_config(entries)
     pool = PoolStrides.of(pages, layout)
     strides = _outer_strides(latent), (0, 0) if tail is None else _outer_strides(tail)
-    is_native = traits.has_e4m3
+    is_claimed = entries > MAX_COMPARED if is_claimed is None else is_claimed
+    is_early = is_claimed and traits.arch >= FIRST_EARLY if is_early is None else is_early
     return AppendPlan(
         config,
         launch_record(pages.device, "append_rows", problem, rows.dtype, tail is None, pool.unit, config),
         grid=(-(-entries // config.block_n) * problem.kv_group,),
-        is_claimed=entries > MAX_COMPARED if is_claimed is None else is_claimed,
+        is_claimed=is_claimed,
+        is_early=is_early,
         strides=(*strides, rows.stride(0)),
         pool=(pool.page, pool.row, pool.group, pool.page_scales),
         scale_stride=0 if cache_scale is None or cache_scale.numel() == 1 else cache_scale.stride(0),
@@ -74,7 +85,7 @@ def plan_append(
             {"fp32": scale_rule, "ue8m0": "ue8m0", "none": "cache"}[form.scale],
             *(layout.scale_offset, layout.scale_bytes, layout.tail_offset),
             *RowPieces.of(form, layout, problem.d_total),
-            *(config.block_n, MAX_COMPARED, is_native),
+            *(config.block_n, MAX_COMPARED, traits.has_e4m3, is_early),
         ),
     )
 
@@ -89,22 +100,28 @@ def describe_append(plan: AppendPlan) -> tuple[str, ...]:
 
 def launch_append(call: AppendRowsCall, plan: AppendPlan) -> None:
     """Run the writer."""
-    latent, tail, rows, pages, _, name, _, cache_scale = call
-    entries, num_rows, _ = plan.sizes
     if 0 in plan.sizes:
         return
+    entries, num_rows, _ = plan.sizes
     append, claim = _kernels()
     owners = None
     if plan.is_claimed:
-        owners = unfilled((num_rows,), torch.int32, pages, is_traced=False)
-        claim[(-(-entries // BLOCK_CLAIMED),)](rows, plan.strides[2], owners, entries, num_rows, BLOCK_CLAIMED)
+        owners = unfilled((num_rows,), torch.int32, call.pages, is_traced=False)
+        grid = (-(-entries // BLOCK_CLAIMED),)
+        claim[grid](call.rows, plan.strides[2], owners, entries, num_rows, BLOCK_CLAIMED, plan.is_early)
+    append[plan.grid](*arguments_of(call, plan, owners), **plan.options)
+    plan.record.is_warm = True
+
+
+def arguments_of(call: AppendRowsCall, plan: AppendPlan, owners: torch.Tensor | None) -> tuple[Any, ...]:
+    """Return the arguments of the writer; `owners` are what rows have been claimed in."""
+    latent, tail, rows, pages, _, name, _, cache_scale = call
     of_latent, of_tail, of_rows = plan.strides
-    append[plan.grid](
+    return (
         with_unit_inner_stride(latent), *of_latent, None if tail is None else with_unit_inner_stride(tail), *of_tail,
         rows, of_rows, owners, pages if name == "dense" else pages.view(torch.uint8), *plan.pool,
-        cache_scale, plan.scale_stride, *plan.sizes, *plan.constants, num_warps=plan.config.num_warps,
+        cache_scale, plan.scale_stride, *plan.sizes, *plan.constants,
     )  # fmt: skip
-    plan.record.is_warm = True
 
 
 def _outer_strides(tensor: torch.Tensor) -> tuple[int, int]:

@@ -70,16 +70,20 @@ def describe_read(plan: ReadPlan) -> tuple[str, ...]:
 
 def launch_read(call: ReadRowsCall, plan: ReadPlan) -> torch.Tensor:
     """Run the reader."""
-    pages, rows, _, _, name, dtype, cache_scale = call
-    out = unfilled(plan.shape, dtype, pages, is_traced=False)
-    if out.numel() == 0:
-        return out
-    _kernel()[plan.grid](
-        pages if name == "dense" else pages.view(torch.uint8), *plan.pool, rows, rows.stride(0),
-        cache_scale, plan.scale_stride, out, *plan.sizes, *plan.constants, num_warps=plan.config.num_warps,
-    )  # fmt: skip
-    plan.record.is_warm = True
+    out = unfilled(plan.shape, call.dtype, call.pages, is_traced=False)
+    if out.numel() > 0:
+        _kernel()[plan.grid](*arguments_of(call, plan, out), num_warps=plan.config.num_warps)
+        plan.record.is_warm = True
     return out
+
+
+def arguments_of(call: ReadRowsCall, plan: ReadPlan, out: torch.Tensor) -> tuple[Any, ...]:
+    """Return the arguments of the reader, which writes `out`."""
+    pages, rows, _, _, name, _, cache_scale = call
+    return (
+        pages if name == "dense" else pages.view(torch.uint8), *plan.pool, rows, rows.stride(0),
+        cache_scale, plan.scale_stride, out, *plan.sizes, *plan.constants,
+    )  # fmt: skip
 
 
 @lru_cache(maxsize=1)
