@@ -62,6 +62,17 @@ class HopperConfig:
 
 
 @dataclass(frozen=True)
+class FewHeadsConfig:
+    """How to launch the warp-specialised forward of `kernels/hopper_few_heads.py`: 64 keys a tile."""
+
+    left: int  # value channels of the first accumulator, a power of two
+    right: int  # of the second; left + right cover d_v
+    tail: int  # remaining channels of a row, 0, 64 or 128
+    block_h: int  # query heads of a work item, 16 or 32
+    stages: int  # tiles in shared memory at a time
+
+
+@dataclass(frozen=True)
 class HopperBwdConfig:
     """How to launch the warp-specialised backward of `kernels/hopper_backward.py`: 64 heads a block, 64 keys a tile."""
 
@@ -182,6 +193,12 @@ def hopper_smem_bytes(config: HopperConfig) -> int:
     # Weights lie in the tails of the tiles, which have 64 channels for them if there is no tail.
     tiles = 2 * config.pairs * (width + max(config.tail, 64))
     return 2 * 64 * (width + config.tail + tiles) + config.pairs * _HOPPER_SMALL_BYTES
+
+
+def few_heads_smem_bytes(config: FewHeadsConfig) -> int:
+    """Return an upper bound of the shared memory of the forward for few heads: q twice, tiles of rows, the weights."""
+    width = config.left + config.right + config.tail
+    return 2 * (2 * config.block_h * width + config.stages * 64 * width + 64 * config.block_h) + _HOPPER_SMALL_BYTES
 
 
 def hopper_bwd_smem_bytes(config: HopperBwdConfig) -> int:

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from mla_ops.ops.sparse_attn.configs.launch import BwdConfig, FwdConfig, HopperBwdConfig, HopperConfig, Row
+from mla_ops.ops.sparse_attn.configs.launch import (
+    BwdConfig,
+    FewHeadsConfig,
+    FwdConfig,
+    HopperBwdConfig,
+    HopperConfig,
+    Row,
+)
 
 # Measured rows: H100 80GB HBM3, torch 2.11, triton 3.6, bf16, random distinct indices; names in parentheses are shapes
 # of mla_ops/cli/shapes.py. What the rows reach in use stands in benchmarks/results/*-h100-sparse-attn.json and
@@ -232,6 +239,15 @@ HOPPER: tuple[tuple[int, int, HopperConfig], ...] = tuple(
     for tail in (0, 64, 128)
     # A second pair of tiles fits up to 320 channels, of which P has 64 at least.
     for pairs in (2 if width + max(tail, 64) <= 320 else 1,)
+)
+
+# The warp-specialised forward for few heads: the widest value and the widest row, narrowest first, most stages first.
+FEW_HEADS: tuple[tuple[int, int, FewHeadsConfig], ...] = tuple(
+    (width, width + tail, FewHeadsConfig(left, width - left, tail, block_h, stages))
+    for left, width in ((128, 256), (256, 320), (256, 384), (256, 512))
+    for tail in (0, 64, 128)
+    for block_h in (16, 32)
+    for stages in (4, 3, 2)
 )
 
 # The warp-specialised backward, in the same manner. Beside the plain kernel in one process, 64 heads and more, three

@@ -15,11 +15,17 @@ from mla_ops.ops.sparse_attn.call import Gradients, Hints, Results, Side, Sparse
 from mla_ops.ops.sparse_attn.configs.launch import (
     HOPPER_BLOCK_H,
     ConfigKey,
+    FewHeadsConfig,
     HopperBwdConfig,
     HopperConfig,
     program_count,
 )
-from mla_ops.ops.sparse_attn.configs.lookup import hopper_backward_config, hopper_config, key_of
+from mla_ops.ops.sparse_attn.configs.lookup import (
+    few_heads_config,
+    hopper_backward_config,
+    hopper_config,
+    key_of,
+)
 from mla_ops.ops.sparse_attn.triton.launch import Into
 
 _log = logging.getLogger(__name__)
@@ -31,8 +37,7 @@ _log = logging.getLogger(__name__)
 # kernel 16 us.
 MIN_TOPK = {"forward": 65, "backward": 192}
 
-
-_WIDTHS = "multiples of 8, d_v from 256 to 512 and d_total up to 576"
+WIDTHS = "multiples of 8, d_v from 256 to 512 and d_total up to 576"
 
 
 class HopperForward(NamedTuple):
@@ -41,6 +46,7 @@ class HopperForward(NamedTuple):
     config: HopperConfig
     items: int  # 64 heads of one (batch, query, group) each
     programs: int  # that share the items
+    num_splits: int = 1
 
 
 class HopperKernels:
@@ -67,7 +73,7 @@ class HopperKernels:
         if problem.dtype.itemsize != 2:
             return f"dtype is {problem.dtype}, they need bf16 or fp16"
         if config is None:
-            return f"widths are {problem.d_total}/{problem.d_v}, they take {_WIDTHS}"
+            return f"widths are {problem.d_total}/{problem.d_v}, they take {WIDTHS}"
         if problem.topk < MIN_TOPK[side]:
             return f"topk is {problem.topk}, they pay from {MIN_TOPK[side]} on"
         if 2 * problem.heads_per_group <= HOPPER_BLOCK_H:
@@ -121,7 +127,7 @@ class HopperKernels:
         q, kv, indices, d_v, softmax_scale, topk_length, attn_sink = self.prepared(call)
         seq_q, heads, d_total = q.shape[-3:]
         seq_kv, kv_group = kv.shape[-3:-1]
-        config, items, programs = plan
+        config, items, programs, _ = plan
         _sparse_attn_fwd_hopper_kernel[(programs,)](
             q, *outer_strides(q.stride()), kv, *outer_strides(kv.stride()), indices, *outer_strides(indices.stride()),
             topk_length, attn_sink, out, lse,
@@ -168,7 +174,7 @@ class HopperKernels:
         )  # fmt: skip
 
 
-def check_config(config: HopperConfig | HopperBwdConfig, key: ConfigKey) -> None:
+def check_config(config: HopperConfig | FewHeadsConfig | HopperBwdConfig, key: ConfigKey) -> None:
     """Check a configuration that a caller chose: `refusal` and `config` never saw it.
 
     Raises:
@@ -177,7 +183,11 @@ def check_config(config: HopperConfig | HopperBwdConfig, key: ConfigKey) -> None
     reason = gluon_reason()
     if reason is not None:
         raise UnsupportedProblemError(reason)
-    if isinstance(config, HopperConfig):
+    if isinstance(config, FewHeadsConfig):
+        side, plain = "forward for few heads", "a FwdConfig"
+        can_run = few_heads_config(key) is not None and key.heads_per_group <= config.block_h
+        value, width = config.left + config.right, config.left + config.right + config.tail
+    elif isinstance(config, HopperConfig):
         side, plain, can_run = "forward", "a FwdConfig", hopper_config(key) is not None
         value, width = config.left + config.right, config.left + config.right + config.tail
     else:
@@ -185,7 +195,7 @@ def check_config(config: HopperConfig | HopperBwdConfig, key: ConfigKey) -> None
         value, width = 2 * config.half_value, 2 * (config.half_value + config.half_tail)
     if not can_run or key.d_v > value or key.d_total > width:
         raise UnsupportedProblemError(
-            f"the Hopper {side} needs sm90, two-byte channels, and widths that are {_WIDTHS}, covered by its "
+            f"the Hopper {side} needs sm90, two-byte channels, and widths that are {WIDTHS}, covered by its "
             f"configuration; got sm{key.arch}, {key.element_size} bytes a channel, d_v={key.d_v}, "
             f"d_total={key.d_total}, {config}; pass {plain}"
         )

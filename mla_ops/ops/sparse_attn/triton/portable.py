@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from mla_ops.device import DeviceTraits
-from mla_ops.launching import INT32_OFFSETS, Wrap, alignment, as_it_is, outer_strides, unfilled
+from mla_ops.launching import INT32_OFFSETS, Wrap, alignment, as_it_is, outer_strides
 from mla_ops.ops.sparse_attn.call import Gradients, Hints, Results, Side, SparseAttnCall, SparseAttnProblem
 from mla_ops.ops.sparse_attn.configs.launch import (
     BwdConfig,
@@ -22,9 +22,7 @@ from mla_ops.ops.sparse_attn.configs.launch import (
 )
 from mla_ops.ops.sparse_attn.configs.lookup import backward_configs, forward_config, key_of
 from mla_ops.ops.sparse_attn.triton.launch import Into
-
-# What a program of the merge kernel has in registers at a time.
-MERGED_CHANNELS, MERGED_SPLITS = 128, 8
+from mla_ops.ops.sparse_attn.triton.splits import merge, partial_results
 
 
 class PortableForward(NamedTuple):
@@ -38,6 +36,11 @@ class PortableForward(NamedTuple):
     sizes: tuple[int, int, int, int]  # seq_q, seq_kv, topk, slots_per_split
     constants: tuple[int | bool, ...]  # of the kernel, from HEADS to USE_INT64_OFFSETS
     options: dict[str, int]
+
+    @property
+    def num_splits(self) -> int:
+        """Over how many programs the slots of a row are shared out."""
+        return self.grid[1]
 
 
 class PortableBackward(NamedTuple):
@@ -129,14 +132,12 @@ class PortableKernels:
         q, kv, indices, d_v, softmax_scale, topk_length, attn_sink = call
         is_traced = wrap is not as_it_is
         kernel_out, kernel_lse = out, lse
-        num_splits = plan.grid[1]
-        is_split = num_splits > 1
+        is_split = plan.num_splits > 1
         if is_split:
-            if out is not None:
-                kernel_out = unfilled((*plan.partials, d_v), torch.float32, q, is_traced=is_traced)
-            kernel_lse = unfilled(plan.partials, torch.float32, q, is_traced=is_traced)
-        forward_kernel, merge_kernel = _forward_kernels()
-        wrap(forward_kernel)[plan.grid](
+            kernel_out, kernel_lse = partial_results(
+                plan.partials, None if out is None else d_v, q, is_traced=is_traced
+            )
+        wrap(_forward_kernel())[plan.grid](
             q, *plan.q_strides, kv, *plan.kv_strides, indices, *plan.indices_strides,
             topk_length, attn_sink, kernel_out, kernel_lse, softmax_scale,
             *plan.sizes, *plan.constants, _input_precision(q), is_split, softmax_scale < 0, **plan.options,
@@ -145,13 +146,7 @@ class PortableKernels:
             return lse
         if out is None:
             return kernel_lse.amax(1).view(lse.shape)
-        rows, _, heads = plan.partials
-        block_d = min(MERGED_CHANNELS, 1 << (d_v - 1).bit_length())
-        block_h = MERGED_CHANNELS // block_d
-        wrap(merge_kernel)[(program_count(rows, heads, 1, block_h) * -(-d_v // block_d),)](
-            kernel_out, kernel_lse, attn_sink, out, lse, num_splits,
-            heads, d_v, MERGED_SPLITS, block_h, block_d, num_warps=1,
-        )  # fmt: skip
+        merge(kernel_out, kernel_lse, attn_sink, out, lse, plan.partials, d_v, wrap)
         return lse
 
     def plan_backward(self, call: SparseAttnCall, config: BwdConfig, use_int64_offsets: bool) -> PortableBackward:
@@ -241,12 +236,10 @@ def _input_precision(q: torch.Tensor) -> str:
 
 
 @lru_cache(maxsize=1)
-def _forward_kernels() -> tuple[Any, Any]:
-    """Return the forward kernel and the merge kernel; importing them imports triton."""
+def _forward_kernel() -> Any:
     from mla_ops.ops.sparse_attn.kernels.forward import _sparse_attn_fwd_kernel
-    from mla_ops.ops.sparse_attn.kernels.forward_split import _sparse_attn_merge_kernel
 
-    return _sparse_attn_fwd_kernel, _sparse_attn_merge_kernel
+    return _sparse_attn_fwd_kernel
 
 
 @lru_cache(maxsize=1)
