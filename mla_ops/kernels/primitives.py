@@ -28,12 +28,20 @@ The copies of a block's rows cannot start before its positions have arrived, and
 both in one step, every step would wait once more for the latency of L2. So a loop carries `ahead`, the positions of the
 next block, loaded while it works on this one; past the end nothing is loaded. The wide backward does without
 (IS_AHEAD): there the registers are worth more, and three stages let the compiler copy positions through shared memory.
+
+NOTE [The scale joins late]
+The scale joins inside the exponential, as one fused multiply-add, so the maximum is taken without it: it must be
+positive, and a negative scale turns the signs of the logits. A scale of 0 becomes a number small enough to make every
+logit 0, because 0 times -inf would be NaN.
 """
 
 # ruff: noqa: RUF005 (Triton has no starred expressions)
 
 import triton
 import triton.language as tl
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
@@ -161,6 +169,32 @@ def scale_rows(tiles, factor, COUNT: tl.constexpr):
     for c in tl.static_range(COUNT):
         scaled = scaled + (tiles[c] * factor[:, None],)
     return scaled
+
+
+@triton.jit
+def positive_logit_scale(softmax_scale):
+    """Return |softmax_scale| in units of base-2 logits, as a positive number; see NOTE [The scale joins late]."""
+    return tl.where(softmax_scale == 0, 1e-37, tl.abs(softmax_scale) * LOG2_E)
+
+
+@triton.jit
+def softmax_step(logits, row_max, row_sum, new_max, logit_scale):
+    """Return `(row_sum, weights, rescale)` of an online softmax whose maximum goes from `row_max` to `new_max`."""
+    # While no slot was valid the maximum is -inf, and -inf - (-inf) would be NaN. Kept in scaled units, rounded once:
+    # the weights of all blocks are then relative to the very same number.
+    finite_max = tl.maximum(new_max, -3.4e38)
+    weights = tl.exp2(logits * logit_scale - finite_max[:, None])
+    rescale = tl.exp2(row_max - finite_max)
+    return row_sum * rescale + tl.sum(weights, 1), weights, rescale
+
+
+@triton.jit
+def finished_softmax(row_max, row_sum):
+    """Return `(factor, lse)` of finished rows: what the sum of weighted values is multiplied by, and natural lse."""
+    # Empty is the sum being 0, not "not positive": a NaN in a selected row must reach the output.
+    is_empty = row_sum == 0.0
+    factor = tl.where(is_empty, 0.0, 1.0 / row_sum)
+    return factor, tl.where(is_empty, -float("inf"), (row_max + tl.log2(row_sum)) * LN_2)
 
 
 @triton.jit

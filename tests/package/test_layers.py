@@ -51,6 +51,7 @@ COMPOSITES: dict[tuple[str, str], str] = {
         "index_topk",
     ): "scores on a list are those that selection ranks: one formula, one set of rules",
     ("index_loss_dense", "index_topk"): "it scores the keys that selection ranks: one formula, one set of rules",
+    ("sparse_attn_paged", "sparse_attn"): "attention on rows that stand elsewhere: one merge, dense rows of one stride",
     ("index_loss_dense", "attn_mass"): "its target is attention mass over all keys: one set of rules",
 }
 # What stands on the rooms, bottom-up.

@@ -12,20 +12,21 @@ import triton
 import triton.language as tl
 
 from mla_ops.kernels.primitives import (
+    LN_2,
     add_row_products,
     add_weighted_rows,
     check_positions,
+    finished_softmax,
     known_multiple,
     load_chunks,
     locate_program,
+    positive_logit_scale,
     scale_rows,
     sink_keep,
+    softmax_step,
     store_chunks,
     zero_chunks,
 )
-
-LOG2_E = tl.constexpr(1.4426950408889634)
-LN_2 = tl.constexpr(0.6931471805599453)
 
 
 # Lengths, and the batch strides that follow from them, change from call to call: one binary serves them all. The other
@@ -71,9 +72,7 @@ def _sparse_attn_fwd_kernel(
     q_tiles = load_chunks(q_ptr, q_offsets, head_mask, 0, BLOCK_DV, NUM_DV, D_TOTAL)
     q_tail = load_chunks(q_ptr, q_offsets, head_mask, TAIL, BLOCK_DT, NUM_DT, D_TOTAL)
 
-    # The scale joins inside the exponential, as one fused multiply-add, so the maximum is taken without it: it must be
-    # positive. 0 becomes a number small enough to make every logit 0, because 0 times -inf would be NaN.
-    logit_scale = tl.where(softmax_scale == 0, 1e-37, tl.abs(softmax_scale) * LOG2_E)
+    logit_scale = positive_logit_scale(softmax_scale)
     row_max = tl.full([BLOCK_H], -float("inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_H], tl.float32)
     acc = zero_chunks(BLOCK_H, BLOCK_DV, NUM_DV)
@@ -100,12 +99,7 @@ def _sparse_attn_fwd_kernel(
             # tl.max passes over NaN, and a NaN in a selected row must reach the result: this sum counts them.
             row_sum += tl.sum(tl.where(logits != logits, 1.0, 0.0), 1)
         else:
-            # While no slot was valid the maximum is -inf, and -inf - (-inf) would be NaN. Kept in scaled units, rounded
-            # once: the weights of all blocks are then relative to the very same number.
-            finite_max = tl.maximum(new_max, -3.4e38)
-            weights = tl.exp2(logits * logit_scale - finite_max[:, None])
-            rescale = tl.exp2(row_max - finite_max)
-            row_sum = row_sum * rescale + tl.sum(weights, 1)
+            row_sum, weights, rescale = softmax_step(logits, row_max, row_sum, new_max, logit_scale)
             acc = scale_rows(acc, rescale, NUM_DV)
             acc = add_weighted_rows(acc, weights.to(kv_ptr.dtype.element_ty), kv_tiles, NUM_DV, INPUT_PRECISION)
         row_max = new_max
@@ -116,10 +110,7 @@ def _sparse_attn_fwd_kernel(
         lse = tl.where(row_max == -float("inf"), row_max, row_max * unit)
         lse = tl.where(row_sum == 0.0, lse, float("nan"))
     else:
-        # Empty is the sum being 0, not "not positive": a NaN in a selected row must reach the output.
-        is_empty = row_sum == 0.0
-        factor = tl.where(is_empty, 0.0, 1.0 / row_sum)
-        lse = tl.where(is_empty, -float("inf"), (row_max + tl.log2(row_sum)) * LN_2)
+        factor, lse = finished_softmax(row_max, row_sum)
         if attn_sink_ptr is not None and not IS_SPLIT:
             factor *= sink_keep(lse, tl.load(attn_sink_ptr + offs_h, mask=head_mask, other=0.0))
         out_offsets = (out_row * HEADS + offs_h) * D_V

@@ -208,9 +208,7 @@ def _values(
     PART: gl.constexpr = WIDTH // 2 if IS_SPLIT else WIDTH
     staged_sides = k_side
     if IS_SPLIT:
-        staged_sides = k_side._reinterpret(
-            gl.float32, [2 * PAIRS, BLOCK_H, PART], gl.NVMMASharedLayout(128, 32, 2)
-        )
+        staged_sides = k_side._reinterpret(gl.float32, [2 * PAIRS, BLOCK_H, PART], gl.NVMMASharedLayout(128, 32, 2))
     pair = 0
     count = 0
     for item in range(gl.program_id(0), num_items, gl.num_programs(0)):
@@ -264,7 +262,16 @@ def _values(
 
 # Lengths change from call to call and are not specialised; of a stride it is whether 16 divides it, for the copies.
 @gluon.jit(
-    do_not_specialize=["seq_q", "num_positions", "page_size", "num_pages", "topk", "slots_per_split", "num_splits", "num_items"]
+    do_not_specialize=[
+        "seq_q",
+        "num_positions",
+        "page_size",
+        "num_pages",
+        "topk",
+        "slots_per_split",
+        "num_splits",
+        "num_items",
+    ]
 )
 def _sparse_attn_fwd_hopper_kernel(
     q_ptr, stride_q_b, stride_q_s, stride_q_h,

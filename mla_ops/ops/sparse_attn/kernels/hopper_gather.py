@@ -153,7 +153,9 @@ def _first_pair(item, slots_of, HEADS: gl.constexpr, KV_GROUP: gl.constexpr, IS_
 
 
 @gluon.jit
-def _next_pair(item, slots_ptr, slot, end, slots_of, HEADS: gl.constexpr, KV_GROUP: gl.constexpr, IS_SPLIT: gl.constexpr):
+def _next_pair(
+    item, slots_ptr, slot, end, slots_of, HEADS: gl.constexpr, KV_GROUP: gl.constexpr, IS_SPLIT: gl.constexpr
+):
     """Return item, pointer, slot and end of the pair after a pair; the last item of a program is followed by itself."""
     slot += PAIR
     if slot >= end:
@@ -340,17 +342,13 @@ def _gather(
                         if i == 0:
                             mbarrier.wait(q_free, parity_q)
                             _copy_queries(query_rows, query_mask, q_left, q_right, q_tail, D_TOTAL, LEFT, RIGHT, TAIL)
-                    right_words, right_scales = _load_side(
-                        kv_ptr, first, cache_scale, LEFT, RIGHT, PAYLOAD, SCALES_AT
-                    )
+                    right_words, right_scales = _load_side(kv_ptr, first, cache_scale, LEFT, RIGHT, PAYLOAD, SCALES_AT)
                     mbarrier.wait(free.index(4 * stage), parity_free)
                     _store_side(w_left.index(stage), words, scales, 0, LEFT, IS_BF16)
                     words, scales = _load_side(kv_ptr, second, cache_scale, 0, LEFT, PAYLOAD, SCALES_AT)
                     mbarrier.wait(free.index(4 * stage + 1), parity_free)
                     _store_side(w_right.index(stage), right_words, right_scales, 0, RIGHT, IS_BF16)
-                    right_words, right_scales = _load_side(
-                        kv_ptr, second, cache_scale, LEFT, RIGHT, PAYLOAD, SCALES_AT
-                    )
+                    right_words, right_scales = _load_side(kv_ptr, second, cache_scale, LEFT, RIGHT, PAYLOAD, SCALES_AT)
                     mbarrier.wait(free.index(4 * stage + 2), parity_free)
                     _store_side(w_left.index(stage), words, scales, HALF, LEFT, IS_BF16)
                     fence_async_shared()
@@ -364,8 +362,22 @@ def _gather(
                         second_tail = (kv_ptr + places.index(half0 + 1).load(ROWS) * UNIT + TAIL_AT).to(
                             gl.pointer_type(q_ptr.dtype.element_ty), bitcast=True
                         )
-                        _copy_rows(tail.slice(0, HALF), first_tail, places.index(half0).load(ROWS) >= 0, 0, TAIL, D_TOTAL - PAYLOAD)
-                        _copy_rows(tail.slice(HALF, HALF), second_tail, places.index(half0 + 1).load(ROWS) >= 0, 0, TAIL, D_TOTAL - PAYLOAD)
+                        _copy_rows(
+                            tail.slice(0, HALF),
+                            first_tail,
+                            places.index(half0).load(ROWS) >= 0,
+                            0,
+                            TAIL,
+                            D_TOTAL - PAYLOAD,
+                        )
+                        _copy_rows(
+                            tail.slice(HALF, HALF),
+                            second_tail,
+                            places.index(half0 + 1).load(ROWS) >= 0,
+                            0,
+                            TAIL,
+                            D_TOTAL - PAYLOAD,
+                        )
                     following = places.index((half0 + 2) % 8).load(WORD_ROWS)
                     words, scales = _load_side(kv_ptr, following, cache_scale, 0, LEFT, PAYLOAD, SCALES_AT)
                     _store_side(w_right.index(stage), right_words, right_scales, HALF, RIGHT, IS_BF16)

@@ -1,1 +1,1 @@
-"""The Triton backend: launchers that plan once for calls alike, allocate from shapes and never synchronise."""
+"""The Triton backend: kernel sets that are asked in order, and launchers that plan once for calls alike."""

@@ -1,0 +1,102 @@
+"""How the portable kernel is launched: a table for quantised rows, and for dense ones that of the dense kernels."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+from math import log2
+from typing import NamedTuple
+
+from mla_ops.ops.sparse_attn.configs.launch import ConfigKey, FwdConfig, shrink_to_fit
+from mla_ops.ops.sparse_attn.configs.launch import chunk_widths as dense_chunk_widths
+from mla_ops.ops.sparse_attn.configs.lookup import forward_config
+from mla_ops.row_formats import row_format
+
+# A value is multiplied by its scale, rounded to the dtype of q, in blocks of more heads than this. In blocks of up to
+# so many heads scales join logits and weights instead: with 64 heads the accumulators of the parts spill.
+MAX_FOLDING_HEADS = 32
+# Bytes of small buffers: positions, table entries, and what warps exchange. Seen in offline compiles.
+_SMALL_BYTES = 2048
+
+
+class QuantisedRow(NamedTuple):
+    """One line of the table: the configuration made for a width and a number of heads, on some architectures."""
+
+    first_arch: int  # as major * 10 + minor
+    heads: int  # query heads per KV group
+    width: int
+    config: FwdConfig
+
+
+# An architecture takes the rows of the last first_arch that is not newer than itself.
+ROWS: tuple[QuantisedRow, ...] = (
+    QuantisedRow(80, 16, 128, FwdConfig(block_h=16, block_k=32, max_chunk=64, num_warps=2, num_stages=2)),
+    QuantisedRow(80, 32, 128, FwdConfig(block_h=32, block_k=32, max_chunk=64, num_warps=2, num_stages=2)),
+    QuantisedRow(80, 16, 576, FwdConfig(block_h=16, block_k=32, max_chunk=128, num_warps=4, num_stages=2)),
+    QuantisedRow(80, 32, 576, FwdConfig(block_h=32, block_k=32, max_chunk=128, num_warps=8, num_stages=2)),
+    QuantisedRow(90, 16, 128, FwdConfig(block_h=16, block_k=32, max_chunk=64, num_warps=2, num_stages=2)),
+    QuantisedRow(90, 32, 128, FwdConfig(block_h=32, block_k=32, max_chunk=64, num_warps=2, num_stages=2)),
+    QuantisedRow(
+        90, 16, 576,
+        FwdConfig(block_h=16, block_k=32, max_chunk=128, num_warps=4, num_stages=3, max_registers=168),
+    ),
+    QuantisedRow(90, 64, 576, FwdConfig(block_h=64, block_k=32, max_chunk=128, num_warps=8, num_stages=2)),
+)  # fmt: skip
+
+
+class Cut(NamedTuple):
+    """How a row is cut: pieces of BLOCK_DV channels from its start on, then pieces of BLOCK_DT."""
+
+    block_dv: int
+    block_dt: int
+    first_end: int  # channels that the pieces of BLOCK_DV cover, without padding
+    second_start: int  # first channel of the pieces of BLOCK_DT
+
+
+@cache
+def cut_row(name: str, d_total: int, d_v: int, max_chunk: int) -> Cut:
+    """Return how rows of the format `name` are cut.
+
+    A piece has one scale, so its width divides the tile that shares one. Behind the payload stands a scale and not the
+    next channel, so only a row of one kind of channel is cut as dense rows are, where a value piece may reach past d_v.
+    """
+    form = row_format(name)
+    layout = form.layout(d_total, d_v)
+    widest = min(max_chunk, form.tile) if form.tile else max_chunk
+    first_end = layout.d_payload if layout.d_tail16 else d_v
+    block_dv, block_dt = dense_chunk_widths(d_total, first_end, widest)
+    padded = -(-first_end // block_dv) * block_dv
+    if form.tile:
+        # A piece of the tail starts at a multiple of its width, or it would have two scales.
+        block_dt = min(block_dt, padded & -padded)
+    return Cut(block_dv, block_dt, first_end, first_end if layout.d_tail16 else padded)
+
+
+def quantised_smem_bytes(config: FwdConfig, name: str, key: ConfigKey) -> int:
+    """Return an upper bound of the shared memory on quantised rows: q, rows as they come, rows converted, weights."""
+    layout = row_format(name).layout(key.d_total, key.d_v)
+    cut = cut_row(name, key.d_total, key.d_v, config.max_chunk)
+    first = -(-cut.first_end // cut.block_dv) * cut.block_dv
+    second = -(-max(key.d_total - cut.second_start, 0) // cut.block_dt) * cut.block_dt
+    stored = first + second * (2 if layout.d_tail16 else 1) + 4 * layout.num_scales
+    buffers = max(1, config.num_stages - 1)
+    converted = 2 * (first + (0 if layout.d_tail16 else second))
+    q, weights = 2 * config.block_h * (first + second), 2 * config.block_h * config.block_k
+    return q + config.block_k * (buffers * stored + converted) + weights + _SMALL_BYTES
+
+
+@cache
+def paged_config(name: str, key: ConfigKey) -> FwdConfig | None:
+    """Return how to launch the portable kernel on rows of the format `name`, or None when nothing fits the device."""
+    if name == "dense":
+        return forward_config(key)
+    first_arch = max(row.first_arch for row in ROWS if row.first_arch <= key.arch)
+
+    def distance(row: QuantisedRow) -> float:
+        return abs(log2(row.width / key.d_total)) + abs(log2(row.heads / key.heads_per_group))
+
+    config = min((row for row in ROWS if row.first_arch == first_arch), key=distance).config
+    block_h = min(config.block_h, max(16, 1 << (key.heads_per_group - 1).bit_length()))
+    return shrink_to_fit(
+        replace(config, block_h=block_h), key.smem_bytes, lambda config: quantised_smem_bytes(config, name, key)
+    )

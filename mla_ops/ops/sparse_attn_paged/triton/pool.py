@@ -1,0 +1,66 @@
+"""Where the rows of a pool stand, as kernels are told it, and a pool of dense rows as the `kv` of a dense call."""
+
+from __future__ import annotations
+
+from math import gcd
+from typing import NamedTuple
+
+import torch
+
+from mla_ops.launching import INT32_OFFSETS
+from mla_ops.ops.sparse_attn.call import SparseAttnCall
+from mla_ops.ops.sparse_attn_paged.call import SparseAttnPagedCall
+from mla_ops.row_formats import ROW_ALIGN
+
+
+class Pool(NamedTuple):
+    """Distances inside a pool, in units of `unit` bytes: a kernel that multiplies them by it knows how rows align."""
+
+    unit: int  # 16 for rows of bytes, else the largest power of two up to 16 that divides every distance
+    page: int  # from one page to the next
+    row: int  # from the data of a row to that of the next in its page
+    group: int  # from one KV group to the next
+    page_scales: int  # from the start of a page to the scales of its first row, where they stand at its end; else 0
+    has_one_stride: bool  # row number n starts at n * row: neither padded pages nor scales at their end
+    is_far: bool  # a byte of the pool lies beyond 32 bits
+
+    @classmethod
+    def of(cls, call: SparseAttnPagedCall) -> Pool:
+        """Read the distances off the strides of `call.pages`."""
+        pages, layout = call.pages, call.layout
+        num_pages, page_size, kv_group, _ = pages.shape
+        itemsize = pages.element_size()
+        page, row, group = (stride * itemsize for stride in pages.stride()[:3])
+        scales = 0
+        if layout.scale_bytes:
+            row, scales = layout.data_bytes, page_size * layout.data_bytes
+        group = 0 if kv_group == 1 else group
+        unit = gcd(ROW_ALIGN, page, row, group, scales)
+        return cls(
+            *(unit, page // unit, row // unit, group // unit, scales // unit),
+            has_one_stride=not layout.scale_bytes and (num_pages <= 1 or page == page_size * row),
+            is_far=num_pages * page + kv_group * group >= INT32_OFFSETS,
+        )
+
+
+class Hints(NamedTuple):
+    """What of a call beside its problem decides who runs it, and never whether anybody does."""
+
+    rows: int  # (batch, query) pairs
+    pool: Pool
+
+    @classmethod
+    def of(cls, call: SparseAttnPagedCall) -> Hints:
+        """Read the hints off a checked call."""
+        return cls(call.rows, Pool.of(call))
+
+
+def as_dense_call(call: SparseAttnPagedCall) -> SparseAttnCall:
+    """Return a call on dense rows of one stride, by row number, as one on `kv`: all batch elements share the pool."""
+    num_pages, page_size, kv_group, width = call.pages.shape
+    _, row, group, inner = call.pages.stride()
+    shape, stride = (num_pages * page_size, kv_group, width), (row, group, inner)
+    if call.q.dim() == 4:
+        shape, stride = (call.q.shape[0], *shape), (0, *stride)
+    kv = torch.as_strided(call.pages, shape, stride)
+    return SparseAttnCall(call.q, kv, call.indices, call.d_v, call.softmax_scale, call.topk_length, call.attn_sink)

@@ -1,0 +1,179 @@
+"""The portable kernel set: one Triton kernel for every device from sm80 on, any format, widths, heads and topk."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+
+from mla_ops.device import DeviceTraits
+from mla_ops.launching import LaunchRecord, alignment, launch_record, outer_strides
+from mla_ops.ops.sparse_attn.configs.launch import (
+    ConfigKey,
+    FwdConfig,
+    launch_options,
+    program_count,
+    programs_by_registers,
+)
+from mla_ops.ops.sparse_attn.triton.portable import split_count
+from mla_ops.ops.sparse_attn.triton.splits import merge, partial_results
+from mla_ops.ops.sparse_attn_paged.call import SparseAttnPagedCall, SparseAttnPagedProblem
+from mla_ops.ops.sparse_attn_paged.configs.tables import (
+    MAX_FOLDING_HEADS,
+    cut_row,
+    paged_config,
+    quantised_smem_bytes,
+)
+from mla_ops.ops.sparse_attn_paged.triton.pool import Hints, Pool
+from mla_ops.row_formats import row_format
+
+# The first compute capability that converts e4m3 by an instruction; before it, integers do.
+FIRST_NATIVE_E4M3 = 89
+# More programs a row never pay: the merge takes longer than they save.
+MAX_SPLITS = 32
+
+
+class PortablePlan(NamedTuple):
+    """What sizes and strides decide about a launch."""
+
+    config: FwdConfig
+    record: LaunchRecord
+    grid: tuple[int, int]
+    partials: tuple[int, int, int]  # rows, splits, heads: the shape of a partial lse
+    q_strides: tuple[int, int, int]
+    pool: tuple[int, int, int, int]  # stride_p_page to page_scales
+    indices_strides: tuple[int, int, int]
+    scale_stride: int  # of cache_scale, from one KV group to the next
+    sizes: tuple[int, ...]  # seq_q to slots_per_split
+    constants: tuple[int | bool | str, ...]  # of the kernel, from HEADS to USE_INT64_OFFSETS
+    multiplies: str  # how rows are multiplied by their scales, for a person
+
+
+class PortableKernels:
+    """See the module's docstring, and `KernelSet` for the methods."""
+
+    name = "portable"
+
+    def refusal(self, problem: SparseAttnPagedProblem, hints: Hints | None, traits: DeviceTraits) -> str | None:
+        """Return why the kernel can't run `problem`: 16 rows must fit shared memory."""
+        if traits.vendor != "nvidia" or traits.arch < 80:
+            return f"the device is {traits}, they need one of nvidia with compute capability 8.0 or later"
+        if paged_config(problem.row_format, key_of(problem, traits)) is None:
+            return (
+                f"no configuration fits: the device has {traits.smem_bytes} B of shared memory per block, which is too "
+                f"little for 16 rows of d_total={problem.d_total}"
+            )
+        return None
+
+    def plan(
+        self,
+        call: SparseAttnPagedCall,
+        traits: DeviceTraits,
+        *,
+        config: FwdConfig | None = None,
+        num_splits: int | None = None,
+        use_int64_offsets: bool | None = None,
+    ) -> PortablePlan:
+        """Plan a launch; what is None is derived."""
+        problem, pool = SparseAttnPagedProblem.of(call), Pool.of(call)
+        key, name = key_of(problem, traits), call.row_format
+        config = config or paged_config(name, key)
+        assert config is not None, f"no configuration for {problem}; dispatch has refused it"
+        form, layout = row_format(name), call.layout
+        heads, kv_group, topk = problem.heads, problem.kv_group, problem.topk
+        num_pages, page_size = call.pages.shape[:2]
+        num_keys = num_pages * page_size
+        if call.block_table is not None:
+            num_keys = call.block_table.shape[-1] * page_size
+        programs = program_count(call.rows, heads, kv_group, config.block_h)
+        if num_splits is None:
+            num_splits = split_count_of(name, programs, topk, config, traits, key)
+        q_strides = outer_strides(call.q.stride())
+        cut = cut_row(name, problem.d_total, problem.d_v, config.max_chunk)
+        is_scaled, folds = form.scale != "none", config.block_h <= MAX_FOLDING_HEADS
+        is_native = traits.arch >= FIRST_NATIVE_E4M3
+        return PortablePlan(
+            config,
+            launch_record(
+                call.q.device, "sparse_attn_paged", problem.d_total, problem.d_v, heads, kv_group, problem.dtype, name,
+                call.indices.dtype, problem.has_block_table, pool.has_one_stride, num_splits > 1, config,
+            ),
+            grid=(programs, num_splits),
+            partials=(call.rows, num_splits, heads),
+            q_strides=q_strides,
+            pool=(pool.page, pool.row, pool.group, pool.page_scales),
+            indices_strides=outer_strides(call.indices.stride()),
+            scale_stride=0 if call.cache_scale is None or call.cache_scale.numel() == 1 else 1,
+            sizes=(
+                *(call.q.shape[-3], num_keys, num_pages, page_size, topk),
+                topk if num_splits == 1 else -(-topk // (num_splits * config.block_k)) * config.block_k,
+            ),
+            constants=(
+                *(heads, kv_group, problem.d_total, problem.d_v, config.block_h, config.block_k),
+                *cut,
+                *(alignment(q_strides), pool.unit),
+                *(form.payload != "none", layout.d_tail16 > 0, layout.tail_offset),
+                *(form.scale, form.tile, layout.scale_offset, layout.scale_bytes),
+                *(pool.has_one_stride and call.block_table is None, folds, is_native),
+                pool.is_far if use_int64_offsets is None else use_int64_offsets,
+            ),
+            multiplies=_FOLDED if is_scaled and folds else _ROUNDED if is_scaled else _PLAIN,
+        )  # fmt: skip
+
+    def describe(self, plan: PortablePlan) -> tuple[str, ...]:
+        """Say what `plan` launches."""
+        splits = f", slots split over {plan.grid[1]} programs"
+        return (f"portable: {plan.config}{splits}; {plan.record}", plan.multiplies)
+
+    def run(self, call: SparseAttnPagedCall, plan: PortablePlan, out: torch.Tensor, lse: torch.Tensor) -> None:
+        """Run the kernel, and the merge kernel when a row's slots are shared out over programs."""
+        q, pages, indices, d_v, softmax_scale, name, block_table, seq_lens, topk_length, attn_sink, cache_scale = call
+        kernel_out, kernel_lse, is_split = out, lse, plan.grid[1] > 1
+        if is_split:
+            kernel_out, kernel_lse = partial_results(plan.partials, d_v, q, is_traced=False)
+        _kernel()[plan.grid](
+            q, *plan.q_strides, pages if name == "dense" else pages.view(torch.uint8), *plan.pool,
+            indices, *plan.indices_strides, block_table, 0 if block_table is None else block_table.stride(0),
+            seq_lens, topk_length, attn_sink, cache_scale, plan.scale_stride,
+            kernel_out, kernel_lse, softmax_scale, *plan.sizes, *plan.constants, is_split, softmax_scale < 0,
+            **launch_options(plan.config),
+        )  # fmt: skip
+        if is_split:
+            merge(kernel_out, kernel_lse, attn_sink, out, lse, plan.partials, d_v)
+
+
+_PLAIN = "rows are multiplied as they are"
+_FOLDED = "scales join logits and weights in fp32: any scale is exact"
+_ROUNDED = "rows are multiplied by their scales in fp32 and rounded: exact where scales are powers of two"
+
+
+def key_of(problem: SparseAttnPagedProblem, traits: DeviceTraits) -> ConfigKey:
+    """Return what the tables are asked with for a problem on a device."""
+    heads = max(1, problem.heads_per_group)
+    return ConfigKey(traits.arch, traits.smem_bytes, heads, problem.d_total, problem.d_v, problem.dtype.itemsize)
+
+
+def split_count_of(name: str, programs: int, topk: int, config: FwdConfig, traits: DeviceTraits, key: ConfigKey) -> int:
+    """Return over how many programs the slots of one row are shared out.
+
+    Dense rows: as `mla::sparse_attn` does. Quantised rows, measured at 576/512 with 16 heads and topk 2048: as many as
+    give the device all programs it holds, of two blocks at least.
+    """
+    if name == "dense":
+        return split_count(programs, topk, config, traits, key)
+    blocks = -(-topk // config.block_k)
+    if blocks < 4 or programs == 0:
+        return 1
+    by_memory = traits.smem_bytes // quantised_smem_bytes(config, name, key)
+    places = traits.num_sms * max(1, min(by_memory, programs_by_registers(config, 232)))
+    splits = max(1, min(places // programs, blocks // 2, MAX_SPLITS))
+    return -(-blocks // -(-blocks // splits))
+
+
+@lru_cache(maxsize=1)
+def _kernel() -> Any:
+    """Return the kernel; importing it imports triton."""
+    from mla_ops.ops.sparse_attn_paged.kernels.forward import _sparse_attn_paged_fwd_kernel
+
+    return _sparse_attn_paged_fwd_kernel
