@@ -83,13 +83,11 @@ from mla_ops.ops.sparse_attn.kernels.hopper_items import (
     HALF,
     LN_2,
     LOG2_E,
+    RESCALE_ABOVE,
     TILE,
     _locate_share,
     _share_slots,
 )
-
-# The maximum that weights are relative to follows the true one when that has grown by more than this, in powers of two.
-RESCALE_ABOVE = gl.constexpr(8.0)
 
 SCORES_LAYOUT = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))
 
@@ -330,7 +328,8 @@ def _sparse_attn_fwd_hopper_kernel(
     gl.warp_specialize(
         [
             (_scores, (
-                attn_sink_ptr, lse_ptr, topk_length_ptr, gl.to_tensor(softmax_scale), topk, slots_per_split, num_splits, num_items,
+                attn_sink_ptr, lse_ptr, topk_length_ptr, gl.to_tensor(softmax_scale),
+                topk, slots_per_split, num_splits, num_items,
                 q_left, q_right, q_tail, k_left, k_right, k_tail, valid, alpha, factor,
                 left_full, rest_full, weights, turn, q_left_full, q_rest_full, q_free, factor_full,
                 HEADS, KV_GROUP, LEFT, RIGHT, TAIL, PAIRS, IS_SPLIT, IS_NEGATIVE_SCALE,

@@ -221,12 +221,12 @@ def _load_side(
     words = ()
     scales = ()
     for c in gl.static_range(WIDTH // PIECE):
-        words = words + (_load_words(row_ptrs, row_mask, START + c * PIECE, PIECE, PAYLOAD),)
+        words = words + (_load_words(row_ptrs, row_mask, START + c * PIECE, PIECE, PAYLOAD),)  # noqa: RUF005
         scale = gl.where(row_mask, cache_scale, 0.0)
         if SCALES_AT > 0:
             scales_ptr = (row_ptrs + SCALES_AT).to(gl.pointer_type(gl.float32), bitcast=True)
             scale = gl.load(scales_ptr + (START + c * PIECE) // SCALED, mask=row_mask, other=0.0)
-        scales = scales + (scale,)
+        scales = scales + (scale,)  # noqa: RUF005
     return words, scales
 
 
@@ -262,6 +262,8 @@ def _gather(
     # Elements in 16 bytes: places count them.
     UNIT: gl.constexpr = 128 // kv_ptr.dtype.element_ty.primitive_bitwidth
     CONVERTS: gl.constexpr = PAYLOAD > 0
+    VALUE: gl.constexpr = LEFT + RIGHT
+    CONVERTS_TAIL: gl.constexpr = PAYLOAD > VALUE
     IS_BF16: gl.constexpr = q_ptr.dtype.element_ty == gl.bfloat16
     places_of_pairs = places._reinterpret(gl.int64, [2, PAIR], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     slots_of = (
@@ -294,6 +296,8 @@ def _gather(
         STAGES: gl.constexpr = 2 * PAIRS
         w_left = k_left._reinterpret(gl.int32, [STAGES, TILE, LEFT // 2], TILE_WORDS)
         w_right = k_right._reinterpret(gl.int32, [STAGES, TILE, RIGHT // 2], TILE_WORDS)
+        if CONVERTS_TAIL:
+            w_tail = k_tail._reinterpret(gl.int32, [STAGES, TILE, TAIL // 2], TILE_WORDS)
         words, scales = _load_side(kv_ptr, places.index(0).load(WORD_ROWS), cache_scale, 0, LEFT, PAYLOAD, SCALES_AT)
     pair = 0
     parity_q = 1
@@ -338,7 +342,8 @@ def _gather(
 
                 left, right, tail = k_left.index(stage), k_right.index(stage), k_tail.index(stage)
                 if CONVERTS:
-                    if s == 0:
+                    # `s` is known to the compiler and `i` is not.
+                    if s == 0:  # noqa: SIM102
                         if i == 0:
                             mbarrier.wait(q_free, parity_q)
                             _copy_queries(query_rows, query_mask, q_left, q_right, q_tail, D_TOTAL, LEFT, RIGHT, TAIL)
@@ -351,36 +356,29 @@ def _gather(
                     right_words, right_scales = _load_side(kv_ptr, second, cache_scale, LEFT, RIGHT, PAYLOAD, SCALES_AT)
                     mbarrier.wait(free.index(4 * stage + 2), parity_free)
                     _store_side(w_left.index(stage), words, scales, HALF, LEFT, IS_BF16)
+                    if CONVERTS_TAIL:
+                        tail0, tail_scales0 = _load_side(kv_ptr, first, cache_scale, VALUE, TAIL, PAYLOAD, SCALES_AT)
+                        tail1, tail_scales1 = _load_side(kv_ptr, second, cache_scale, VALUE, TAIL, PAYLOAD, SCALES_AT)
                     fence_async_shared()
                     block_barrier()
                     mbarrier.arrive(left_full.index(stage), count=1)
                     mbarrier.wait(free.index(4 * stage + 3), parity_free)
-                    if TAIL > 0:
-                        first_tail = (kv_ptr + places.index(half0).load(ROWS) * UNIT + TAIL_AT).to(
-                            gl.pointer_type(q_ptr.dtype.element_ty), bitcast=True
-                        )
-                        second_tail = (kv_ptr + places.index(half0 + 1).load(ROWS) * UNIT + TAIL_AT).to(
-                            gl.pointer_type(q_ptr.dtype.element_ty), bitcast=True
-                        )
-                        _copy_rows(
-                            tail.slice(0, HALF),
-                            first_tail,
-                            places.index(half0).load(ROWS) >= 0,
-                            0,
-                            TAIL,
-                            D_TOTAL - PAYLOAD,
-                        )
-                        _copy_rows(
-                            tail.slice(HALF, HALF),
-                            second_tail,
-                            places.index(half0 + 1).load(ROWS) >= 0,
-                            0,
-                            TAIL,
-                            D_TOTAL - PAYLOAD,
-                        )
+                    if TAIL > 0 and not CONVERTS_TAIL:
+                        for half in gl.static_range(2):
+                            tail_places = places.index(half0 + half).load(ROWS)
+                            tail_ptrs = (kv_ptr + tail_places * UNIT + TAIL_AT).to(
+                                gl.pointer_type(q_ptr.dtype.element_ty), bitcast=True
+                            )
+                            _copy_rows(
+                                tail.slice(half * HALF, HALF), tail_ptrs, tail_places >= 0, 0, TAIL, D_TOTAL - PAYLOAD
+                            )
+                    async_copy.commit_group()
                     following = places.index((half0 + 2) % 8).load(WORD_ROWS)
                     words, scales = _load_side(kv_ptr, following, cache_scale, 0, LEFT, PAYLOAD, SCALES_AT)
                     _store_side(w_right.index(stage), right_words, right_scales, HALF, RIGHT, IS_BF16)
+                    if CONVERTS_TAIL:
+                        _store_side(w_tail.index(stage), tail0, tail_scales0, 0, TAIL, IS_BF16)
+                        _store_side(w_tail.index(stage), tail1, tail_scales1, HALF, TAIL, IS_BF16)
                     valid.index(2 * stage).store(first_valid.to(gl.int32))
                     valid.index(2 * stage + 1).store(second_valid.to(gl.int32))
                     _publish_copies(rest_full.index(stage), 0, True)
@@ -430,7 +428,7 @@ def _gather(
                         _publish_copies(q_rest_full, 2, i == 0)
             if i == num_pairs // 2:
                 next_item = gl.minimum(item + gl.num_programs(0), num_items - 1)
-                next_rows, next_mask = _query_rows(
+                next_rows, _next_mask = _query_rows(
                     q_ptr, stride_q_b, stride_q_s, stride_q_h, next_item, seq_q, num_splits, HEADS, KV_GROUP, IS_SPLIT
                 )
                 _prefetch_queries(next_rows, D_TOTAL)

@@ -1,6 +1,6 @@
 """What the Hopper kernels of both sides share: work items, and how rows come to shared memory.
 
-A work item is 64 heads of one (batch, query, group). The forward may share its slots out over several (`_locate_share`).
+A work item is 64 heads of one (batch, query, group); the forward may share its slots out over several items.
 """
 
 from triton.experimental import gluon
@@ -11,6 +11,8 @@ from mla_ops.kernels.gluon_compat import block_barrier
 
 LOG2_E = gl.constexpr(1.4426950408889634)
 LN_2 = gl.constexpr(0.6931471805599453)
+# The maximum that weights are relative to follows the true one when that has grown by more than this, in powers of two.
+RESCALE_ABOVE = gl.constexpr(8.0)
 
 BLOCK_H = gl.constexpr(64)
 TILE = gl.constexpr(64)
