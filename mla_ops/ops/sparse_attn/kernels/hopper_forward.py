@@ -1,12 +1,13 @@
 """Forward kernel for wide rows on sm90: four warpgroups with a role each, in Gluon.
 
 A program stays on its multiprocessor and walks over work items, a work item being one row of the grid of `forward.py`:
-64 heads of one (batch, query, group). Per item it goes through the slots in pairs of 64-slot tiles; shared memory holds
-one or two pairs (PAIRS), a tile per stage.
+64 heads of one (batch, query, group); with IS_SPLIT a share of its slots, whose results are partial and in fp32. Per
+item it goes through the slots in pairs of 64-slot tiles; shared memory holds one or two pairs (PAIRS), a tile per stage.
 
 NOTE [Roles]
   gather     copies the rows of a tile, and at the start of an item its queries, with cp.async; writes which slots are
-             valid. An invalid slot is a copy of zero bytes: it reads nothing and fills its row with zeros.
+             valid. An invalid slot is a copy of zero bytes: it reads nothing and fills its row with zeros. Rows of e4m3
+             are converted on the way. See `hopper_gather.py`.
   scores     S = Q K^T, the online softmax; P and the factor that rescales the accumulators go through shared memory.
   values x2  O = alpha * O + P V on LEFT and RIGHT channels, where V is the tile that S was made of.
 One warpgroup makes S while the other two multiply the tile before it. A row is cut into LEFT + RIGHT + TAIL channels:
@@ -51,11 +52,12 @@ With two pairs of stages, the gather asks for the rows of tile t before it waits
 the latency of L2. The buffers of tile t become free with tile t - 4, whose `free` needs the arrival of tile t - 3, and
 tile t - 3 is announced by then.
 The gather waits for the queries of an item after it has announced the last tile of the item before, because the scores
-free the queries with that last tile.
+free the queries with that last tile. The gather that converts asks for them before the first tile of their item, and
+announces them with it; it announces a tile before it waits for the buffers of the next, whatever PAIRS is.
 
 NOTE [What orders the accesses]
 wgmma reads shared memory through the async proxy; everything else here goes through the generic proxy.
-  Written, then read by wgmma (rows and queries by cp.async, P by stores): every writing thread waits for its own copies
+  Written, then read by wgmma (rows and queries by cp.async, converted rows and P by stores): every writing thread waits for its own copies
   (cp.async.wait_group), executes fence.proxy.async, and meets its warpgroup at a barrier; then one thread arrives
   (release) and the readers wait (acquire). The fence stands between the write and the arrival, hence on the causality
   path to every later wgmma, that of the value groups included, which learn of the rows through `weights`. So readers
@@ -194,6 +196,7 @@ def _values(
     k_side, k_tail, alpha, factor, weights, turn, free, factor_full,
     HEADS: gl.constexpr, KV_GROUP: gl.constexpr, D_V: gl.constexpr,
     SIDE: gl.constexpr, START: gl.constexpr, WIDTH: gl.constexpr, PAIRS: gl.constexpr, IS_SPLIT: gl.constexpr,
+    TAKES_TURNS: gl.constexpr,
 ):  # fmt: skip
     ACC_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128 if WIDTH > 128 else WIDTH, 16])
     HEADS_LAYOUT: gl.constexpr = gl.SliceLayout(1, ACC_LAYOUT)
@@ -229,7 +232,8 @@ def _values(
                 acc = warpgroup_mma(p.slice(0, HALF, 1), v.slice(0, HALF), acc, is_async=True)
                 acc = warpgroup_mma_wait(0, deps=[acc])
                 mbarrier.arrive(free.index(4 * stage + SIDE), count=1, pred=frees)
-                mbarrier.wait(turn.index(stage), parity)
+                if TAKES_TURNS:
+                    mbarrier.wait(turn.index(stage), parity)
                 acc = warpgroup_mma(p.slice(HALF, HALF, 1), v.slice(HALF, HALF), acc, is_async=True)
                 acc = warpgroup_mma_wait(0, deps=[acc])
                 mbarrier.arrive(free.index(4 * stage + 2 + SIDE), count=1, pred=frees)
@@ -258,6 +262,11 @@ def _values(
             gl.store(head_ptrs[:, None] + cols[None, :], tile, mask=mask)
 
 
+@gluon.constexpr_function
+def _power_of_two(number):
+    return 1 << (number - 1).bit_length()
+
+
 # Lengths change from call to call and are not specialised; of a stride it is whether 16 divides it, for the copies.
 @gluon.jit(
     do_not_specialize=[
@@ -282,7 +291,7 @@ def _sparse_attn_fwd_hopper_kernel(
     HEADS: gl.constexpr, KV_GROUP: gl.constexpr, D_TOTAL: gl.constexpr, D_V: gl.constexpr,
     LEFT: gl.constexpr, RIGHT: gl.constexpr, TAIL: gl.constexpr,
     PAIRS: gl.constexpr, VALUE_REGISTERS: gl.constexpr, GATHER_REGISTERS: gl.constexpr, IS_NEGATIVE_SCALE: gl.constexpr,
-    IS_SPLIT: gl.constexpr, IS_PAGED: gl.constexpr, PREFETCHED: gl.constexpr,
+    IS_SPLIT: gl.constexpr, IS_PAGED: gl.constexpr, PREFETCHED: gl.constexpr, TAKES_TURNS: gl.constexpr,
     PAYLOAD: gl.constexpr, SCALES_AT: gl.constexpr, TAIL_AT: gl.constexpr,
 ):  # fmt: skip
     ELEMENT: gl.constexpr = q_ptr.dtype.element_ty
@@ -302,6 +311,10 @@ def _sparse_attn_fwd_hopper_kernel(
     alpha = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_H], FLAT)
     factor = gl.allocate_shared_memory(gl.float32, [PAIRS, BLOCK_H], FLAT)
     places = gl.allocate_shared_memory(gl.int64, [8, HALF], FLAT)
+    scales = alpha
+    if SCALES_AT > 0:
+        SCALES: gl.constexpr = _power_of_two((PAYLOAD + 127) // 128)
+        scales = gl.allocate_shared_memory(gl.float32, [STAGES * SCALES, TILE], FLAT)
 
     left_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     rest_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -337,12 +350,13 @@ def _sparse_attn_fwd_hopper_kernel(
             (_values, (
                 out_ptr, topk_length_ptr, topk, slots_per_split, num_splits, num_items,
                 k_left, k_tail, alpha, factor, weights, turn, free, factor_full,
-                HEADS, KV_GROUP, D_V, gl.constexpr(0), gl.constexpr(0), LEFT, PAIRS, IS_SPLIT,
+                HEADS, KV_GROUP, D_V, gl.constexpr(0), gl.constexpr(0), LEFT, PAIRS, IS_SPLIT, TAKES_TURNS,
             )),
             (_values, (
                 out_ptr, topk_length_ptr, topk, slots_per_split, num_splits, num_items,
                 k_right, k_tail, alpha, factor, weights, turn, free, factor_full,
                 HEADS, KV_GROUP, D_V, gl.constexpr(1), LEFT, RIGHT, PAIRS, IS_SPLIT,
+                TAKES_TURNS,
             )),
             (_gather, (
                 q_ptr, stride_q_b, stride_q_s, stride_q_h,
@@ -350,7 +364,7 @@ def _sparse_attn_fwd_hopper_kernel(
                 indices_ptr, stride_i_b, stride_i_s, stride_i_g,
                 topk_length_ptr, table_ptr, stride_table, seq_lens_ptr, cache_scale_ptr,
                 seq_q, num_positions, page_size, num_pages, topk, slots_per_split, num_splits, num_items,
-                q_left, q_right, q_tail, k_left, k_right, k_tail, halves_valid, places,
+                q_left, q_right, q_tail, k_left, k_right, k_tail, halves_valid, places, scales,
                 left_full, rest_full, free, q_left_full, q_rest_full, q_free,
                 HEADS, KV_GROUP, D_TOTAL, LEFT, RIGHT, TAIL, PAIRS, IS_SPLIT, IS_PAGED, PREFETCHED,
                 PAYLOAD, SCALES_AT, TAIL_AT,

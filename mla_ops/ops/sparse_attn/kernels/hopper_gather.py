@@ -35,10 +35,13 @@ from mla_ops.ops.sparse_attn.kernels.hopper_items import (
 
 # A thread for every slot of a pair of tiles.
 SLOTS_LAYOUT = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
-# A thread has 16 bytes of a row, and four threads 64.
+# Words of four e4m3 channels: eight threads copy 128 bytes of a row, four convert 64.
+COPIED_WORDS_LAYOUT = gl.constexpr(gl.BlockedLayout([1, 4], [4, 8], [4, 1], [1, 0]))
 WORDS_LAYOUT = gl.constexpr(gl.BlockedLayout([1, 4], [8, 4], [4, 1], [1, 0]))
-# Channels that share a scale.
+SCALES_LAYOUT = gl.constexpr(gl.BlockedLayout([1, 1], [1, 32], [4, 1], [1, 0]))
+# Channels that share a scale, and their words.
 SCALED = gl.constexpr(128)
+SCALED_WORDS = gl.constexpr(32)
 
 # Four e4m3 channels times a scale: exact to fp32, the product in fp32, one rounding. A NaN stays one.
 _SCALE_E4M3 = gl.constexpr("""{
@@ -91,6 +94,20 @@ def _prefetch_lines(ptrs):
     gl.inline_asm_elementwise(
         "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [ptrs], dtype=gl.int32, is_pure=False, pack=1
     )
+
+
+@gluon.jit
+def _prefetch_line(ptrs, wanted):
+    """Bring the lines of some addresses to L2."""
+    gl.inline_asm_elementwise(
+        """{
+            .reg .pred some;
+            setp.ne.s32 some, $2, 0;
+            @some prefetch.global.L2 [$1];
+            mov.u32 $0, 0;
+        }""",
+        "=r,l,r", [ptrs, wanted], dtype=gl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
 
 
 @gluon.jit
@@ -191,56 +208,81 @@ def _places_of_pair(
     offsets += group.to(gl.int64) * (stride_g // UNIT)
     if not IS_PAGED:
         offsets += (row // seq_q) * (stride_b // UNIT)
-    if PREFETCHED > 0:
+    if PREFETCHED != 0:
         is_mine = is_valid
         if HEAD_BLOCKS > 1:
             is_mine = is_mine & (gl.arange(0, PAIR, layout=SLOTS_LAYOUT) % 2 == item % HEAD_BLOCKS)
-        _prefetch_rows(kv_ptr + offsets * UNIT, gl.where(is_mine, PREFETCHED, 0))
+        if PREFETCHED > 0:
+            _prefetch_rows(kv_ptr + offsets * UNIT, gl.where(is_mine, PREFETCHED, 0))
+        else:
+            ELEMENTS: gl.constexpr = -PREFETCHED * UNIT // 16
+            starts = kv_ptr + offsets * UNIT
+            for line in gl.static_range(0, ELEMENTS, 8 * UNIT):
+                _prefetch_line(starts + line, is_mine.to(gl.int32))
+            _prefetch_line(starts + (ELEMENTS - 1), is_mine.to(gl.int32))
     return gl.where(is_valid, offsets, -1)
 
 
 @gluon.jit
-def _load_words(row_ptrs, row_mask, START: gl.constexpr, WIDTH: gl.constexpr, PAYLOAD: gl.constexpr):
-    """Return channels START.. of some rows, four to a word; masked rows and channels >= PAYLOAD are 0."""
-    cols = gl.arange(0, WIDTH // 4, layout=gl.SliceLayout(0, WORDS_LAYOUT))
-    mask = row_mask[:, None]
-    if START + WIDTH > PAYLOAD:
-        mask = mask & (cols < (PAYLOAD - START) // 4)[None, :]
-    words_ptr = (row_ptrs + START).to(gl.pointer_type(gl.int32), bitcast=True)
-    return gl.load(words_ptr[:, None] + cols[None, :], mask=mask, other=0)
-
-
-@gluon.jit
-def _load_side(
-    kv_ptr, places, cache_scale, START: gl.constexpr, WIDTH: gl.constexpr,
-    PAYLOAD: gl.constexpr, SCALES_AT: gl.constexpr,
+def _look_ahead(
+    ahead, places, slots_of, pool, HEADS: gl.constexpr, KV_GROUP: gl.constexpr, IS_SPLIT: gl.constexpr,
+    IS_PAGED: gl.constexpr, UNIT: gl.constexpr, PREFETCHED: gl.constexpr,
 ):  # fmt: skip
-    """Return the words of a side of some rows in pieces of at most 128 channels, and the scale of each."""
-    PIECE: gl.constexpr = 128 if WIDTH > 128 else WIDTH
-    row_ptrs, row_mask = kv_ptr + places * 16, places >= 0
-    words = ()
-    scales = ()
-    for c in gl.static_range(WIDTH // PIECE):
-        words = words + (_load_words(row_ptrs, row_mask, START + c * PIECE, PIECE, PAYLOAD),)  # noqa: RUF005
-        scale = gl.where(row_mask, cache_scale, 0.0)
-        if SCALES_AT > 0:
-            scales_ptr = (row_ptrs + SCALES_AT).to(gl.pointer_type(gl.float32), bitcast=True)
-            scale = gl.load(scales_ptr + (START + c * PIECE) // SCALED, mask=row_mask, other=0.0)
-        scales = scales + (scale,)  # noqa: RUF005
-    return words, scales
+    """Store the places of the next pair, and look up those after it; see NOTE [Pairs are looked up ahead]."""
+    positions1, pages1, item1, positions2, item2, slots_ptr, slot, end = ahead
+    places.store(
+        _places_of_pair(positions1, pages1, item1, pool, HEADS, KV_GROUP, IS_SPLIT, IS_PAGED, UNIT, PREFETCHED)
+    )
+    pages2 = _pages_of_pair(positions2, item2, pool, HEADS, KV_GROUP, IS_SPLIT, IS_PAGED)
+    item3, slots_ptr, slot, end = _next_pair(item2, slots_ptr, slot, end, slots_of, HEADS, KV_GROUP, IS_SPLIT)
+    positions3 = load_positions(slots_ptr, slot, end, PAIR, SLOTS_LAYOUT)
+    return positions2, pages2, item2, positions3, item3, slots_ptr, slot, end
 
 
 @gluon.jit
-def _store_side(tile, words, scales, FIRST: gl.constexpr, WIDTH: gl.constexpr, IS_BF16: gl.constexpr):
-    """Convert what `_load_side` returned into rows FIRST.. of a tile of words of two channels."""
-    PIECE: gl.constexpr = 128 if WIDTH > 128 else WIDTH
-    for c in gl.static_range(WIDTH // PIECE):
-        low, high = gl.inline_asm_elementwise(
-            _SCALE_TO_BF16 if IS_BF16 else _SCALE_TO_F16, "=r,=r,r,f", [words[c], scales[c][:, None]],
-            dtype=(gl.int32, gl.int32), is_pure=True, pack=1,
-        )  # fmt: skip
-        pairs = gl.join(low, high).reshape([HALF, PIECE // 2])
-        tile.slice(FIRST, HALF).slice(c * (PIECE // 2), PIECE // 2, 1).store(pairs)
+def _copy_words(
+    kv_ptr, places, words, tail, tail_words, scales, IS_TAIL_CONVERTED: gl.constexpr,
+    PAYLOAD: gl.constexpr, D_TAIL: gl.constexpr, SCALES_AT: gl.constexpr, TAIL_AT: gl.constexpr,
+):  # fmt: skip
+    """Start the copies of a tile of rows of e4m3: `words` of four channels, their scales, and the tail."""
+    rows = places.load(gl.SliceLayout(1, COPIED_WORDS_LAYOUT))
+    mask = (rows >= 0)[:, None]
+    words_ptr = (kv_ptr + rows * 16).to(gl.pointer_type(gl.int32), bitcast=True)
+    cols = gl.arange(0, words.shape[1], layout=gl.SliceLayout(0, COPIED_WORDS_LAYOUT))
+    async_copy.async_copy_global_to_shared(words, words_ptr[:, None] + cols[None, :], mask=mask)
+    if IS_TAIL_CONVERTED:
+        VALUE_WORDS: gl.constexpr = words.shape[1]
+        cols = gl.arange(0, tail_words.shape[1], layout=gl.SliceLayout(0, COPIED_WORDS_LAYOUT))
+        mask = mask & (cols < PAYLOAD // 4 - VALUE_WORDS)[None, :]
+        async_copy.async_copy_global_to_shared(
+            tail_words, (words_ptr + VALUE_WORDS)[:, None] + cols[None, :], mask=mask
+        )
+    elif D_TAIL > 0:
+        rows = places.load(gl.SliceLayout(1, ROWS_LAYOUT))
+        tail_ptrs = (kv_ptr + rows * 16 + TAIL_AT).to(gl.pointer_type(tail.dtype), bitcast=True)
+        _copy_rows(tail, tail_ptrs, rows >= 0, 0, tail.shape[1], D_TAIL)
+    if SCALES_AT > 0:
+        rows = places.load(gl.SliceLayout(0, SCALES_LAYOUT))
+        scales_ptr = (kv_ptr + rows * 16 + SCALES_AT).to(gl.pointer_type(gl.float32), bitcast=True)
+        numbers = gl.arange(0, scales.shape[0], layout=gl.SliceLayout(1, SCALES_LAYOUT))
+        async_copy.async_copy_global_to_shared(
+            scales, scales_ptr[None, :] + numbers[:, None], mask=(rows >= 0)[None, :] & (numbers >= 0)[:, None]
+        )
+    async_copy.commit_group()
+
+
+@gluon.jit
+def _convert(words, scales, number, cache_scale, HAS_SCALES: gl.constexpr, IS_BF16: gl.constexpr):
+    """Return words of two channels for words of four; `scales.index(number)` are the scales of their rows."""
+    if HAS_SCALES:
+        scale = scales.index(number).load(gl.SliceLayout(1, words.type.layout))[:, None]
+    else:
+        scale = cache_scale
+    low, high = gl.inline_asm_elementwise(
+        _SCALE_TO_BF16 if IS_BF16 else _SCALE_TO_F16, "=r,=r,r,f", [words, scale],
+        dtype=(gl.int32, gl.int32), is_pure=True, pack=1,
+    )  # fmt: skip
+    return gl.join(low, high).reshape([words.shape[0], 2 * words.shape[1]])
 
 
 @gluon.jit
@@ -250,7 +292,7 @@ def _gather(
     indices_ptr, stride_i_b, stride_i_s, stride_i_g,
     topk_length_ptr, table_ptr, stride_table, seq_lens_ptr, cache_scale_ptr,
     seq_q, num_positions, page_size, num_pages, topk, slots_per_split, num_splits, num_items,
-    q_left, q_right, q_tail, k_left, k_right, k_tail, valid, places,
+    q_left, q_right, q_tail, k_left, k_right, k_tail, valid, places, scales,
     left_full, rest_full, free, q_left_full, q_rest_full, q_free,
     HEADS: gl.constexpr, KV_GROUP: gl.constexpr, D_TOTAL: gl.constexpr,
     LEFT: gl.constexpr, RIGHT: gl.constexpr, TAIL: gl.constexpr, PAIRS: gl.constexpr, IS_SPLIT: gl.constexpr,
@@ -258,7 +300,6 @@ def _gather(
     PAYLOAD: gl.constexpr, SCALES_AT: gl.constexpr, TAIL_AT: gl.constexpr,
 ):  # fmt: skip
     ROWS: gl.constexpr = gl.SliceLayout(1, ROWS_LAYOUT)
-    WORD_ROWS: gl.constexpr = gl.SliceLayout(1, WORDS_LAYOUT)
     # Elements in 16 bytes: places count them.
     UNIT: gl.constexpr = 128 // kv_ptr.dtype.element_ty.primitive_bitwidth
     CONVERTS: gl.constexpr = PAYLOAD > 0
@@ -283,22 +324,35 @@ def _gather(
     item2, slots_ptr, slot, end = _next_pair(item1, slots_ptr, slot, end, slots_of, HEADS, KV_GROUP, IS_SPLIT)
     positions2 = load_positions(slots_ptr, slot, end, PAIR, SLOTS)
     pages0 = _pages_of_pair(positions0, item0, pool, HEADS, KV_GROUP, IS_SPLIT, IS_PAGED)
-    pages1 = _pages_of_pair(positions1, item1, pool, HEADS, KV_GROUP, IS_SPLIT, IS_PAGED)
+    # These rows are copied at once, and queries with them: to ask for more would delay both.
     places_of_pairs.index(0).store(
-        _places_of_pair(positions0, pages0, item0, pool, HEADS, KV_GROUP, IS_SPLIT, IS_PAGED, UNIT, PREFETCHED)
+        _places_of_pair(positions0, pages0, item0, pool, HEADS, KV_GROUP, IS_SPLIT, IS_PAGED, UNIT, 0)
     )
+    pages1 = _pages_of_pair(positions1, item1, pool, HEADS, KV_GROUP, IS_SPLIT, IS_PAGED)
+    ahead = (positions1, pages1, item1, positions2, item2, slots_ptr, slot, end)
 
-    cache_scale = 1.0
-    if cache_scale_ptr is not None:
-        cache_scale = gl.load(cache_scale_ptr)
     if CONVERTS:
-        TILE_WORDS: gl.constexpr = gl.NVMMASharedLayout(128, 32, 2)
+        cache_scale = 1.0
+        if cache_scale_ptr is not None:
+            cache_scale = gl.load(cache_scale_ptr)
+        WORDS: gl.constexpr = gl.NVMMASharedLayout(128, 32, 2)
         STAGES: gl.constexpr = 2 * PAIRS
-        w_left = k_left._reinterpret(gl.int32, [STAGES, TILE, LEFT // 2], TILE_WORDS)
-        w_right = k_right._reinterpret(gl.int32, [STAGES, TILE, RIGHT // 2], TILE_WORDS)
-        if CONVERTS_TAIL:
-            w_tail = k_tail._reinterpret(gl.int32, [STAGES, TILE, TAIL // 2], TILE_WORDS)
-        words, scales = _load_side(kv_ptr, places.index(0).load(WORD_ROWS), cache_scale, 0, LEFT, PAYLOAD, SCALES_AT)
+        PIECES: gl.constexpr = LEFT // SCALED
+        w_left = k_left._reinterpret(gl.int32, [STAGES, TILE, LEFT // 2], WORDS)
+        w_right = k_right._reinterpret(gl.int32, [STAGES, TILE, RIGHT // 2], WORDS)
+        w_tail = k_tail._reinterpret(gl.int32, [STAGES, TILE, k_tail.shape[2] // 2], WORDS)
+        scales_of_tiles = scales
+        SCALES: gl.constexpr = scales.shape[0] // STAGES
+        if SCALES_AT > 0:
+            scales_of_tiles = scales._reinterpret(
+                gl.float32, [STAGES, SCALES, TILE], gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+            )
+        places_of_tiles = places._reinterpret(gl.int64, [4, TILE], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+        valid_of_tiles = valid._reinterpret(gl.int32, [STAGES, TILE], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+        _copy_words(
+            kv_ptr, places_of_tiles.index(0), w_right.index(0), k_tail.index(0), w_tail.index(0), scales_of_tiles.index(0),
+            CONVERTS_TAIL, PAYLOAD, D_TOTAL - PAYLOAD, SCALES_AT, TAIL_AT,
+        )  # fmt: skip
     pair = 0
     parity_q = 1
     for item in range(gl.program_id(0), num_items, gl.num_programs(0)):
@@ -313,79 +367,75 @@ def _gather(
             stage0 = _first_stage(pair, PAIRS)
             for s in gl.static_range(2):
                 stage = stage0 + s
-                half0 = (pair & 1) * 4 + 2 * s
+                if CONVERTS and s == 1:
+                    ahead = _look_ahead(
+                        ahead, places_of_pairs.index((pair & 1) ^ 1), slots_of, pool,
+                        HEADS, KV_GROUP, IS_SPLIT, IS_PAGED, UNIT, PREFETCHED,
+                    )  # fmt: skip
+                left, right, tail = k_left.index(stage), k_right.index(stage), k_tail.index(stage)
                 if CONVERTS:
-                    first = places.index(half0).load(WORD_ROWS)
-                    second = places.index(half0 + 1).load(WORD_ROWS)
-                    first_valid = first >= 0
-                    second_valid = second >= 0
+                    if s == 0:
+                        if i == 0:
+                            mbarrier.wait(q_free, parity_q)
+                            _copy_queries(query_rows, query_mask, q_left, q_right, q_tail, D_TOTAL, LEFT, RIGHT, TAIL)
+                        else:
+                            async_copy.commit_group()
+                        async_copy.commit_group()
+                    async_copy.wait_group(2 if s == 0 else 0)
+                    block_barrier()
+                    # The words of the row are in RIGHT: those of LEFT are converted first, then those of RIGHT move up.
+                    for c in gl.static_range(PIECES):
+                        words = w_right.index(stage).slice(c * SCALED_WORDS, SCALED_WORDS, 1).load(WORDS_LAYOUT)
+                        words = _convert(words, scales, stage * SCALES + c, cache_scale, SCALES_AT > 0, IS_BF16)
+                        w_left.index(stage).slice(2 * c * SCALED_WORDS, 2 * SCALED_WORDS, 1).store(words)
+                    fence_async_shared()
+                    block_barrier()
+                    mbarrier.arrive(left_full.index(stage), count=1)
+                    # The next tile is asked for while this one is converted.
+                    if s == 0:
+                        next_stage = stage + 1
+                        next_tile = (pair & 1) * 2 + 1
+                        parity_next = parity_free
+                    else:
+                        next_stage = _first_stage(pair + 1, PAIRS)
+                        next_tile = ((pair & 1) ^ 1) * 2
+                        parity_next = _parity(pair + 1, PAIRS) ^ 1
+                    for part in gl.static_range(4):
+                        mbarrier.wait(free.index(4 * next_stage + part), parity_next)
+                    _copy_words(
+                        kv_ptr, places_of_tiles.index(next_tile), w_right.index(next_stage), k_tail.index(next_stage),
+                        w_tail.index(next_stage), scales_of_tiles.index(next_stage),
+                        CONVERTS_TAIL, PAYLOAD, D_TOTAL - PAYLOAD, SCALES_AT, TAIL_AT,
+                    )  # fmt: skip
+                    for c in gl.static_range(PIECES):
+                        words = (
+                            w_right.index(stage).slice((PIECES + c) * SCALED_WORDS, SCALED_WORDS, 1).load(WORDS_LAYOUT)
+                        )
+                        words = _convert(
+                            words, scales, stage * SCALES + PIECES + c, cache_scale, SCALES_AT > 0, IS_BF16
+                        )
+                        w_right.index(stage).slice(2 * c * SCALED_WORDS, 2 * SCALED_WORDS, 1).store(words)
+                    if CONVERTS_TAIL:
+                        both = w_tail.index(stage).load(WORDS_LAYOUT)
+                        words, _rest = both.reshape([TILE, 2, TAIL // 4]).permute([0, 2, 1]).split()
+                        words = _convert(
+                            words, scales, stage * SCALES + 2 * PIECES, cache_scale, SCALES_AT > 0, IS_BF16
+                        )
+                        w_tail.index(stage).store(words)
+                    is_valid = places_of_tiles.index((pair & 1) * 2 + s).load(SLOTS_LAYOUT) >= 0
+                    valid_of_tiles.index(stage).store(is_valid.to(gl.int32))
+                    _publish_copies(rest_full.index(stage), 1, True)
+                    if s == 0:
+                        mbarrier.arrive(q_left_full, count=1, pred=i == 0)
+                        mbarrier.arrive(q_rest_full, count=1, pred=i == 0)
                 else:
+                    half0 = (pair & 1) * 4 + 2 * s
                     first = places.index(half0).load(ROWS)
                     second = places.index(half0 + 1).load(ROWS)
                     first_valid = first >= 0
                     second_valid = second >= 0
                     first_rows = kv_ptr + first * UNIT
                     second_rows = kv_ptr + second * UNIT
-                if s == 1:
-                    # See NOTE [Pairs are looked up ahead].
-                    places_of_pairs.index((pair & 1) ^ 1).store(
-                        _places_of_pair(
-                            positions1, pages1, item1, pool, HEADS, KV_GROUP, IS_SPLIT, IS_PAGED, UNIT, PREFETCHED
-                        )
-                    )
-                    positions1, item1 = positions2, item2
-                    pages1 = _pages_of_pair(positions1, item1, pool, HEADS, KV_GROUP, IS_SPLIT, IS_PAGED)
-                    item2, slots_ptr, slot, end = _next_pair(
-                        item2, slots_ptr, slot, end, slots_of, HEADS, KV_GROUP, IS_SPLIT
-                    )
-                    positions2 = load_positions(slots_ptr, slot, end, PAIR, SLOTS)
-
-                left, right, tail = k_left.index(stage), k_right.index(stage), k_tail.index(stage)
-                if CONVERTS:
-                    # `s` is known to the compiler and `i` is not.
-                    if s == 0:  # noqa: SIM102
-                        if i == 0:
-                            mbarrier.wait(q_free, parity_q)
-                            _copy_queries(query_rows, query_mask, q_left, q_right, q_tail, D_TOTAL, LEFT, RIGHT, TAIL)
-                    right_words, right_scales = _load_side(kv_ptr, first, cache_scale, LEFT, RIGHT, PAYLOAD, SCALES_AT)
-                    mbarrier.wait(free.index(4 * stage), parity_free)
-                    _store_side(w_left.index(stage), words, scales, 0, LEFT, IS_BF16)
-                    words, scales = _load_side(kv_ptr, second, cache_scale, 0, LEFT, PAYLOAD, SCALES_AT)
-                    mbarrier.wait(free.index(4 * stage + 1), parity_free)
-                    _store_side(w_right.index(stage), right_words, right_scales, 0, RIGHT, IS_BF16)
-                    right_words, right_scales = _load_side(kv_ptr, second, cache_scale, LEFT, RIGHT, PAYLOAD, SCALES_AT)
-                    mbarrier.wait(free.index(4 * stage + 2), parity_free)
-                    _store_side(w_left.index(stage), words, scales, HALF, LEFT, IS_BF16)
-                    if CONVERTS_TAIL:
-                        tail0, tail_scales0 = _load_side(kv_ptr, first, cache_scale, VALUE, TAIL, PAYLOAD, SCALES_AT)
-                        tail1, tail_scales1 = _load_side(kv_ptr, second, cache_scale, VALUE, TAIL, PAYLOAD, SCALES_AT)
-                    fence_async_shared()
-                    block_barrier()
-                    mbarrier.arrive(left_full.index(stage), count=1)
-                    mbarrier.wait(free.index(4 * stage + 3), parity_free)
-                    if TAIL > 0 and not CONVERTS_TAIL:
-                        for half in gl.static_range(2):
-                            tail_places = places.index(half0 + half).load(ROWS)
-                            tail_ptrs = (kv_ptr + tail_places * UNIT + TAIL_AT).to(
-                                gl.pointer_type(q_ptr.dtype.element_ty), bitcast=True
-                            )
-                            _copy_rows(
-                                tail.slice(half * HALF, HALF), tail_ptrs, tail_places >= 0, 0, TAIL, D_TOTAL - PAYLOAD
-                            )
-                    async_copy.commit_group()
-                    following = places.index((half0 + 2) % 8).load(WORD_ROWS)
-                    words, scales = _load_side(kv_ptr, following, cache_scale, 0, LEFT, PAYLOAD, SCALES_AT)
-                    _store_side(w_right.index(stage), right_words, right_scales, HALF, RIGHT, IS_BF16)
-                    if CONVERTS_TAIL:
-                        _store_side(w_tail.index(stage), tail0, tail_scales0, 0, TAIL, IS_BF16)
-                        _store_side(w_tail.index(stage), tail1, tail_scales1, HALF, TAIL, IS_BF16)
-                    valid.index(2 * stage).store(first_valid.to(gl.int32))
-                    valid.index(2 * stage + 1).store(second_valid.to(gl.int32))
-                    _publish_copies(rest_full.index(stage), 0, True)
-                    if s == 0:
-                        mbarrier.arrive(q_left_full, count=1, pred=i == 0)
-                        mbarrier.arrive(q_rest_full, count=1, pred=i == 0)
-                else:
                     # Left and right take turns: the compiler puts a barrier between two copies into one allocation.
                     mbarrier.wait(free.index(4 * stage), parity_free)
                     _copy_rows(left.slice(0, HALF), first_rows, first_valid, 0, LEFT, D_TOTAL)
@@ -402,6 +452,12 @@ def _gather(
                     async_copy.commit_group()
                     valid.index(2 * stage).store(first_valid.to(gl.int32))
                     valid.index(2 * stage + 1).store(second_valid.to(gl.int32))
+                    if s == 1:
+                        # While the rows are under way.
+                        ahead = _look_ahead(
+                            ahead, places_of_pairs.index((pair & 1) ^ 1), slots_of, pool,
+                            HEADS, KV_GROUP, IS_SPLIT, IS_PAGED, UNIT, PREFETCHED,
+                        )  # fmt: skip
                     if PAIRS > 1 and s == 0:
                         # The tile before, whose rows come while these are asked for: see NOTE [Tiles in flight].
                         before = _first_stage(pair + PAIRS - 1, PAIRS) + 1
@@ -438,3 +494,5 @@ def _gather(
         last = _first_stage(pair + PAIRS - 1, PAIRS) + 1
         _publish_copies(left_full.index(last), 1, True)
         _publish_copies(rest_full.index(last), 0, True)
+    if CONVERTS:
+        async_copy.wait_group(0)

@@ -249,6 +249,7 @@ def run_items(
         config.left, config.right, config.tail, config.pairs,
         config.value_registers, config.gather_registers, softmax_scale < 0,
         is_split, rows.page_size is not None, rows.row_bytes if plan.is_prefetched else 0,
+        rows.payload == 0,
         rows.payload, rows.scales_at, rows.tail_at,
         num_warps=4,
     )  # fmt: skip

@@ -17,8 +17,8 @@ from mla_ops.ops.sparse_attn_paged.triton.pool import Hints, Pool
 from mla_ops.row_formats import ROW_ALIGN, RowLayout
 
 FORMATS = ("dense", "fp8", "fp8_all", "fp8_cache")
-# Channels that share a scale of a row.
-SCALED = 128
+# Channels behind the value that a tile has room for as bytes beside its weights.
+MAX_TAIL = 64
 
 
 class HopperPlan(NamedTuple):
@@ -39,8 +39,8 @@ class HopperPagedKernels:
     def refusal(self, problem: SparseAttnPagedProblem, hints: Hints | None, traits: DeviceTraits) -> str | None:
         """Return why `problem` is not run by the Hopper forward: it can't, or portable kernels are faster.
 
-        What the Hopper forward refuses of dense rows it refuses here. Of rows of e4m3 it converts whole sides: the
-        value fills both, and the channels behind it, where they are e4m3 too, share one scale.
+        What the Hopper forward refuses of dense rows it refuses here. The bytes of a row wait in one of the two sides
+        of its tile, so both are equally wide.
         """
         form = problem.row_format
         if form not in FORMATS:
@@ -56,11 +56,10 @@ class HopperPagedKernels:
         assert config is not None, "the refusal of the dense problem asked for it"
         if form == "dense":
             return None
-        value, d_tail = config.left + config.right, problem.d_total - problem.d_v
-        if problem.d_v != value:
-            return f"d_v is {problem.d_v}, rows of e4m3 are taken where it is 256, 320, 384 or 512"
-        if form != "fp8" and (d_tail % ROW_ALIGN or (value % SCALED + config.tail > SCALED and form == "fp8_all")):
-            return f"d_tail is {d_tail}: its channels in e4m3 are taken in sixteens that share one scale"
+        if problem.d_v != 2 * config.left or config.left != config.right:
+            return f"d_v is {problem.d_v}, rows of e4m3 are taken where it is 256 or 512"
+        if form != "fp8" and (config.tail > MAX_TAIL or problem.d_total % ROW_ALIGN):
+            return f"d_tail is {problem.d_total - problem.d_v}, in e4m3 they take multiples of 16 up to {MAX_TAIL}"
         if form == "fp8_cache" and problem.kv_group > 1:
             return f"{problem.kv_group} KV groups may have a cache_scale each, they take one"
         return None
