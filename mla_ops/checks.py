@@ -60,10 +60,15 @@ def check_scale(name: str, value: object) -> None:
         raise InvalidInputError(f"{name} must be a float, got {type(value).__name__}; it is a constant, use float(...)")
 
 
+def check_string(name: str, value: object) -> None:
+    """Check that `value` is a string."""
+    if not isinstance(value, str):
+        raise InvalidInputError(f"{name} must be a string, got {type(value).__name__}")
+
+
 def check_backend_type(backend: object) -> None:
     """Check that `backend` is a string; which ones there are is dispatch's business."""
-    if not isinstance(backend, str):
-        raise InvalidInputError(f"backend must be a string, got {type(backend).__name__}")
+    check_string("backend", backend)
 
 
 def check_storage(**tensors: torch.Tensor | None) -> None:

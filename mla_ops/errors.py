@@ -42,6 +42,10 @@ class ForwardModeError(MlaOpsError, NotImplementedError):
     """A forward-mode derivative was asked for; the operator is differentiable in reverse mode."""
 
 
+class NotDifferentiableError(MlaOpsError, NotImplementedError):
+    """An argument requires grad of an operator that has no gradients; nothing is detached unasked."""
+
+
 class MissingExtraError(MlaOpsError, ImportError):
     """A feature needs an optional dependency that cannot be imported; the message says why and holds the pip line."""
 

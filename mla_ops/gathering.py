@@ -13,6 +13,7 @@ NOTE [Invalid slots point at a selected row]
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -34,16 +35,83 @@ class Chunk:
 
 
 @dataclass(frozen=True)
-class NamedKeys:
-    """Keys and the lists that name them: (batch, query, group) flattened into rows, (batch, key, group) into keys."""
+class Lists(ABC):
+    """Lists that name keys, (batch, query, group) flattened into rows; what a key is, a derived class says."""
 
-    keys: torch.Tensor  # [batch * seq_kv * kv_group, width]
     indices: torch.Tensor  # [rows, topk]
     topk_length: torch.Tensor | None  # [batch * seq_q]
     compute_dtype: torch.dtype
     seq_q: int
-    seq_kv: int
     kv_group: int
+
+    @property
+    @abstractmethod
+    def num_keys(self) -> int:
+        """Keys there are, of all batch elements and groups."""
+
+    @property
+    @abstractmethod
+    def width(self) -> int:
+        """Numbers of a key."""
+
+    @abstractmethod
+    def named(self, indices: torch.Tensor, token: torch.Tensor, group: torch.Tensor) -> torch.Tensor:
+        """Return the keys that int64 `indices` `[rows, topk]` of these tokens and groups name, -1 where they name none.
+
+        Keys are numbered from 0; `topk_length` is not this method's business.
+        """
+
+    @abstractmethod
+    def gather(self, keys: torch.Tensor, out: torch.Tensor) -> None:
+        """Write the keys of these numbers `[n]`, none of them negative, into `out` `[n, width]`."""
+
+    @property
+    def is_empty(self) -> bool:
+        """True when no slot can be valid."""
+        return self.indices.numel() == 0 or self.num_keys == 0
+
+    def chunks(self, numbers_per_slot: int) -> Iterator[Chunk]:
+        """Yield every row once, in order.
+
+        A chunk's gathered keys, and `numbers_per_slot` more numbers for every slot, fit the workspace setting.
+        """
+        num_rows, topk = self.indices.shape
+        row_bytes = topk * (self.width + numbers_per_slot) * self.compute_dtype.itemsize
+        size = max(1, min(num_rows, _workspace_bytes() // max(1, row_bytes)))
+        key_buffer = self.indices.new_empty((size * topk, self.width), dtype=self.compute_dtype)
+        for start in range(0, num_rows, size):
+            yield self._chunk(slice(start, min(start + size, num_rows)), key_buffer)
+
+    def _chunk(self, span: slice, key_buffer: torch.Tensor) -> Chunk:
+        row = torch.arange(span.start, span.stop, device=self.indices.device)
+        token, group = row // self.kv_group, row % self.kv_group
+
+        key = self.named(self.indices[span].long(), token, group)
+        if self.topk_length is not None:
+            slot = torch.arange(key.shape[1], device=key.device)
+            key = key.where(slot < self.topk_length[token].unsqueeze(1), -1)
+        valid = key >= 0
+        anchor = key.amax(dim=1, keepdim=True)
+
+        gather_from = torch.where(valid, key, anchor.clamp_min(0)).flatten()
+        keys = key_buffer[: gather_from.numel()]
+        self.gather(gather_from, keys)
+        return Chunk(
+            span=span,
+            groups=group,
+            keys=keys.view(*key.shape, keys.shape[-1]),
+            invalid=~valid.unsqueeze(1),
+            empty=(anchor < 0).unsqueeze(2),
+            scatter_to=torch.where(valid, key, self.num_keys).flatten(),
+        )
+
+
+@dataclass(frozen=True)
+class NamedKeys(Lists):
+    """Lists of positions in a tensor of keys, (batch, key, group) flattened."""
+
+    keys: torch.Tensor  # [batch * seq_kv * kv_group, width]
+    seq_kv: int
 
     @classmethod
     def of(
@@ -74,54 +142,31 @@ class NamedKeys:
         )
 
     @property
-    def is_empty(self) -> bool:
-        """True when no slot can be valid."""
-        return self.indices.numel() == 0 or len(self.keys) == 0
+    def num_keys(self) -> int:
+        """See `Lists.num_keys`."""
+        return len(self.keys)
+
+    @property
+    def width(self) -> int:
+        """See `Lists.width`."""
+        return self.keys.shape[-1]
 
     def accumulator(self) -> torch.Tensor:
         """Return zeros for the gradient of every key, and one spare row that takes what invalid slots scatter."""
         return self.keys.new_zeros((len(self.keys) + 1, self.keys.shape[-1]), dtype=self.compute_dtype)
 
-    def chunks(self, numbers_per_slot: int) -> Iterator[Chunk]:
-        """Yield every row once, in order.
-
-        A chunk's gathered keys, and `numbers_per_slot` more numbers for every slot, fit the workspace setting.
-        """
-        num_rows, topk = self.indices.shape
-        width = self.keys.shape[-1]
-        row_bytes = topk * (width + numbers_per_slot) * self.compute_dtype.itemsize
-        size = max(1, min(num_rows, _workspace_bytes() // max(1, row_bytes)))
-        key_buffer = self.keys.new_empty((size * topk, width), dtype=self.compute_dtype)
-        for start in range(0, num_rows, size):
-            yield self._chunk(slice(start, min(start + size, num_rows)), key_buffer)
-
-    def _chunk(self, span: slice, key_buffer: torch.Tensor) -> Chunk:
-        row = torch.arange(span.start, span.stop, device=self.indices.device)
-        token, group = row // self.kv_group, row % self.kv_group
+    def named(self, indices: torch.Tensor, token: torch.Tensor, group: torch.Tensor) -> torch.Tensor:
+        """See `Lists.named`; positions count within the batch element of a token."""
         first_key = (token // self.seq_q) * (self.seq_kv * self.kv_group) + group
-
-        indices = self.indices[span].long()
         valid = (indices >= 0) & (indices < self.seq_kv)
-        if self.topk_length is not None:
-            slot = torch.arange(indices.shape[1], device=self.indices.device)
-            valid &= slot < self.topk_length[token].unsqueeze(1)
-        key = torch.where(valid, indices * self.kv_group + first_key.unsqueeze(1), -1)
-        anchor = key.amax(dim=1, keepdim=True)
+        return torch.where(valid, indices * self.kv_group + first_key.unsqueeze(1), -1)
 
-        gather_from = torch.where(valid, key, anchor.clamp_min(0)).flatten()
-        keys = key_buffer[: gather_from.numel()]
-        if self.keys.dtype == keys.dtype:
-            torch.index_select(self.keys, 0, gather_from, out=keys)
+    def gather(self, keys: torch.Tensor, out: torch.Tensor) -> None:
+        """See `Lists.gather`."""
+        if self.keys.dtype == out.dtype:
+            torch.index_select(self.keys, 0, keys, out=out)
         else:
-            keys.copy_(self.keys.index_select(0, gather_from))
-        return Chunk(
-            span=span,
-            groups=group,
-            keys=keys.view(*indices.shape, keys.shape[-1]),
-            invalid=~valid.unsqueeze(1),
-            empty=(anchor < 0).unsqueeze(2),
-            scatter_to=torch.where(valid, key, len(self.keys)).flatten(),
-        )
+            out.copy_(self.keys.index_select(0, keys))
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -9,6 +9,7 @@ from mla_ops.ops.sparse_attn.reference import (
     sparse_attn_max_logits_reference,
     sparse_attn_reference,
 )
+from mla_ops.ops.sparse_attn_paged.reference import sparse_attn_paged_reference
 
 __all__ = [
     "attn_mass_reference",
@@ -19,5 +20,6 @@ __all__ = [
     "index_topk_reference",
     "sparse_attn_bwd_reference",
     "sparse_attn_max_logits_reference",
+    "sparse_attn_paged_reference",
     "sparse_attn_reference",
 ]

@@ -18,7 +18,7 @@ from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
 
-from mla_ops.errors import DoubleBackwardError, ForwardModeError
+from mla_ops.errors import DoubleBackwardError, ForwardModeError, NotDifferentiableError
 
 
 class BelowAutograd(threading.local):
@@ -108,6 +108,28 @@ def without_grad(op: torch._ops.OpOverload) -> Callable[..., Any]:
 
     def call(keys: torch._C.DispatchKeySet, *arguments: Any) -> Any:
         refuse_forward_mode(op, *arguments)
+        return below_autograd(op, keys, *arguments)
+
+    return call
+
+
+def refusing_grad(op: torch._ops.OpOverload, fix: str) -> Callable[..., Any]:
+    """Return the autograd kernel of an operator that refuses arguments which ask for a gradient; `fix` says what else.
+
+    Unlike `without_grad`: where a result looks like that of a differentiable operator, dropping a gradient in silence
+    is a training run that learns nothing.
+    """
+    names = [argument.name for argument in op._schema.arguments]
+
+    def call(keys: torch._C.DispatchKeySet, *arguments: Any) -> Any:
+        refuse_forward_mode(op, *arguments)
+        if torch.is_grad_enabled():
+            for name, argument in zip(names, arguments, strict=False):
+                if isinstance(argument, torch.Tensor) and argument.requires_grad:
+                    raise NotDifferentiableError(
+                        f"{op.name()} is not differentiable and {name} requires grad; call it under torch.no_grad(), "
+                        f"or {fix}"
+                    )
         return below_autograd(op, keys, *arguments)
 
     return call

@@ -39,6 +39,19 @@ def cast_index_inputs_by_autocast(
     return q_idx, k_idx, weights.float() if had_dtype_of_q and weights.dtype != q_idx.dtype else weights
 
 
+def cast_paged_by_autocast(q: torch.Tensor, pages: torch.Tensor) -> torch.Tensor:
+    """Return `q` as attention to a pool called here would see it: cast where autocast is on, to the dtype of its rows.
+
+    A pool is never cast, so `q` follows only where dense rows have the dtype of autocast. Beside rows of bytes `q`
+    keeps its dtype, which says how the bytes of a 16-bit tail are read.
+    """
+    device_type = q.device.type
+    if device_type not in AUTOCAST_DEVICES or not torch.is_autocast_enabled(device_type):
+        return q
+    dtype = torch.get_autocast_dtype(device_type)
+    return q.to(dtype) if pages.dtype == dtype and q.dtype in _AUTOCAST_FROM else q
+
+
 def casting_kernel(op: Any, device_type: str) -> Any:
     """Return the autocast kernel of an operator that begins with q, kv and indices."""
 

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 ELEMENTS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float8_e4m3fn: "fp8e4nv"}
-TYPES = {**ELEMENTS, torch.int32: "i32", torch.int64: "i64"}
+TYPES = {**ELEMENTS, torch.uint8: "u8", torch.int32: "i32", torch.int64: "i64"}
 # Stack bytes that a kernel may use: what was seen, rounded up. With 128 registers a thread two programs share an SM.
 # What the streamed selection spills then belongs to a full buffer, and in the split selection to the row read again,
 # both of which few rows see. The others spill a value of the prologue.

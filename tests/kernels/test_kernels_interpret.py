@@ -12,8 +12,11 @@ import pytest
 
 def test_kernels_under_the_interpreter() -> None:
     pytest.importorskip("triton", reason="triton is not installed")
-    tests = Path(__file__).with_name("test_kernels_gpu.py")
-    command = [sys.executable, "-m", "pytest", str(tests), "-q", "-x", "-p", "no:cacheprovider", "-W", "ignore"]
+    folder = Path(__file__).parent
+    tests = [str(folder / name) for name in ("test_kernels_gpu.py", "test_sparse_attn_paged_kernels.py")]
+    command = [sys.executable, "-m", "pytest", *tests, "-q", "-x", "-p", "no:cacheprovider", "-W", "ignore"]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    result = subprocess.run(command, env=environment, cwd=tests.parents[2], capture_output=True, text=True, check=False)
+    result = subprocess.run(
+        command, env=environment, cwd=folder.parents[1], capture_output=True, text=True, check=False
+    )
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]

@@ -21,7 +21,8 @@ from mla_ops.testing.closeness import assert_forward_bars
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
-TRAITS = DeviceTraits(type="cuda", arch=90, smem_bytes=232448, num_sms=132, l2_bytes=50 << 20) if INTERPRETED else None
+# The interpreter converts both codes of NaN to numbers; where integers decode it does not convert.
+TRAITS = DeviceTraits(type="cuda", arch=80, smem_bytes=166912, num_sms=108) if INTERPRETED else None
 # The interpreter multiplies the bit patterns of bf16.
 DTYPE = torch.float16 if INTERPRETED else torch.bfloat16
 
@@ -33,12 +34,12 @@ Results = tuple[torch.Tensor, torch.Tensor]
 ROUNDED_HEADS = 33
 
 
-def portable(call: SparseAttnPagedCall, **options: Any) -> Results:
+def portable(call: SparseAttnPagedCall, *, traits: DeviceTraits | None = TRAITS, **options: Any) -> Results:
     """Run the portable kernel, whoever would be asked first; options as of `PortableKernels.plan`."""
     out = torch.full((*call.q.shape[:-1], call.d_v), torch.nan, dtype=call.q.dtype, device=call.q.device)
     lse = torch.full(call.q.shape[:-1], torch.nan, device=call.q.device)
     call = readable(call)
-    PORTABLE.run(call, PORTABLE.plan(call, TRAITS or traits_of(call.q.device), **options), out, lse)
+    PORTABLE.run(call, PORTABLE.plan(call, traits or traits_of(call.q.device), **options), out, lse)
     return out, lse
 
 
@@ -117,24 +118,29 @@ def test_a_selected_nan_reaches_the_result() -> None:
         assert out.isnan().all()
 
 
-def test_dense_rows_of_one_stride_are_a_dense_call() -> None:
-    case = PagedCase("dense", 32, 16, topk=20, dtype=DTYPE)
-    inputs = make_paged_inputs(case, DEVICE)
+@pytest.mark.parametrize("padded_rows", [0, 1])
+def test_dense_rows_are_a_dense_call(padded_rows: int) -> None:
+    inputs = make_paged_inputs(PagedCase("dense", 32, 16, topk=20, padded_rows=padded_rows, dtype=DTYPE), DEVICE)
     plan = plan_forward(inputs.by_row, TRAITS or traits_of(inputs.by_row.q.device))
     assert plan.choice.kernels.name == "dense"
-    assert_forward_bars(*chosen(inputs.by_row), inputs.out, inputs.lse)
-    flat = inputs.by_row._replace(q=inputs.by_row.q[0], indices=inputs.by_row.indices[0])
-    flat = flat._replace(topk_length=inputs.by_row.topk_length[0])
-    assert_forward_bars(*chosen(flat), inputs.out[0], inputs.lse[0])
+    results = chosen(inputs.by_row)
+    assert_forward_bars(*results, inputs.out, inputs.lse)
+    assert_same_bits(results, chosen(inputs.by_table))
+    call = inputs.by_row
+    assert call.topk_length is not None
+    flat = call._replace(q=call.q[0], indices=call.indices[0], topk_length=call.topk_length[0])
+    assert_same_bits((results[0][0], results[1][0]), chosen(flat))
 
 
-def test_other_dense_rows_are_not() -> None:
-    case = PagedCase("dense", 32, 16, topk=20, padded_rows=1, dtype=DTYPE)
-    inputs = make_paged_inputs(case, DEVICE)
-    for call, reason in ((inputs.by_row, "pages are padded"), (inputs.by_table, "rows are found by block_table")):
-        plan = plan_forward(call, TRAITS or traits_of(call.q.device))
-        assert plan.choice.kernels.name == "portable"
-        assert any(reason in refusal for refusal in plan.choice.refusals)
+def test_pages_that_lie_any_distance_apart() -> None:
+    call = make_paged_inputs(PagedCase("dense", 32, 16, topk=20, page_size=5, dtype=DTYPE), DEVICE).by_row
+    apart = torch.full((len(call.pages), 5 * 32 + 8), torch.nan, dtype=DTYPE, device=DEVICE)
+    apart[:, : 5 * 32] = call.pages.flatten(1)
+    odd = call._replace(pages=apart[:, : 5 * 32].unflatten(1, (5, 1, 32)))
+    plan = plan_forward(odd, TRAITS or traits_of(odd.q.device))
+    assert plan.choice.kernels.name == "portable"
+    assert "pages are not as far apart as a whole number of rows" in plan.choice.refusals[0]
+    assert_same_bits(portable(call), chosen(odd))
 
 
 WIDTHS = [(576, 512), (512, 512), (320, 256), (192, 128), (128, 64), (72, 64), (100, 96)]
@@ -172,6 +178,17 @@ def test_page_sizes_give_the_same_bits(name: str) -> None:
         padded.copy_(pages)
         assert_same_bits(whole, portable(call._replace(pages=pages)))
         assert_same_bits(whole, portable(call._replace(pages=padded)))
+
+
+@on_gpu_only
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("heads", [16, 64])
+def test_integers_decode_what_the_instruction_does(dtype: torch.dtype, heads: int) -> None:
+    call = make_paged_inputs(PagedCase("fp8", 192, 128, heads=heads, topk=512, dtype=dtype), DEVICE).by_row
+    traits = traits_of(call.q.device)
+    config = PORTABLE.plan(call, traits).config
+    native = portable(call, config=config, num_splits=1)
+    assert_same_bits(native, portable(call, traits=replace(traits, arch=80), config=config, num_splits=1))
 
 
 @on_gpu_only

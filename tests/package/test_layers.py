@@ -27,6 +27,8 @@ GROUND: dict[str, set[str]] = {
     "dispatch": {"errors", "device"},
     "launching": {"errors", "device"},
     "gathering": {"settings"},
+    "row_formats": {"errors"},
+    "pages": {"errors", "checks", "row_formats"},
     "kernels": set(),
     "row_sums": {"launching", "kernels"},
     "tiling": {"device"},

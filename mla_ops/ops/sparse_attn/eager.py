@@ -14,7 +14,7 @@ import torch
 
 from mla_ops import gathering, settings
 from mla_ops.device import DeviceTraits
-from mla_ops.gathering import NamedKeys
+from mla_ops.gathering import Lists, NamedKeys
 from mla_ops.ops.sparse_attn.call import Gradients, Results, Side, SparseAttnCall, SparseAttnProblem, Wanted
 
 _SUPPORTED_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -51,27 +51,13 @@ class EagerBackend:
 
     def forward(self, call: SparseAttnCall, plan: None) -> Results:
         """See `Backend.forward`."""
-        q, d_v, softmax_scale = call.q, call.d_v, call.softmax_scale
-        out = q.new_empty((*q.shape[:-1], d_v))
-        lse = q.new_empty(q.shape[:-1], dtype=torch.float32)
-        rows = _Rows.of(call)
-        if rows.is_empty:
-            return Results(out.zero_(), lse.fill_(-torch.inf))
-        out_rows, lse_rows = rows.by_head(out), rows.by_head(lse)
-        sink = None if call.attn_sink is None else rows.per_head(call.attn_sink)
-        for chunk in rows.chunks():
-            weights, row_lse = chunk.softmax(softmax_scale)
-            if sink is not None:
-                weights.mul_(_keep(row_lse, sink[chunk.groups].unsqueeze(2)))
-            chunk_out = torch.bmm(weights, chunk.keys[..., :d_v])
-            out_rows[chunk.span] = chunk_out.masked_fill_(chunk.empty, 0.0)
-            lse_rows[chunk.span] = row_lse
-        return Results(out, lse)
+        kv = NamedKeys.of(call.kv, call.indices, call.topk_length)
+        return attend(call.q, kv, call.d_v, call.softmax_scale, call.attn_sink)
 
     def max_logits(self, call: SparseAttnCall, plan: None) -> torch.Tensor:
         """See `Backend.max_logits`."""
         max_logits = call.q.new_empty(call.q.shape[:-1], dtype=torch.float32)
-        rows = _Rows.of(call)
+        rows = _Rows.of(call.q, NamedKeys.of(call.kv, call.indices, call.topk_length))
         if rows.is_empty:
             return max_logits.fill_(-torch.inf)
         max_rows = rows.by_head(max_logits)
@@ -85,9 +71,10 @@ class EagerBackend:
         """See `Backend.backward`; `results` are not read (module docstring)."""
         q, kv, attn_sink = call.q, call.kv, call.attn_sink
         dout, dlse = gradients
-        rows = _Rows.of(call)
+        keys = NamedKeys.of(kv, call.indices, call.topk_length)
+        rows = _Rows.of(q, keys)
         dq = torch.empty_like(q, memory_format=torch.contiguous_format) if wanted.dq else q.new_empty(0)
-        dkv_rows = rows.kv.accumulator() if wanted.dkv else kv.new_empty(0)
+        dkv_rows = keys.accumulator() if wanted.dkv else kv.new_empty(0)
         dsink = q.new_zeros(0 if attn_sink is None else attn_sink.shape, dtype=torch.float32)
         if rows.is_empty or (dout is None and dlse is None):
             return dq.zero_(), kv.new_zeros(kv.shape if wanted.dkv else 0), dsink
@@ -126,6 +113,25 @@ class EagerBackend:
         return dq, dkv, dsink
 
 
+def attend(q: torch.Tensor, kv: Lists, d_v: int, softmax_scale: float, attn_sink: torch.Tensor | None) -> Results:
+    """Attend queries `[..., heads, d_total]` to the rows that lists name, wherever those rows stand."""
+    out = q.new_empty((*q.shape[:-1], d_v))
+    lse = q.new_empty(q.shape[:-1], dtype=torch.float32)
+    rows = _Rows.of(q, kv)
+    if rows.is_empty:
+        return Results(out.zero_(), lse.fill_(-torch.inf))
+    out_rows, lse_rows = rows.by_head(out), rows.by_head(lse)
+    sink = None if attn_sink is None else rows.per_head(attn_sink)
+    for chunk in rows.chunks():
+        weights, row_lse = chunk.softmax(softmax_scale)
+        if sink is not None:
+            weights.mul_(_keep(row_lse, sink[chunk.groups].unsqueeze(2)))
+        chunk_out = torch.bmm(weights, chunk.keys[..., :d_v])
+        out_rows[chunk.span] = chunk_out.masked_fill_(chunk.empty, 0.0)
+        lse_rows[chunk.span] = row_lse
+    return Results(out, lse)
+
+
 def _keep(lse: torch.Tensor, sink: torch.Tensor) -> torch.Tensor:
     """Share of the softmax mass that the sink leaves, exp(lse) / (exp(lse) + exp(sink)), finite for infinite sinks."""
     return torch.sigmoid(lse - sink).masked_fill_(lse == -torch.inf, 0.0)
@@ -161,13 +167,12 @@ class _Rows:
     """The call with (batch, query, group) flattened into rows."""
 
     q: torch.Tensor  # [rows, heads_per_group, d_total]
-    kv: NamedKeys
+    kv: Lists
 
     @classmethod
-    def of(cls, call: SparseAttnCall) -> _Rows:
-        *_, heads, d_total = call.q.shape
-        kv = NamedKeys.of(call.kv, call.indices, call.topk_length)
-        return cls(call.q.reshape(len(kv.indices), heads // kv.kv_group, d_total), kv)
+    def of(cls, q: torch.Tensor, kv: Lists) -> _Rows:
+        *_, heads, d_total = q.shape
+        return cls(q.reshape(len(kv.indices), heads // kv.kv_group, d_total), kv)
 
     @property
     def is_empty(self) -> bool:

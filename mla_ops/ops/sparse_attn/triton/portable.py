@@ -144,7 +144,7 @@ class PortableKernels:
         )  # fmt: skip
         if not is_split:
             return lse
-        if out is None:
+        if out is None or kernel_out is None:
             return kernel_lse.amax(1).view(lse.shape)
         merge(kernel_out, kernel_lse, attn_sink, out, lse, plan.partials, d_v, wrap)
         return lse

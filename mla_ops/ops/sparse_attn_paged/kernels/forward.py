@@ -1,20 +1,15 @@
 """Forward kernel of paged rows: the dense forward with rows that stand in a pool of pages, quantised or not.
 
 NOTE [Scales stay out of rows]
-`FOLDS` multiplies neither keys nor values by their scales. The logits of the channels that share a scale are multiplied
-by it, and so are the weights before they are rounded: BLOCK_H products a row and scale and not one a channel, and what
-enters the tensor cores is exact in bf16 and fp16, whatever the scales are. With 64 heads a block the parts of the logits
-spill; there rows are multiplied in fp32 and rounded.
+FOLDS multiplies neither keys nor values by their scales: the logits of channels that share a scale are multiplied by
+it, and so are the weights before they are rounded. That is BLOCK_H products a row and scale instead of one a channel,
+and what enters the tensor cores is exact in bf16 and fp16, whatever the scales are. With 64 heads a block the parts of
+the logits spill; there rows are multiplied in fp32 and rounded.
 
 NOTE [A row in two segments]
 A row is NUM_DV pieces of BLOCK_DV channels, then NUM_DT of BLOCK_DT. The first are e4m3 or, of dense rows, in 16 bits;
 the second are stored alike, or in 16 bits behind the scales (IS_TAIL_16). A piece has one scale. Where the value is
 wider than the first segment, both are value.
-
-NOTE [Table entries are loaded a block ahead]
-With a table the address of a row waits for a position and then for the table's entry: positions are loaded two blocks
-ahead and entries one. An entry that is not loaded is -1, and so is a position: the entry alone says whether a slot is
-valid.
 """
 
 # ruff: noqa: RUF005 (Triton has no starred expressions)
@@ -36,15 +31,7 @@ from mla_ops.kernels.primitives import (
     store_chunks,
     zero_chunks,
 )
-from mla_ops.kernels.row_codec import e4m3_to_half, opaque, ue8m0_to_fp32
-
-
-@triton.jit
-def split_row(row, page_size):
-    """Return the page of a row, or of a position, and its place in the page; of a negative number anything."""
-    row = row.to(tl.uint32)
-    page = row // tl.cast(page_size, tl.uint32)
-    return page, row - page * tl.cast(page_size, tl.uint32)
+from mla_ops.kernels.row_codec import e4m3_to_half, opaque, split_row, ue8m0_to_fp32
 
 
 @triton.jit
@@ -115,18 +102,17 @@ def add_scaled_weighted_rows(
 # Lengths, sizes of the pool, and strides that follow from them, change from call to call: one binary serves them all.
 @triton.jit(
     do_not_specialize=[
-        "stride_q_b", "stride_p_page", "page_scales", "stride_i_b", "stride_t_b",
-        "seq_q", "num_keys", "num_pages", "page_size", "topk", "slots_per_split",
+        "stride_q_b", "stride_p_page", "page_scales", "stride_i_b",
+        "seq_q", "num_rows", "page_size", "topk", "slots_per_split",
     ]
 )  # fmt: skip
 def _sparse_attn_paged_fwd_kernel(
     q_ptr, stride_q_b, stride_q_s, stride_q_h,
     pages_ptr, stride_p_page, stride_p_row, stride_p_g, page_scales,  # distances in units of UNIT bytes
-    indices_ptr, stride_i_b, stride_i_s, stride_i_g,
-    block_table_ptr, stride_t_b, seq_lens_ptr, topk_length_ptr, attn_sink_ptr,  # None when the call has none
-    cache_scale_ptr, stride_c_g,
+    indices_ptr, stride_i_b, stride_i_s, stride_i_g,  # row numbers
+    topk_length_ptr, attn_sink_ptr, cache_scale_ptr, stride_c_g,  # None when the call has none
     out_ptr, lse_ptr,  # [rows, heads, d_v] and [rows, heads]; split: fp32, [rows, splits, heads, ...]
-    softmax_scale, seq_q, num_keys, num_pages, page_size, topk, slots_per_split,  # num_keys: rows a position may name
+    softmax_scale, seq_q, num_rows, page_size, topk, slots_per_split,
     HEADS: tl.constexpr, KV_GROUP: tl.constexpr, D_TOTAL: tl.constexpr, D_V: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_DT: tl.constexpr,
     FIRST_END: tl.constexpr, SECOND_START: tl.constexpr,  # channels; see NOTE [A row in two segments]
@@ -151,8 +137,6 @@ def _sparse_attn_paged_fwd_kernel(
     if topk_length_ptr is not None:
         # Clamped before it is narrowed: -(2**40) + 1 is not 1.
         end_slot = tl.maximum(tl.minimum(tl.load(topk_length_ptr + row), topk), 0).to(tl.int32)
-    if seq_lens_ptr is not None:
-        num_keys = tl.maximum(tl.minimum(tl.load(seq_lens_ptr + batch), num_keys), 0).to(tl.int32)
     first_slot = 0
     out_row = row
     if IS_SPLIT:
@@ -163,8 +147,6 @@ def _sparse_attn_paged_fwd_kernel(
     stride_q_h = known_multiple(stride_q_h, STRIDE_ALIGN)
     q_ptr += batch * known_multiple(stride_q_b, STRIDE_ALIGN) + query * known_multiple(stride_q_s, STRIDE_ALIGN)
     indices_ptr += batch * stride_i_b + query * stride_i_s + group.to(tl.int64) * stride_i_g
-    if block_table_ptr is not None:
-        block_table_ptr += batch * stride_t_b
     ITEM: tl.constexpr = 1 if IS_QUANTISED else DTYPE.primitive_bitwidth // 8
     pages_ptr += group.to(tl.int64) * stride_p_g * (UNIT // ITEM)
     half_ptr = pages_ptr.to(tl.pointer_type(DTYPE), bitcast=True)
@@ -183,33 +165,17 @@ def _sparse_attn_paged_fwd_kernel(
     offs_k = tl.arange(0, BLOCK_K)
     slots = first_slot + offs_k
     ahead = tl.load(indices_ptr + slots, mask=slots < end_slot, other=-1)
-    if block_table_ptr is not None:
-        page_ahead, place = split_row(ahead, page_size)
-        is_key = (ahead >= 0) & (ahead < num_keys)
-        entry = tl.load(block_table_ptr + page_ahead, mask=is_key, other=-1)
-        slots += BLOCK_K
-        ahead = tl.load(indices_ptr + slots, mask=slots < end_slot, other=-1)
     for start in tl.range(first_slot, end_slot, BLOCK_K):
-        if block_table_ptr is not None:
-            # Compared before it is narrowed: 2**40 is not page 0.
-            valid = (entry >= 0) & (entry < num_pages)
-            units = entry.to(OFFSET) * stride_p_page + place.to(OFFSET) * stride_p_row
-            scale_units = entry.to(OFFSET) * stride_p_page + page_scales
-            scale_place = place
-            page_ahead, place = split_row(ahead, page_size)
-            is_key = (ahead >= 0) & (ahead < num_keys)
-            entry = tl.load(block_table_ptr + page_ahead, mask=is_key, other=-1)
-            slots = start + 2 * BLOCK_K + offs_k
+        slots = start + offs_k
+        # Compared before it is narrowed: 2**40 is not row 0.
+        valid = (ahead >= 0) & (ahead < num_rows)
+        if HAS_ONE_STRIDE:
+            units = ahead.to(OFFSET) * stride_p_row
         else:
-            valid = (ahead >= 0) & (ahead < num_keys)
-            if HAS_ONE_STRIDE:
-                units = ahead.to(OFFSET) * stride_p_row
-            else:
-                page, scale_place = split_row(ahead, page_size)
-                units = page.to(OFFSET) * stride_p_page + scale_place.to(OFFSET) * stride_p_row
-                scale_units = page.to(OFFSET) * stride_p_page + page_scales
-            slots = start + BLOCK_K + offs_k
-        ahead = tl.load(indices_ptr + slots, mask=slots < end_slot, other=-1)
+            page, place = split_row(ahead, page_size)
+            page_units = page.to(OFFSET) * stride_p_page
+            units = page_units + place.to(OFFSET) * stride_p_row
+        ahead = tl.load(indices_ptr + slots + BLOCK_K, mask=slots + BLOCK_K < end_slot, other=-1)
 
         kv_tiles = load_chunks(pages_ptr, units * (UNIT // ITEM), valid, 0, BLOCK_DV, NUM_DV, LOAD_END)
         if IS_TAIL_16:
@@ -219,7 +185,7 @@ def _sparse_attn_paged_fwd_kernel(
             kv_tail = load_chunks(pages_ptr, units * (UNIT // ITEM), valid, SECOND_START, BLOCK_DT, NUM_DT, D_TOTAL)
         scales = ()
         if SCALE_BYTES > 0:
-            scale_bytes = scale_units * UNIT + scale_place.to(OFFSET) * SCALE_BYTES
+            scale_bytes = (page_units + page_scales) * UNIT + place.to(OFFSET) * SCALE_BYTES
             scales = load_scales(pages_ptr, scale_bytes, valid, NUM_SCALES, SCALE_TYPE)
         elif SCALE_TILE > 0:
             scales = load_scales(pages_ptr + SCALE_OFFSET, units * UNIT, valid, NUM_SCALES, SCALE_TYPE)

@@ -11,7 +11,7 @@ from mla_ops.ops.sparse_attn_paged.call import SparseAttnPagedCall, SparseAttnPa
 from mla_ops.ops.sparse_attn_paged.triton.forward import PagedPlan, describe, launch_forward, plan_forward
 from mla_ops.ops.sparse_attn_paged.triton.kernel_sets import PORTABLE
 
-_SUPPORTED_DTYPES = (torch.bfloat16, torch.float16)
+_SUPPORTED_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 class TritonBackend:
@@ -23,7 +23,7 @@ class TritonBackend:
         """See `Backend.unsupported_reasons`."""
         reasons = triton_refusals(traits)
         if problem.dtype not in _SUPPORTED_DTYPES:
-            reasons.append(f"dtype is {problem.dtype}, needs bf16 or fp16; cast q")
+            reasons.append(f"dtype is {problem.dtype}, needs bf16, fp16 or fp32; cast q and pages")
         if problem.d_total > MAX_D_TOTAL:
             reasons.append(f'd_total is {problem.d_total}, needs at most {MAX_D_TOTAL}; pass backend="eager"')
         if not reasons:

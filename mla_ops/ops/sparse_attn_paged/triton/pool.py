@@ -21,6 +21,7 @@ class Pool(NamedTuple):
     row: int  # from the data of a row to that of the next in its page
     group: int  # from one KV group to the next
     page_scales: int  # from the start of a page to the scales of its first row, where they stand at its end; else 0
+    page_rows: int  # rows of one stride that a page takes, padding included; 0 where there is no such number
     has_one_stride: bool  # row number n starts at n * row: neither padded pages nor scales at their end
     is_far: bool  # a byte of the pool lies beyond 32 bits
 
@@ -36,9 +37,11 @@ class Pool(NamedTuple):
             row, scales = layout.data_bytes, page_size * layout.data_bytes
         group = 0 if kv_group == 1 else group
         unit = gcd(ROW_ALIGN, page, row, group, scales)
+        page_rows = page_size if num_pages <= 1 else page // row if row and page % row == 0 else 0
+        page_rows = 0 if layout.scale_bytes or page_rows < page_size else page_rows
         return cls(
-            *(unit, page // unit, row // unit, group // unit, scales // unit),
-            has_one_stride=not layout.scale_bytes and (num_pages <= 1 or page == page_size * row),
+            *(unit, page // unit, row // unit, group // unit, scales // unit, page_rows),
+            has_one_stride=page_rows == page_size,
             is_far=num_pages * page + kv_group * group >= INT32_OFFSETS,
         )
 
@@ -56,10 +59,16 @@ class Hints(NamedTuple):
 
 
 def as_dense_call(call: SparseAttnPagedCall) -> SparseAttnCall:
-    """Return a call on dense rows of one stride, by row number, as one on `kv`: all batch elements share the pool."""
+    """Return a call on dense rows, by row number where pages take `Pool.page_rows` rows, as one on `kv`.
+
+    All batch elements share the pool.
+    """
     num_pages, page_size, kv_group, width = call.pages.shape
     _, row, group, inner = call.pages.stride()
-    shape, stride = (num_pages * page_size, kv_group, width), (row, group, inner)
+    # The last page ends with its last row: behind it there may be no memory.
+    num_rows = (num_pages - 1) * Pool.of(call).page_rows + page_size if num_pages else 0
+    shape: tuple[int, ...] = (num_rows, kv_group, width)
+    stride: tuple[int, ...] = (row, group, inner)
     if call.q.dim() == 4:
         shape, stride = (call.q.shape[0], *shape), (0, *stride)
     kv = torch.as_strided(call.pages, shape, stride)

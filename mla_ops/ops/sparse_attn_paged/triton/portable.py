@@ -26,12 +26,13 @@ from mla_ops.ops.sparse_attn_paged.configs.tables import (
     quantised_smem_bytes,
 )
 from mla_ops.ops.sparse_attn_paged.triton.pool import Hints, Pool
+from mla_ops.ops.sparse_attn_paged.triton.resolve import ResolvePlan, resolve
 from mla_ops.row_formats import row_format
 
 # The first compute capability that converts e4m3 by an instruction; before it, integers do.
 FIRST_NATIVE_E4M3 = 89
-# More programs a row never pay: the merge takes longer than they save.
-MAX_SPLITS = 32
+# Fewer slots a program, or more programs a row, never pay: the merge takes longer than they save.
+MIN_SLOTS, MAX_SPLITS = 64, 32
 
 
 class PortablePlan(NamedTuple):
@@ -39,6 +40,7 @@ class PortablePlan(NamedTuple):
 
     config: FwdConfig
     record: LaunchRecord
+    resolve: ResolvePlan | None  # None: indices are row numbers
     grid: tuple[int, int]
     partials: tuple[int, int, int]  # rows, splits, heads: the shape of a partial lse
     q_strides: tuple[int, int, int]
@@ -76,22 +78,23 @@ class PortableKernels:
         use_int64_offsets: bool | None = None,
     ) -> PortablePlan:
         """Plan a launch; what is None is derived."""
-        problem, pool = SparseAttnPagedProblem.of(call), Pool.of(call)
+        problem, pool, found = SparseAttnPagedProblem.of(call), Pool.of(call), None
+        if call.block_table is not None:
+            found = ResolvePlan.of(call, call.pages.shape[1])
+            call = found.as_resolved(call)
         key, name = key_of(problem, traits), call.row_format
         config = config or paged_config(name, key)
         assert config is not None, f"no configuration for {problem}; dispatch has refused it"
         form, layout = row_format(name), call.layout
         heads, kv_group, topk = problem.heads, problem.kv_group, problem.topk
         num_pages, page_size = call.pages.shape[:2]
-        num_keys = num_pages * page_size
-        if call.block_table is not None:
-            num_keys = call.block_table.shape[-1] * page_size
         programs = program_count(call.rows, heads, kv_group, config.block_h)
         if num_splits is None:
             num_splits = split_count_of(name, programs, topk, config, traits, key)
         q_strides = outer_strides(call.q.stride())
         cut = cut_row(name, problem.d_total, problem.d_v, config.max_chunk)
-        is_scaled, folds = form.scale != "none", config.block_h <= MAX_FOLDING_HEADS
+        # A power of two times a payload is exact, and costs fewer registers than parts of the logits.
+        folds = form.scale == "fp32" and config.block_h <= MAX_FOLDING_HEADS
         is_native = traits.arch >= FIRST_NATIVE_E4M3
         return PortablePlan(
             config,
@@ -99,6 +102,7 @@ class PortableKernels:
                 call.q.device, "sparse_attn_paged", problem.d_total, problem.d_v, heads, kv_group, problem.dtype, name,
                 call.indices.dtype, problem.has_block_table, pool.has_one_stride, num_splits > 1, config,
             ),
+            resolve=found,
             grid=(programs, num_splits),
             partials=(call.rows, num_splits, heads),
             q_strides=q_strides,
@@ -106,7 +110,7 @@ class PortableKernels:
             indices_strides=outer_strides(call.indices.stride()),
             scale_stride=0 if call.cache_scale is None or call.cache_scale.numel() == 1 else 1,
             sizes=(
-                *(call.q.shape[-3], num_keys, num_pages, page_size, topk),
+                *(call.q.shape[-3], num_pages * page_size, page_size, topk),
                 topk if num_splits == 1 else -(-topk // (num_splits * config.block_k)) * config.block_k,
             ),
             constants=(
@@ -115,10 +119,10 @@ class PortableKernels:
                 *(alignment(q_strides), pool.unit),
                 *(form.payload != "none", layout.d_tail16 > 0, layout.tail_offset),
                 *(form.scale, form.tile, layout.scale_offset, layout.scale_bytes),
-                *(pool.has_one_stride and call.block_table is None, folds, is_native),
+                *(pool.has_one_stride, folds, is_native),
                 pool.is_far if use_int64_offsets is None else use_int64_offsets,
             ),
-            multiplies=_FOLDED if is_scaled and folds else _ROUNDED if is_scaled else _PLAIN,
+            multiplies=_FOLDED if folds else _PLAIN if form.scale == "none" else _ROUNDED,
         )  # fmt: skip
 
     def describe(self, plan: PortablePlan) -> tuple[str, ...]:
@@ -128,19 +132,29 @@ class PortableKernels:
 
     def run(self, call: SparseAttnPagedCall, plan: PortablePlan, out: torch.Tensor, lse: torch.Tensor) -> None:
         """Run the kernel, and the merge kernel when a row's slots are shared out over programs."""
-        q, pages, indices, d_v, softmax_scale, name, block_table, seq_lens, topk_length, attn_sink, cache_scale = call
+        if plan.resolve is not None:
+            call = resolve(call, plan.resolve)
         kernel_out, kernel_lse, is_split = out, lse, plan.grid[1] > 1
         if is_split:
-            kernel_out, kernel_lse = partial_results(plan.partials, d_v, q, is_traced=False)
-        _kernel()[plan.grid](
-            q, *plan.q_strides, pages if name == "dense" else pages.view(torch.uint8), *plan.pool,
-            indices, *plan.indices_strides, block_table, 0 if block_table is None else block_table.stride(0),
-            seq_lens, topk_length, attn_sink, cache_scale, plan.scale_stride,
-            kernel_out, kernel_lse, softmax_scale, *plan.sizes, *plan.constants, is_split, softmax_scale < 0,
-            **launch_options(plan.config),
-        )  # fmt: skip
+            kernel_out, kernel_lse = partial_results(plan.partials, call.d_v, call.q, is_traced=False)
+        _kernel()[plan.grid](*arguments_of(call, plan, kernel_out, kernel_lse), **launch_options(plan.config))
         if is_split:
-            merge(kernel_out, kernel_lse, attn_sink, out, lse, plan.partials, d_v)
+            merge(kernel_out, kernel_lse, call.attn_sink, out, lse, plan.partials, call.d_v)
+
+
+def arguments_of(
+    call: SparseAttnPagedCall, plan: PortablePlan, out: torch.Tensor, lse: torch.Tensor
+) -> tuple[Any, ...]:
+    """Return the arguments of the kernel for a call by row number.
+
+    `out` and `lse` are what the kernel writes: partial results where slots are split.
+    """
+    q, pages, indices, _, softmax_scale, name, _, _, topk_length, attn_sink, cache_scale = call
+    return (
+        q, *plan.q_strides, pages if name == "dense" else pages.view(torch.uint8), *plan.pool,
+        indices, *plan.indices_strides, topk_length, attn_sink, cache_scale, plan.scale_stride, out, lse,
+        softmax_scale, *plan.sizes, *plan.constants, plan.grid[1] > 1, softmax_scale < 0,
+    )  # fmt: skip
 
 
 _PLAIN = "rows are multiplied as they are"
@@ -157,18 +171,17 @@ def key_of(problem: SparseAttnPagedProblem, traits: DeviceTraits) -> ConfigKey:
 def split_count_of(name: str, programs: int, topk: int, config: FwdConfig, traits: DeviceTraits, key: ConfigKey) -> int:
     """Return over how many programs the slots of one row are shared out.
 
-    Dense rows: as `mla::sparse_attn` does. Quantised rows, measured at 576/512 with 16 heads and topk 2048: as many as
-    give the device all programs it holds, of two blocks at least.
+    Dense rows: as `mla::sparse_attn` does. Quantised rows: as many as give the device all programs it holds, of
+    MIN_SLOTS slots each or more. At 576/512 with 16 heads and topk 2048 that is the best of three or four choices for
+    1, 16, 64 and 128 requests.
     """
     if name == "dense":
         return split_count(programs, topk, config, traits, key)
-    blocks = -(-topk // config.block_k)
-    if blocks < 4 or programs == 0:
-        return 1
     by_memory = traits.smem_bytes // quantised_smem_bytes(config, name, key)
     places = traits.num_sms * max(1, min(by_memory, programs_by_registers(config, 232)))
-    splits = max(1, min(places // programs, blocks // 2, MAX_SPLITS))
-    return -(-blocks // -(-blocks // splits))
+    blocks = -(-topk // config.block_k)
+    splits = min(places // max(1, programs), topk // max(MIN_SLOTS, config.block_k), MAX_SPLITS)
+    return -(-blocks // -(-blocks // max(1, splits))) if blocks else 1
 
 
 @lru_cache(maxsize=1)
