@@ -33,7 +33,7 @@ from mla_ops.ops.sparse_attn.configs.lookup import (
     hopper_backward_config,
     hopper_config,
 )
-from mla_ops.ops.sparse_attn.triton.splits import MERGED_CHANNELS, MERGED_SPLITS
+from mla_ops.ops.sparse_attn.triton.portable import MERGED_CHANNELS, MERGED_SPLITS
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
 pytestmark = pytest.mark.skipif(

@@ -26,7 +26,7 @@ from mla_ops.ops.sparse_attn.configs.launch import BwdConfig, ConfigKey, FwdConf
 from mla_ops.ops.sparse_attn.configs.lookup import forward_config
 from mla_ops.ops.sparse_attn.configs.tuned import TunedRow, read_once, read_rows, write_rows
 from mla_ops.ops.sparse_attn.eager import EagerBackend
-from mla_ops.ops.sparse_attn.triton import backward, forward, hopper, portable, splits
+from mla_ops.ops.sparse_attn.triton import backward, forward, hopper, portable
 from mla_ops.ops.sparse_attn.triton.backend import TritonBackend
 from mla_ops.ops.sparse_attn.triton.direct import run_forward, run_max_logits
 from mla_ops.ops.sparse_attn.triton.kernel_sets import choose
@@ -78,8 +78,8 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
     machine = Machine()
     monkeypatch.setattr(torch.cuda, "current_device", lambda: machine.current)
     monkeypatch.setattr(torch.cuda, "device", machine.device)
-    monkeypatch.setattr(portable, "_forward_kernel", lambda: machine.kernel("forward"))
-    monkeypatch.setattr(splits, "_merge_kernel", lambda: machine.kernel("merge"))
+    forward, merge = machine.kernel("forward"), machine.kernel("merge")
+    monkeypatch.setattr(portable, "_forward_kernels", lambda: (forward, merge))
     monkeypatch.setattr(portable, "_backward_kernel", lambda: machine.kernel("backward"))
     for name in ("_rank_slots_kernel", "_place_slots_kernel", "_sum_placed_rows_kernel"):
         monkeypatch.setattr(row_sum_kernels, name, machine.kernel(name))
@@ -392,7 +392,7 @@ def test_a_launch_that_fails_leaves_its_kernel_cold(monkeypatch: pytest.MonkeyPa
         raise RuntimeError("no memory for the kernel")
 
     monkeypatch.setattr(launching, "_records", {})
-    monkeypatch.setattr(portable, "_forward_kernel", no_kernels)
+    monkeypatch.setattr(portable, "_forward_kernels", no_kernels)
     call = SparseAttnCall(*make_inputs(Case(d_total=24, d_v=16)).args)
     for run in (run_forward, run_max_logits):
         with pytest.raises(RuntimeError, match="no memory"):

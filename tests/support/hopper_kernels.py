@@ -59,9 +59,9 @@ def check_backward(inputs: Inputs, **uses: bool) -> Results:
     return actual
 
 
-def replay_with_other_indices(run: Callable[[Inputs], Results]) -> tuple[Results, Results]:
+def replay_with_other_indices(run: Callable[[Inputs], Results], case: Case = WIDE) -> tuple[Results, Results]:
     """Return what `run` gives when it was captured with other indices and is replayed, and what it gives in eager."""
-    inputs, other = wide_inputs(topk_length=True), wide_inputs(topk_length=True, seed=1)
+    inputs, other = wide_inputs(case, topk_length=True), wide_inputs(case, topk_length=True, seed=1)
     run(inputs)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

@@ -65,11 +65,11 @@ class HopperConfig:
 class FewHeadsConfig:
     """How to launch the warp-specialised forward of `kernels/hopper_few_heads.py`: 64 keys a tile."""
 
-    left: int  # value channels of the first accumulator, a power of two
-    right: int  # of the second; left + right cover d_v
+    value: int  # channels held for the value, a multiple of 64
     tail: int  # remaining channels of a row, 0, 64 or 128
     block_h: int  # query heads of a work item, 16 or 32
     stages: int  # tiles in shared memory at a time
+    q_buffers: int  # queries of work items in shared memory at a time
 
 
 @dataclass(frozen=True)
@@ -196,10 +196,14 @@ def hopper_smem_bytes(config: HopperConfig) -> int:
     return 2 * 64 * (width + config.tail + tiles) + config.pairs * _HOPPER_SMALL_BYTES + _HOPPER_PLACES_BYTES
 
 
-def few_heads_smem_bytes(config: FewHeadsConfig) -> int:
-    """Return an upper bound of the shared memory of the forward for few heads: q twice, tiles of rows, the weights."""
-    width = config.left + config.right + config.tail
-    return 2 * (2 * config.block_h * width + config.stages * 64 * width + 64 * config.block_h) + _HOPPER_SMALL_BYTES
+def few_heads_smem_bytes(config: FewHeadsConfig, *, has_scales: bool) -> int:
+    """Return an upper bound of the shared memory of the forward for few heads: q, the tiles of rows, and the weights.
+
+    Rows with scales have weights for each 128 channels of the value, and the scales in shared memory.
+    """
+    rows = config.q_buffers * config.block_h + config.stages * 64
+    weights = 64 * config.block_h * (-(-config.value // 128) if has_scales else 1)
+    return 2 * (rows * (config.value + config.tail) + weights) + _HOPPER_SMALL_BYTES * (2 if has_scales else 1)
 
 
 def hopper_bwd_smem_bytes(config: HopperBwdConfig) -> int:

@@ -155,10 +155,10 @@ def hopper_config(key: ConfigKey) -> HopperConfig | None:
 
 
 @cache
-def few_heads_config(key: ConfigKey) -> FewHeadsConfig | None:
+def few_heads_config(key: ConfigKey, *, has_scales: bool = False) -> FewHeadsConfig | None:
     """Return how to launch the warp-specialised forward for few heads, or None where it can't run."""
     covering = [config for config in _covering(sm90.FEW_HEADS, key) if config.block_h >= key.heads_per_group]
-    return next((config for config in covering if few_heads_smem_bytes(config) <= key.smem_bytes), None)
+    return next((c for c in covering if few_heads_smem_bytes(c, has_scales=has_scales) <= key.smem_bytes), None)
 
 
 @cache

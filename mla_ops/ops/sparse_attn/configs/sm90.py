@@ -241,13 +241,14 @@ HOPPER: tuple[tuple[int, int, HopperConfig], ...] = tuple(
     for pairs in (2 if width + max(tail, 64) <= 320 else 1,)
 )
 
-# The warp-specialised forward for few heads: the widest value and the widest row, narrowest first, most stages first.
+# The warp-specialised forward for few heads, in the same manner; of one width the fewest heads go first, then what holds
+# most rows.
 FEW_HEADS: tuple[tuple[int, int, FewHeadsConfig], ...] = tuple(
-    (width, width + tail, FewHeadsConfig(left, width - left, tail, block_h, stages))
-    for left, width in ((128, 256), (256, 320), (256, 384), (256, 512))
+    (value, value + tail, FewHeadsConfig(value, tail, block_h, stages, q_buffers))
+    for value in (256, 320, 384, 448, 512)
     for tail in (0, 64, 128)
     for block_h in (16, 32)
-    for stages in (4, 3, 2)
+    for stages, q_buffers in ((4, 2), (3, 2), (2, 2), (2, 1))
 )
 
 # The warp-specialised backward, in the same manner. Beside the plain kernel in one process, 64 heads and more, three

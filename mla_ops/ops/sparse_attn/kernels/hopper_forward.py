@@ -2,7 +2,7 @@
 
 A program stays on its multiprocessor and walks over work items, a work item being one row of the grid of `forward.py`:
 64 heads of one (batch, query, group); with IS_SPLIT a share of its slots, whose results are partial and in fp32. Per
-item it goes through the slots in pairs of 64-slot tiles; shared memory holds one or two pairs (PAIRS), a tile per stage.
+item it goes through the slots in pairs of 64-slot tiles; shared memory holds one or two pairs (PAIRS), a tile a stage.
 
 NOTE [Roles]
   gather     copies the rows of a tile, and at the start of an item its queries, with cp.async; writes which slots are
@@ -57,12 +57,12 @@ announces them with it; it announces a tile before it waits for the buffers of t
 
 NOTE [What orders the accesses]
 wgmma reads shared memory through the async proxy; everything else here goes through the generic proxy.
-  Written, then read by wgmma (rows and queries by cp.async, converted rows and P by stores): every writing thread waits for its own copies
-  (cp.async.wait_group), executes fence.proxy.async, and meets its warpgroup at a barrier; then one thread arrives
-  (release) and the readers wait (acquire). The fence stands between the write and the arrival, hence on the causality
-  path to every later wgmma, that of the value groups included, which learn of the rows through `weights`. So readers
-  need none. An arrival made by the copies themselves (cp.async.mbarrier.arrive) would ask for a fence in every reader
-  of every tile, and would not order the stores of `valid` at all.
+  Written, then read by wgmma (rows and queries by cp.async, converted rows and P by stores): every writing thread
+  waits for its own copies (cp.async.wait_group), executes fence.proxy.async, and meets its warpgroup at a barrier; then
+  one thread arrives (release) and the readers wait (acquire). The fence stands between the write and the arrival, hence
+  on the causality path to every later wgmma, that of the value groups included, which learn of the rows through
+  `weights`. So readers need none. An arrival made by the copies themselves (cp.async.mbarrier.arrive) would ask for a
+  fence in every reader of every tile, and would not order the stores of `valid` at all.
   Read by wgmma, then written: wgmma.wait_group 0 and a barrier of the warpgroup come before the arrival, and a read
   that is complete cannot see a later write: no fence.
   `valid`, `alpha`, `factor` and the epilogue stay in the generic proxy: arrive and wait order them alone.
@@ -78,6 +78,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
+
+from triton.language.extra.cuda import gdc_launch_dependents
 
 from mla_ops.ops.sparse_attn.kernels.hopper_gather import _first_stage, _gather, _pair_count, _parity
 from mla_ops.ops.sparse_attn.kernels.hopper_items import (
@@ -115,6 +117,9 @@ def _scores(
     PAIRS: gl.constexpr, IS_SPLIT: gl.constexpr, IS_NEGATIVE_SCALE: gl.constexpr,
 ):  # fmt: skip
     HEADS_LAYOUT: gl.constexpr = gl.SliceLayout(1, SCORES_LAYOUT)
+    if IS_SPLIT:
+        # The merge may be launched, and waits for the end of this kernel by itself.
+        gdc_launch_dependents()
     # LEFT and half of RIGHT are done when this many groups are not.
     LATE_GROUPS: gl.constexpr = (1 if RIGHT > 128 else 0) + (1 if TAIL > 0 else 0)
     # Positive, and 0 as a number that makes every logit 0: see `forward.py`.

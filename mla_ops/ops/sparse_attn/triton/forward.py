@@ -79,8 +79,8 @@ def describe_forward(plan: ForwardPlan) -> tuple[str, ...]:
     if plan.is_empty:
         return (NOTHING,)
     config, launch = plan.choice.config, plan.launch
-    splits = f", slots split over {launch.num_splits} programs" if launch.num_splits > 1 else ""
-    return (f"forward: {config}{splits}; {plan.record}", *(f"forward not by {why}" for why in plan.choice.refusals))
+    line = f"forward: {config}, slots split over {launch.num_splits} programs; {plan.record}"
+    return (line, *(f"forward not by {why}" for why in plan.choice.refusals))
 
 
 def launch_forward(call: SparseAttnCall, plan: ForwardPlan, *, wrap: Wrap = as_it_is) -> Results:

@@ -10,7 +10,7 @@ import torch
 
 from mla_ops.device import DeviceTraits
 from mla_ops.errors import UnsupportedProblemError
-from mla_ops.launching import Wrap, outer_strides, with_aligned_rows
+from mla_ops.launching import Wrap, as_it_is, outer_strides, unfilled, with_aligned_rows
 from mla_ops.ops.sparse_attn.call import Gradients, Hints, Results, Side, SparseAttnCall, SparseAttnProblem
 from mla_ops.ops.sparse_attn.configs.launch import (
     HOPPER_BLOCK_H,
@@ -27,7 +27,7 @@ from mla_ops.ops.sparse_attn.configs.lookup import (
     key_of,
 )
 from mla_ops.ops.sparse_attn.triton.launch import Into
-from mla_ops.ops.sparse_attn.triton.splits import merge, partial_results
+from mla_ops.ops.sparse_attn.triton.portable import run_merge
 
 _log = logging.getLogger(__name__)
 
@@ -236,8 +236,11 @@ def run_items(
     q, _, indices, d_v, softmax_scale, topk_length, attn_sink = call
     seq_q, heads, d_total = q.shape[-3:]
     config, is_split, table = plan.config, plan.num_splits > 1, rows.table
-    partials = (call.rows, plan.num_splits, heads)
-    kernel_out, kernel_lse = partial_results(partials, d_v, q, is_traced=False) if is_split else (out, lse)
+    kernel_out, kernel_lse = out, lse
+    if is_split:
+        partials = (call.rows, plan.num_splits, heads)
+        kernel_out = unfilled((*partials, d_v), torch.float32, q, is_traced=False)
+        kernel_lse = unfilled(partials, torch.float32, q, is_traced=False)
     _sparse_attn_fwd_hopper_kernel[(plan.programs,)](
         q, *outer_strides(q.stride()), rows.rows, *rows.strides, indices, *outer_strides(indices.stride()),
         topk_length, None if is_split else attn_sink,
@@ -254,7 +257,7 @@ def run_items(
         num_warps=4,
     )  # fmt: skip
     if is_split:
-        merge(kernel_out, kernel_lse, attn_sink, out, lse, partials, d_v)
+        run_merge(kernel_out, kernel_lse, attn_sink, out, lse, as_it_is, is_dependent=True)
 
 
 def check_config(config: HopperConfig | FewHeadsConfig | HopperBwdConfig, key: ConfigKey) -> None:
@@ -269,7 +272,7 @@ def check_config(config: HopperConfig | FewHeadsConfig | HopperBwdConfig, key: C
     if isinstance(config, FewHeadsConfig):
         side, plain = "forward for few heads", "a FwdConfig"
         can_run = few_heads_config(key) is not None and key.heads_per_group <= config.block_h
-        value, width = config.left + config.right, config.left + config.right + config.tail
+        value, width = config.value, config.value + config.tail
     elif isinstance(config, HopperConfig):
         side, plain, can_run = "forward", "a FwdConfig", hopper_config(key) is not None
         value, width = config.left + config.right, config.left + config.right + config.tail

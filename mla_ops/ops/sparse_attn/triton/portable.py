@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from mla_ops.device import DeviceTraits
-from mla_ops.launching import INT32_OFFSETS, Wrap, alignment, as_it_is, outer_strides
+from mla_ops.launching import INT32_OFFSETS, Wrap, alignment, as_it_is, outer_strides, unfilled
 from mla_ops.ops.sparse_attn.call import Gradients, Hints, Results, Side, SparseAttnCall, SparseAttnProblem
 from mla_ops.ops.sparse_attn.configs.launch import (
     BwdConfig,
@@ -22,7 +22,9 @@ from mla_ops.ops.sparse_attn.configs.launch import (
 )
 from mla_ops.ops.sparse_attn.configs.lookup import backward_configs, forward_config, key_of
 from mla_ops.ops.sparse_attn.triton.launch import Into
-from mla_ops.ops.sparse_attn.triton.splits import merge, partial_results
+
+# What a program of the merge kernel has in registers at a time.
+MERGED_CHANNELS, MERGED_SPLITS = 128, 8
 
 
 class PortableForward(NamedTuple):
@@ -132,21 +134,22 @@ class PortableKernels:
         q, kv, indices, d_v, softmax_scale, topk_length, attn_sink = call
         is_traced = wrap is not as_it_is
         kernel_out, kernel_lse = out, lse
-        is_split = plan.num_splits > 1
+        num_splits = plan.grid[1]
+        is_split = num_splits > 1
         if is_split:
-            kernel_out, kernel_lse = partial_results(
-                plan.partials, None if out is None else d_v, q, is_traced=is_traced
-            )
-        wrap(_forward_kernel())[plan.grid](
+            if out is not None:
+                kernel_out = unfilled((*plan.partials, d_v), torch.float32, q, is_traced=is_traced)
+            kernel_lse = unfilled(plan.partials, torch.float32, q, is_traced=is_traced)
+        wrap(_forward_kernels()[0])[plan.grid](
             q, *plan.q_strides, kv, *plan.kv_strides, indices, *plan.indices_strides,
             topk_length, attn_sink, kernel_out, kernel_lse, softmax_scale,
             *plan.sizes, *plan.constants, _input_precision(q), is_split, softmax_scale < 0, **plan.options,
         )  # fmt: skip
         if not is_split:
             return lse
-        if out is None or kernel_out is None:
+        if out is None:
             return kernel_lse.amax(1).view(lse.shape)
-        merge(kernel_out, kernel_lse, attn_sink, out, lse, plan.partials, d_v, wrap)
+        run_merge(kernel_out, kernel_lse, attn_sink, out, lse, wrap)
         return lse
 
     def plan_backward(self, call: SparseAttnCall, config: BwdConfig, use_int64_offsets: bool) -> PortableBackward:
@@ -196,6 +199,30 @@ class PortableKernels:
         )  # fmt: skip
 
 
+def run_merge(
+    partial_out: torch.Tensor,
+    partial_lse: torch.Tensor,
+    attn_sink: torch.Tensor | None,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    wrap: Wrap,
+    *,
+    is_dependent: bool = False,
+) -> None:
+    """Merge fp32 partial results `[rows, splits, heads, d_v]` and `[rows, splits, heads]` into `out` and `lse`.
+
+    The launch may be dependent where the kernel before it, on sm90 or later, says when dependents may begin.
+    """
+    rows, num_splits, heads, d_v = partial_out.shape
+    block_d = min(MERGED_CHANNELS, 1 << (d_v - 1).bit_length())
+    block_h = MERGED_CHANNELS // block_d
+    options = {"launch_pdl": True} if is_dependent else {}
+    wrap(_forward_kernels()[1])[(program_count(rows, heads, 1, block_h) * -(-d_v // block_d),)](
+        partial_out, partial_lse, attn_sink, out, lse, num_splits,
+        heads, d_v, MERGED_SPLITS, block_h, block_d, is_dependent, num_warps=1, **options,
+    )  # fmt: skip
+
+
 def needs_int64_offsets(call: SparseAttnCall) -> bool:
     """Return whether an element of `kv`, or of a contiguous gradient of it, lies beyond 32 bits; may add a guard."""
     kv = call.kv
@@ -236,10 +263,12 @@ def _input_precision(q: torch.Tensor) -> str:
 
 
 @lru_cache(maxsize=1)
-def _forward_kernel() -> Any:
+def _forward_kernels() -> tuple[Any, Any]:
+    """Return the forward kernel and the merge kernel; importing them imports triton."""
     from mla_ops.ops.sparse_attn.kernels.forward import _sparse_attn_fwd_kernel
+    from mla_ops.ops.sparse_attn.kernels.forward_split import _sparse_attn_merge_kernel
 
-    return _sparse_attn_fwd_kernel
+    return _sparse_attn_fwd_kernel, _sparse_attn_merge_kernel
 
 
 @lru_cache(maxsize=1)

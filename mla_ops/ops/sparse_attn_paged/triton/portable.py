@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from mla_ops.device import DeviceTraits
-from mla_ops.launching import LaunchRecord, alignment, launch_record, outer_strides
+from mla_ops.launching import LaunchRecord, alignment, as_it_is, launch_record, outer_strides, unfilled
 from mla_ops.ops.sparse_attn.configs.launch import (
     ConfigKey,
     FwdConfig,
@@ -16,8 +16,7 @@ from mla_ops.ops.sparse_attn.configs.launch import (
     program_count,
     programs_by_registers,
 )
-from mla_ops.ops.sparse_attn.triton.portable import split_count
-from mla_ops.ops.sparse_attn.triton.splits import merge, partial_results
+from mla_ops.ops.sparse_attn.triton.portable import run_merge, split_count
 from mla_ops.ops.sparse_attn_paged.call import SparseAttnPagedCall, SparseAttnPagedProblem
 from mla_ops.ops.sparse_attn_paged.configs.tables import (
     MAX_FOLDING_HEADS,
@@ -136,10 +135,11 @@ class PortableKernels:
             call = resolve(call, plan.resolve)
         kernel_out, kernel_lse, is_split = out, lse, plan.grid[1] > 1
         if is_split:
-            kernel_out, kernel_lse = partial_results(plan.partials, call.d_v, call.q, is_traced=False)
+            kernel_out = unfilled((*plan.partials, call.d_v), torch.float32, call.q, is_traced=False)
+            kernel_lse = unfilled(plan.partials, torch.float32, call.q, is_traced=False)
         _kernel()[plan.grid](*arguments_of(call, plan, kernel_out, kernel_lse), **launch_options(plan.config))
         if is_split:
-            merge(kernel_out, kernel_lse, call.attn_sink, out, lse, plan.partials, call.d_v)
+            run_merge(kernel_out, kernel_lse, call.attn_sink, out, lse, as_it_is)
 
 
 def arguments_of(
