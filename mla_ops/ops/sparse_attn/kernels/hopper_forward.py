@@ -1,7 +1,7 @@
 """Forward kernel for wide rows on sm90: four warpgroups with a role each, in Gluon.
 
 A program stays on its multiprocessor and walks over work items, a work item being one row of the grid of `forward.py`:
-64 heads of one (batch, query, group); with IS_SPLIT a share of its slots, whose results are partial and in fp32. Per
+64 heads of one (batch, query, group); with IS_SPLIT a share of its slots, whose results are partial. Per
 item it goes through the slots in pairs of 64-slot tiles; shared memory holds one or two pairs (PAIRS), a tile a stage.
 
 NOTE [Roles]
@@ -54,6 +54,8 @@ tile t - 3 is announced by then.
 The gather waits for the queries of an item after it has announced the last tile of the item before, because the scores
 free the queries with that last tile. The gather that converts asks for them before the first tile of their item, and
 announces them with it; it announces a tile before it waits for the buffers of the next, whatever PAIRS is.
+Without TAKES_TURNS, `free` of tile t - 2 does not wait for the Q K^T of tile t - 1, and the rows of tile t have its time
+to come from HBM.
 
 NOTE [What orders the accesses]
 wgmma reads shared memory through the async proxy; everything else here goes through the generic proxy.
@@ -208,13 +210,7 @@ def _values(
     # Every warp holds all 64 values, so that all of them take the same branch without a word between them.
     REPLICATED: gl.constexpr = gl.BlockedLayout([2], [32], [4], [0])
     # 16 bytes a thread, rows in a line.
-    EACH: gl.constexpr = 4 if IS_SPLIT else 8
-    OUT_LAYOUT: gl.constexpr = gl.BlockedLayout([1, EACH], [256 // WIDTH, WIDTH // 8], [4, 1], [1, 0])
-    # Channels that are staged at a time.
-    PART: gl.constexpr = WIDTH // 2 if IS_SPLIT else WIDTH
-    staged_sides = k_side
-    if IS_SPLIT:
-        staged_sides = k_side._reinterpret(gl.float32, [2 * PAIRS, BLOCK_H, PART], gl.NVMMASharedLayout(128, 32, 2))
+    OUT_LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // WIDTH, WIDTH // 8], [4, 1], [1, 0])
     pair = 0
     count = 0
     for item in range(gl.program_id(0), num_items, gl.num_programs(0)):
@@ -251,20 +247,14 @@ def _values(
         if IS_SPLIT:
             row = row * num_splits + split
         head_ptrs = out_ptr + (row * HEADS + first_head + heads) * D_V
-        # A side of the tile holds all channels in 16 bits, and half of them in fp32.
-        staged = staged_sides.index(last)
-        parts = (acc,)
-        if IS_SPLIT:
-            parts = acc.reshape([BLOCK_H, 2, PART]).permute([0, 2, 1]).split()
-        for c in gl.static_range(WIDTH // PART):
-            staged.store(parts[c].to(out_ptr.dtype.element_ty))
-            tile = staged.load(OUT_LAYOUT)
-            if c == WIDTH // PART - 1:
-                mbarrier.arrive(free.index(4 * last + SIDE), count=1)
-                mbarrier.arrive(free.index(4 * last + 2 + SIDE), count=1)
-            cols = START + c * PART + gl.arange(0, PART, layout=gl.SliceLayout(0, OUT_LAYOUT))
-            mask = (heads < head_count)[:, None] & (cols < D_V)[None, :]
-            gl.store(head_ptrs[:, None] + cols[None, :], tile, mask=mask)
+        staged = k_side.index(last)
+        staged.store(acc.to(k_side.dtype))
+        tile = staged.load(OUT_LAYOUT)
+        mbarrier.arrive(free.index(4 * last + SIDE), count=1)
+        mbarrier.arrive(free.index(4 * last + 2 + SIDE), count=1)
+        cols = START + gl.arange(0, WIDTH, layout=gl.SliceLayout(0, OUT_LAYOUT))
+        mask = (heads < head_count)[:, None] & (cols < D_V)[None, :]
+        gl.store(head_ptrs[:, None] + cols[None, :], tile, mask=mask)
 
 
 @gluon.constexpr_function
@@ -291,7 +281,7 @@ def _sparse_attn_fwd_hopper_kernel(
     indices_ptr, stride_i_b, stride_i_s, stride_i_g,
     topk_length_ptr, attn_sink_ptr,  # None when the call has none
     table_ptr, stride_table, seq_lens_ptr, cache_scale_ptr,  # None likewise
-    out_ptr, lse_ptr,  # [rows, heads, d_v] and [rows, heads]; split, fp32 [rows, splits, heads, d_v] and so on
+    out_ptr, lse_ptr,  # [rows, heads, d_v] and [rows, heads]; split, [rows, splits, heads, d_v] and so on
     softmax_scale, seq_q, num_positions, page_size, num_pages, topk, slots_per_split, num_splits, num_items,
     HEADS: gl.constexpr, KV_GROUP: gl.constexpr, D_TOTAL: gl.constexpr, D_V: gl.constexpr,
     LEFT: gl.constexpr, RIGHT: gl.constexpr, TAIL: gl.constexpr,

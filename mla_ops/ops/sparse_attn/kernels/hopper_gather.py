@@ -97,31 +97,18 @@ def _prefetch_lines(ptrs):
 
 
 @gluon.jit
-def _prefetch_line(ptrs, wanted):
-    """Bring the lines of some addresses to L2."""
-    gl.inline_asm_elementwise(
-        """{
-            .reg .pred some;
-            setp.ne.s32 some, $2, 0;
-            @some prefetch.global.L2 [$1];
-            mov.u32 $0, 0;
-        }""",
-        "=r,l,r", [ptrs, wanted], dtype=gl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
-
-
-@gluon.jit
-def _prefetch_rows(ptrs, num_bytes):
-    """Bring as many bytes behind some addresses to L2, a multiple of 16; none where it is 0."""
-    gl.inline_asm_elementwise(
-        """{
-            .reg .pred some;
-            setp.ne.s32 some, $2, 0;
-            @some cp.async.bulk.prefetch.L2.global [$1], $2;
-            mov.u32 $0, 0;
-        }""",
-        "=r,l,r", [ptrs, num_bytes], dtype=gl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
+def _prefetch_rows(ptrs, wanted, ELEMENTS: gl.constexpr, LINE: gl.constexpr):
+    """Bring the lines, of LINE elements, of those rows to L2 that are wanted."""
+    for at in gl.static_range(0, ELEMENTS + LINE, LINE):
+        gl.inline_asm_elementwise(
+            """{
+                .reg .pred wanted;
+                setp.ne.s32 wanted, $2, 0;
+                @wanted prefetch.global.L2 [$1];
+                mov.u32 $0, 0;
+            }""",
+            "=r,l,r", [ptrs + min(at, ELEMENTS - 1), wanted], dtype=gl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
 
 
 @gluon.jit
@@ -208,18 +195,11 @@ def _places_of_pair(
     offsets += group.to(gl.int64) * (stride_g // UNIT)
     if not IS_PAGED:
         offsets += (row // seq_q) * (stride_b // UNIT)
-    if PREFETCHED != 0:
+    if PREFETCHED > 0:
         is_mine = is_valid
         if HEAD_BLOCKS > 1:
             is_mine = is_mine & (gl.arange(0, PAIR, layout=SLOTS_LAYOUT) % 2 == item % HEAD_BLOCKS)
-        if PREFETCHED > 0:
-            _prefetch_rows(kv_ptr + offsets * UNIT, gl.where(is_mine, PREFETCHED, 0))
-        else:
-            ELEMENTS: gl.constexpr = -PREFETCHED * UNIT // 16
-            starts = kv_ptr + offsets * UNIT
-            for line in gl.static_range(0, ELEMENTS, 8 * UNIT):
-                _prefetch_line(starts + line, is_mine.to(gl.int32))
-            _prefetch_line(starts + (ELEMENTS - 1), is_mine.to(gl.int32))
+        _prefetch_rows(kv_ptr + offsets * UNIT, is_mine.to(gl.int32), PREFETCHED * UNIT // 16, 8 * UNIT)
     return gl.where(is_valid, offsets, -1)
 
 
@@ -317,6 +297,12 @@ def _gather(
     )  # fmt: skip
     SLOTS: gl.constexpr = SLOTS_LAYOUT
     item0 = gl.program_id(0)
+    # Nothing is busy yet: queries come while the first positions do.
+    query_rows, query_mask = _query_rows(
+        q_ptr, stride_q_b, stride_q_s, stride_q_h, item0, seq_q, num_splits, HEADS, KV_GROUP, IS_SPLIT
+    )
+    _copy_queries(query_rows, query_mask, q_left, q_right, q_tail, D_TOTAL, LEFT, RIGHT, TAIL)
+    async_copy.commit_group()
     slots_ptr, slot, end = _first_pair(item0, slots_of, HEADS, KV_GROUP, IS_SPLIT)
     positions0 = load_positions(slots_ptr, slot, end, PAIR, SLOTS)
     item1, slots_ptr, slot, end = _next_pair(item0, slots_ptr, slot, end, slots_of, HEADS, KV_GROUP, IS_SPLIT)
@@ -375,7 +361,7 @@ def _gather(
                 left, right, tail = k_left.index(stage), k_right.index(stage), k_tail.index(stage)
                 if CONVERTS:
                     if s == 0:
-                        if i == 0:
+                        if (i == 0) & (item > item0):
                             mbarrier.wait(q_free, parity_q)
                             _copy_queries(query_rows, query_mask, q_left, q_right, q_tail, D_TOTAL, LEFT, RIGHT, TAIL)
                         else:
@@ -391,22 +377,6 @@ def _gather(
                     fence_async_shared()
                     block_barrier()
                     mbarrier.arrive(left_full.index(stage), count=1)
-                    # The next tile is asked for while this one is converted.
-                    if s == 0:
-                        next_stage = stage + 1
-                        next_tile = (pair & 1) * 2 + 1
-                        parity_next = parity_free
-                    else:
-                        next_stage = _first_stage(pair + 1, PAIRS)
-                        next_tile = ((pair & 1) ^ 1) * 2
-                        parity_next = _parity(pair + 1, PAIRS) ^ 1
-                    for part in gl.static_range(4):
-                        mbarrier.wait(free.index(4 * next_stage + part), parity_next)
-                    _copy_words(
-                        kv_ptr, places_of_tiles.index(next_tile), w_right.index(next_stage), k_tail.index(next_stage),
-                        w_tail.index(next_stage), scales_of_tiles.index(next_stage),
-                        CONVERTS_TAIL, PAYLOAD, D_TOTAL - PAYLOAD, SCALES_AT, TAIL_AT,
-                    )  # fmt: skip
                     for c in gl.static_range(PIECES):
                         words = (
                             w_right.index(stage).slice((PIECES + c) * SCALED_WORDS, SCALED_WORDS, 1).load(WORDS_LAYOUT)
@@ -424,10 +394,25 @@ def _gather(
                         w_tail.index(stage).store(words)
                     is_valid = places_of_tiles.index((pair & 1) * 2 + s).load(SLOTS_LAYOUT) >= 0
                     valid_of_tiles.index(stage).store(is_valid.to(gl.int32))
-                    _publish_copies(rest_full.index(stage), 1, True)
+                    _publish_copies(rest_full.index(stage), 0, True)
                     if s == 0:
                         mbarrier.arrive(q_left_full, count=1, pred=i == 0)
                         mbarrier.arrive(q_rest_full, count=1, pred=i == 0)
+                    if s == 0:
+                        next_stage = stage + 1
+                        next_tile = (pair & 1) * 2 + 1
+                        parity_next = parity_free
+                    else:
+                        next_stage = _first_stage(pair + 1, PAIRS)
+                        next_tile = ((pair & 1) ^ 1) * 2
+                        parity_next = _parity(pair + 1, PAIRS) ^ 1
+                    for part in gl.static_range(4):
+                        mbarrier.wait(free.index(4 * next_stage + part), parity_next)
+                    _copy_words(
+                        kv_ptr, places_of_tiles.index(next_tile), w_right.index(next_stage), k_tail.index(next_stage),
+                        w_tail.index(next_stage), scales_of_tiles.index(next_stage),
+                        CONVERTS_TAIL, PAYLOAD, D_TOTAL - PAYLOAD, SCALES_AT, TAIL_AT,
+                    )  # fmt: skip
                 else:
                     half0 = (pair & 1) * 4 + 2 * s
                     first = places.index(half0).load(ROWS)
@@ -465,7 +450,7 @@ def _gather(
                         _publish_copies(rest_full.index(before), 2, pair > 0)
                     if s == 0:
                         # Rows go before queries: their buffers are free first. Without queries both groups are empty.
-                        if i == 0:
+                        if (i == 0) & (item > item0):
                             mbarrier.wait(q_free, parity_q)
                             _copy_queries(query_rows, query_mask, q_left, q_right, q_tail, D_TOTAL, LEFT, RIGHT, TAIL)
                         else:

@@ -239,7 +239,8 @@ def run_items(
     kernel_out, kernel_lse = out, lse
     if is_split:
         partials = (call.rows, plan.num_splits, heads)
-        kernel_out = unfilled((*partials, d_v), torch.float32, q, is_traced=False)
+        # As the kernel rounds its weights: fp32 would be twice the bytes to write and to merge.
+        kernel_out = unfilled((*partials, d_v), q.dtype, q, is_traced=False)
         kernel_lse = unfilled(partials, torch.float32, q, is_traced=False)
     _sparse_attn_fwd_hopper_kernel[(plan.programs,)](
         q, *outer_strides(q.stride()), rows.rows, *rows.strides, indices, *outer_strides(indices.stride()),
