@@ -122,8 +122,9 @@ class Row:
 # Bytes of the portable kernels' small buffers: indices, and what warps exchange. Seen in offline compiles.
 _SMALL_BYTES = 1024
 # Bytes of the Hopper kernels' small buffers: which slots are valid, factors that rescale the accumulators, barriers,
-# and the arguments of the roles. The forward has as many for each pair of tiles.
+# and the arguments of the roles. The forward has as many for each pair of tiles, and places of the rows of two pairs.
 _HOPPER_SMALL_BYTES = 2048
+_HOPPER_PLACES_BYTES = 2 * 128 * 8
 
 
 @cache
@@ -192,7 +193,7 @@ def hopper_smem_bytes(config: HopperConfig) -> int:
     width = config.left + config.right
     # Weights lie in the tails of the tiles, which have 64 channels for them if there is no tail.
     tiles = 2 * config.pairs * (width + max(config.tail, 64))
-    return 2 * 64 * (width + config.tail + tiles) + config.pairs * _HOPPER_SMALL_BYTES
+    return 2 * 64 * (width + config.tail + tiles) + config.pairs * _HOPPER_SMALL_BYTES + _HOPPER_PLACES_BYTES
 
 
 def few_heads_smem_bytes(config: FewHeadsConfig, *, has_scales: bool) -> int:

@@ -16,7 +16,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from mla_ops.kernels.gluon_compat import block_barrier
 from mla_ops.kernels.gluon_rows import convert_e4m3, end_position, load_positions, locate_rows, pages_of
-from mla_ops.ops.sparse_attn.kernels.hopper_forward import (
+from mla_ops.ops.sparse_attn.kernels.hopper_items import (
     LN_2,
     LOG2_E,
     RESCALE_ABOVE,
