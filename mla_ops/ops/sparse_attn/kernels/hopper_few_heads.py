@@ -408,23 +408,6 @@ def _scaled_scores(
 
 
 @gluon.jit
-def _store_partial(
-    out_ptr,
-    acc,
-    head_mask,
-    HEADS_LAYOUT: gl.constexpr,
-    KEYS_LAYOUT: gl.constexpr,
-    START: gl.constexpr,
-    D_V: gl.constexpr,
-):
-    """Store [channels, heads] from START on in fp32, as they are: eight threads have a sector."""
-    heads = gl.arange(0, acc.shape[1], layout=HEADS_LAYOUT)
-    channels = START + gl.arange(0, acc.shape[0], layout=KEYS_LAYOUT)
-    out_ptrs = (out_ptr + heads * D_V)[None, :] + channels[:, None]
-    gl.store(out_ptrs, acc, mask=(channels < D_V)[:, None] & head_mask[None, :])
-
-
-@gluon.jit
 def _store_out(out_ptr, staged, acc, HEADS: gl.constexpr, START: gl.constexpr, D_V: gl.constexpr):
     """Store [channels, heads] from START on, transposed through shared memory: 16 bytes a thread, heads in a line."""
     BLOCK_H: gl.constexpr = staged.shape[0]
@@ -443,7 +426,7 @@ def _attend(
     q, k, weights, valid, row_scales, full, free, q_free,
     HEADS: gl.constexpr, KV_GROUP: gl.constexpr, D_V: gl.constexpr, VALUE: gl.constexpr,
     BLOCK_H: gl.constexpr, STAGES: gl.constexpr, Q_BUFFERS: gl.constexpr,
-    NUM_SCALES: gl.constexpr, D_TAIL: gl.constexpr, IS_SPLIT: gl.constexpr, IS_NEGATIVE_SCALE: gl.constexpr,
+    NUM_SCALES: gl.constexpr, D_TAIL: gl.constexpr, IS_NEGATIVE_SCALE: gl.constexpr,
 ):  # fmt: skip
     # One layout for [keys, heads] and [channels, heads]: a thread has the same heads of both.
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_H, 16])
@@ -525,12 +508,9 @@ def _attend(
         row_head = (row.to(gl.int64) * slots.num_splits + split) * HEADS + first_head
         gl.store(lse_ptr + row_head + heads, lse, mask=head_mask)
         for i in gl.static_range(NUM_VALUES):
+            # Through the queries of the item, which are dead.
             acc = accs[i] * factor[None, :]
-            if IS_SPLIT:
-                _store_partial(out_ptr + row_head * D_V, acc, head_mask, HEADS_LAYOUT, KEYS_LAYOUT, i * PART, D_V)
-            else:
-                # Through the queries of the item, which are dead.
-                _store_out(out_ptr + row_head * D_V, q[i].index(buffer), acc, HEADS_PER_GROUP, i * PART, D_V)
+            _store_out(out_ptr + row_head * D_V, q[i].index(buffer), acc, HEADS_PER_GROUP, i * PART, D_V)
         mbarrier.arrive(q_free.index(buffer), count=1)
         items += 1
 
@@ -580,7 +560,7 @@ def _sparse_attn_fwd_few_heads_kernel(
     softmax_scale, seq_q, num_positions, page_size, num_pages, topk, slots_per_split, num_splits, num_items,
     HEADS: gl.constexpr, KV_GROUP: gl.constexpr, D_TOTAL: gl.constexpr, D_V: gl.constexpr,
     VALUE: gl.constexpr, TAIL: gl.constexpr, BLOCK_H: gl.constexpr, STAGES: gl.constexpr, Q_BUFFERS: gl.constexpr,
-    GATHER_REGISTERS: gl.constexpr, IS_PAGED: gl.constexpr, IS_SPLIT: gl.constexpr, IS_NEGATIVE_SCALE: gl.constexpr,
+    GATHER_REGISTERS: gl.constexpr, IS_PAGED: gl.constexpr, IS_NEGATIVE_SCALE: gl.constexpr,
     # Of rows in e4m3: channels of the payload, 0 of other rows; channels in 16 bits behind it; scales of a row.
     D_PAYLOAD: gl.constexpr, D_TAIL: gl.constexpr,
     NUM_SCALES: gl.constexpr, SCALE_OFFSET: gl.constexpr, TAIL_OFFSET: gl.constexpr,
@@ -618,7 +598,7 @@ def _sparse_attn_fwd_few_heads_kernel(
                     out_ptr, lse_ptr, attn_sink_ptr, cache_scale_ptr, stride_cache, gl.to_tensor(softmax_scale), slots,
                     q, k, weights, valid, row_scales, full, free, q_free,
                     HEADS, KV_GROUP, D_V, VALUE, BLOCK_H, STAGES, Q_BUFFERS, NUM_SCALES, D_TAIL,
-                    IS_SPLIT, IS_NEGATIVE_SCALE,
+                    IS_NEGATIVE_SCALE,
                 )),
                 (_gather_converting, (
                     q_ptr, stride_q_b, stride_q_s, stride_q_h, kv_ptr, stride_kv_b, stride_kv_s, stride_kv_g,
@@ -643,7 +623,7 @@ def _sparse_attn_fwd_few_heads_kernel(
                     out_ptr, lse_ptr, attn_sink_ptr, cache_scale_ptr, stride_cache, gl.to_tensor(softmax_scale), slots,
                     q, k, weights, valid, valid, full, free, q_free,
                     HEADS, KV_GROUP, D_V, VALUE, BLOCK_H, STAGES, Q_BUFFERS, NUM_SCALES, D_TAIL,
-                    IS_SPLIT, IS_NEGATIVE_SCALE,
+                    IS_NEGATIVE_SCALE,
                 )),
                 (_gather, (
                     q_ptr, stride_q_b, stride_q_s, stride_q_h, kv_ptr, stride_kv_b, stride_kv_s, stride_kv_g,

@@ -153,7 +153,8 @@ def run_few_heads(
     kernel_out, kernel_lse = out, lse
     if is_split:
         partials = (plan.items // (plan.num_splits * kv_group), plan.num_splits, heads)
-        kernel_out = unfilled((*partials, d_v), torch.float32, q, is_traced=False)
+        # Rounded as the weights are; in fp32 there would be twice the bytes to write and to merge.
+        kernel_out = unfilled((*partials, d_v), q.dtype, q, is_traced=False)
         kernel_lse = unfilled(partials, torch.float32, q, is_traced=False)
     table, scale = rows.block_table, rows.cache_scale
     _kernel()[(plan.programs,)](
@@ -165,7 +166,7 @@ def run_few_heads(
         heads, kv_group, d_total, d_v,
         config.value, config.tail, config.block_h, config.stages, config.q_buffers,
         gather_registers(config, is_converting=rows.format[0] > 0),
-        rows.is_paged, is_split, softmax_scale < 0, *rows.format,
+        rows.is_paged, softmax_scale < 0, *rows.format,
         num_warps=4,
     )  # fmt: skip
     if is_split:
