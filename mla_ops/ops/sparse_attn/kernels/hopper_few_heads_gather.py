@@ -240,10 +240,9 @@ def _load_words(row_ptrs, is_valid, START: gl.constexpr, END: gl.constexpr, NUM_
 @gluon.jit
 def _load_rows(
     row_ptrs, is_valid, k,
-    VALUE: gl.constexpr, D_PAYLOAD: gl.constexpr, D_TAIL: gl.constexpr,
-    NUM_SCALES: gl.constexpr, SCALE_OFFSET: gl.constexpr, TAIL_OFFSET: gl.constexpr,
+    VALUE: gl.constexpr, D_PAYLOAD: gl.constexpr, D_TAIL: gl.constexpr, TAIL_OFFSET: gl.constexpr,
 ):  # fmt: skip
-    """Start the loads of some rows: the words of every part, of a tail in 16 bits among them, and the scales."""
+    """Start the loads of the words of every part of some rows, of a tail in 16 bits among them."""
     parts = ()
     NUM_PAYLOADS: gl.constexpr = len(k) - (1 if D_TAIL > 0 else 0)
     for i in gl.static_range(NUM_PAYLOADS):
@@ -253,6 +252,12 @@ def _load_rows(
         for j in gl.static_range(k[NUM_PAYLOADS].shape[2] // PIECE):
             words = _load_words(row_ptrs, is_valid, TAIL_OFFSET // 4 + 32 * j, TAIL_OFFSET // 4 + D_TAIL // 2, 32)
             parts = parts + (words,)
+    return parts
+
+
+@gluon.jit
+def _load_scales(row_ptrs, is_valid, NUM_SCALES: gl.constexpr, SCALE_OFFSET: gl.constexpr):
+    """Start the load of the scales of some rows."""
     scales = ()
     if NUM_SCALES > 0:
         LAYOUT: gl.constexpr = _scales_layout(_held_scales(NUM_SCALES))
@@ -262,7 +267,7 @@ def _load_rows(
         scale_ptrs = (row_ptrs + SCALE_OFFSET // 4).to(gl.pointer_type(gl.float32), bitcast=True)
         mask = mask & (cols < NUM_SCALES)[None, :]
         scales = (gl.load(scale_ptrs[:, None] + cols[None, :], mask=mask, other=0.0),)
-    return parts, scales
+    return scales
 
 
 @gluon.jit
@@ -298,10 +303,8 @@ def _gather_converting(
     positions = _load_slots(cursor, SLOTS_LAYOUT)
     pages = _load_pages(positions, cursor, pool, IS_PAGED)
     offsets, is_valid = locate_rows(positions, pages, pool.num_pages, pool.page_size, stride_page, stride_row, IS_PAGED)
-    parts, scales = _load_rows(
-        words_ptr + cursor.group.to(gl.int64) * stride_group + offsets, is_valid, k,
-        VALUE, D_PAYLOAD, D_TAIL, NUM_SCALES, SCALE_OFFSET, TAIL_OFFSET,
-    )  # fmt: skip
+    row_ptrs = words_ptr + cursor.group.to(gl.int64) * stride_group + offsets
+    parts = _load_rows(row_ptrs, is_valid, k, VALUE, D_PAYLOAD, D_TAIL, TAIL_OFFSET)
     cursor = _next_tile(_next_tile(cursor, slots, KV_GROUP), slots, KV_GROUP)
     positions = _load_slots(cursor, SLOTS_LAYOUT)
     first_count = 0
@@ -311,6 +314,9 @@ def _gather_converting(
         for tile in range((first_count + PARITY) % 2, num_tiles, 2):
             count = first_count + tile
             stage = count % STAGES
+            # Scales are loaded after the rows they stand in, whose sectors have come by now: a request of their own for
+            # them, before the others, would open every row of the memory twice.
+            scales = _load_scales(row_ptrs, is_valid, NUM_SCALES, SCALE_OFFSET)
             # Pages of this group's next tile, and positions of the one after it, come while this tile is converted.
             pages = _load_pages(positions, cursor, pool, IS_PAGED)
             group = cursor.group
@@ -331,10 +337,8 @@ def _gather_converting(
             offsets, is_valid = locate_rows(
                 positions, pages, pool.num_pages, pool.page_size, stride_page, stride_row, IS_PAGED
             )
-            parts, scales = _load_rows(
-                words_ptr + group.to(gl.int64) * stride_group + offsets, is_valid, k,
-                VALUE, D_PAYLOAD, D_TAIL, NUM_SCALES, SCALE_OFFSET, TAIL_OFFSET,
-            )  # fmt: skip
+            row_ptrs = words_ptr + group.to(gl.int64) * stride_group + offsets
+            parts = _load_rows(row_ptrs, is_valid, k, VALUE, D_PAYLOAD, D_TAIL, TAIL_OFFSET)
             positions = ahead
         first_count += num_tiles
         items += 1

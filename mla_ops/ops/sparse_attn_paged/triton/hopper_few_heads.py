@@ -80,7 +80,9 @@ class HopperFewHeadsKernels:
         is_paged = call.block_table is not None or not pool.has_one_stride
         # Of rows in e4m3 in bytes, of others in channels.
         unit = pool.unit if layout.d_payload else pool.unit // call.pages.element_size()
-        forward = plan_items(config, call.rows * kv_group, problem.topk, traits, num_splits)
+        forward = plan_items(
+            config, call.rows * kv_group, problem.topk, traits, num_splits, is_streamed=layout.d_payload == 0
+        )
         record = launch_record(
             call.q.device, "sparse_attn_paged", problem.d_total, problem.d_v, problem.heads, kv_group, problem.dtype,
             call.row_format, call.indices.dtype, problem.has_block_table, is_paged, forward.num_splits > 1, config,
