@@ -105,7 +105,7 @@ def test_rows_of_e4m3_are_loaded_and_stored_16_bytes_at_a_time_and_converted_onc
 
 @pytest.mark.parametrize(
     ("queries", "streamed", "other"),
-    [(0, 1, 1), (1, 32, 32), (16, 8, 8), (32, 4, 4), (64, 1, 2), (100, 1, 4), (128, 1, 1), (132, 1, 1), (4096, 1, 1)],
+    [(0, 1, 1), (1, 32, 32), (16, 8, 8), (32, 4, 4), (64, 1, 2), (100, 1, 5), (128, 1, 1), (132, 1, 1), (4096, 1, 1)],
 )
 def test_few_queries_share_their_slots_out(queries: int, streamed: int, other: int) -> None:
     assert split_count(queries, 32, 132, is_streamed=True) == streamed
