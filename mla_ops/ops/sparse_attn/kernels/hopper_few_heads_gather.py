@@ -284,6 +284,27 @@ def _store_rows(parts, scales, is_valid, k, k_words, valid, row_scales, stage, D
 
 
 @gluon.jit
+def _prefetch_rows(row_ptrs, is_valid, ROW_WORDS: gl.constexpr):
+    """Bring some rows to L2, whole: one instruction a row."""
+    LAYOUT: gl.constexpr = _scales_layout(8)
+    row_ptrs = gl.convert_layout(row_ptrs, gl.SliceLayout(1, LAYOUT), assert_trivial=True)
+    mask = gl.convert_layout(is_valid, gl.SliceLayout(1, LAYOUT), assert_trivial=True)
+    # Eight threads hold a row; the first of them asks.
+    is_first = gl.arange(0, 8, layout=gl.SliceLayout(0, LAYOUT)) == 0
+    num_bytes = gl.where(mask[:, None] & is_first[None, :], 4 * ROW_WORDS, 0)
+    ptrs, num_bytes = gl.broadcast(row_ptrs[:, None], num_bytes)
+    gl.inline_asm_elementwise(
+        """{
+            .reg .pred wanted;
+            setp.ne.s32 wanted, $2, 0;
+            @wanted cp.async.bulk.prefetch.L2.global [$1], $2;
+            mov.u32 $0, 0;
+        }""",
+        "=r,l,r", [ptrs, num_bytes], dtype=gl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
 def _gather_converting(
     q_ptr, stride_q_b, stride_q_s, stride_q_h, kv_ptr, stride_kv_b, stride_kv_s, stride_kv_g,
     slots, pool, q, k, k_words, valid, row_scales, full, free, q_free,
@@ -295,6 +316,7 @@ def _gather_converting(
     """Load the rows of every second tile, convert and store them; copy the queries of items that begin with one."""
     SLOTS_LAYOUT: gl.constexpr = gl.SliceLayout(1, _words_layout(32))
     # Strides in words: rows begin at multiples of 16 bytes.
+    ROW_WORDS: gl.constexpr = (TAIL_OFFSET + 2 * D_TAIL + 15) // 16 * 4
     stride_page, stride_row, stride_group = stride_kv_b // 16 * 4, stride_kv_s // 16 * 4, stride_kv_g // 16 * 4
     words_ptr = kv_ptr.to(gl.pointer_type(gl.int32), bitcast=True)
     cursor = _first_tile(gl.program_id(0), slots, KV_GROUP)
@@ -331,13 +353,16 @@ def _gather_converting(
                 )
                 async_copy.commit_group()
             mbarrier.wait(free.index(stage), ((count // STAGES) & 1) ^ 1)
-            _store_rows(parts, scales, is_valid, k, k_words, valid, row_scales, stage, D_TAIL)
-            _publish_copies(full.index(stage), 0, True)
-            # The rows of the next tile come while the other group converts.
-            offsets, is_valid = locate_rows(
+            # The rows of this group's next tile come to L2 while this one is converted, and from there while the other
+            # group converts: from memory they would come as late as they are asked for.
+            next_offsets, next_valid = locate_rows(
                 positions, pages, pool.num_pages, pool.page_size, stride_page, stride_row, IS_PAGED
             )
-            row_ptrs = words_ptr + group.to(gl.int64) * stride_group + offsets
+            row_ptrs = words_ptr + group.to(gl.int64) * stride_group + next_offsets
+            _prefetch_rows(row_ptrs, next_valid, ROW_WORDS)
+            _store_rows(parts, scales, is_valid, k, k_words, valid, row_scales, stage, D_TAIL)
+            _publish_copies(full.index(stage), 0, True)
+            is_valid = next_valid
             parts = _load_rows(row_ptrs, is_valid, k, VALUE, D_PAYLOAD, D_TAIL, TAIL_OFFSET)
             positions = ahead
         first_count += num_tiles
