@@ -311,6 +311,9 @@ def _gather_converting(
     items = 0
     for item in range(gl.program_id(0), slots.num_items, gl.num_programs(0)):
         num_tiles = _first_tile(item, slots, KV_GROUP).tiles_left
+        # Both groups wait, whichever has the first tile: one that let a phase pass could take the next for it.
+        buffer = items % Q_BUFFERS
+        mbarrier.wait(q_free.index(buffer), ((items // Q_BUFFERS) & 1) ^ 1)
         for tile in range((first_count + PARITY) % 2, num_tiles, 2):
             count = first_count + tile
             stage = count % STAGES
@@ -324,8 +327,6 @@ def _gather_converting(
             ahead = _load_slots(cursor, SLOTS_LAYOUT)
             if tile == 0:
                 # The queries arrive with the first tile of their item.
-                buffer = items % Q_BUFFERS
-                mbarrier.wait(q_free.index(buffer), ((items // Q_BUFFERS) & 1) ^ 1)
                 _copy_queries(
                     q_ptr, stride_q_b, stride_q_s, stride_q_h, item, slots, q, buffer, HEADS, KV_GROUP, D_TOTAL, VALUE
                 )
