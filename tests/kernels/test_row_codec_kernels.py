@@ -15,7 +15,7 @@ import torch
 from mla_ops.device import DeviceTraits, traits_of
 from mla_ops.ops.append_rows import eager as append_eager
 from mla_ops.ops.append_rows.call import AppendRowsCall, AppendRowsProblem
-from mla_ops.ops.append_rows.triton.launch import AppendConfig, launch_append, plan_append
+from mla_ops.ops.append_rows.triton.launch import MAX_COMPARED, AppendConfig, launch_append, plan_append
 from mla_ops.ops.read_rows import eager as read_eager
 from mla_ops.ops.read_rows.call import ReadRowsCall, ReadRowsProblem
 from mla_ops.ops.read_rows.triton.launch import launch_read, plan_read
@@ -261,6 +261,14 @@ class TestReadRows:
             torch.testing.assert_close(out.cpu(), expected, rtol=0, atol=0, equal_nan=True)
             assert not out[call.rows.to(DEVICE) == -1].any()
 
+    def test_a_row_outside_the_pool_is_zeros_whatever_the_scale_of_the_cache(self) -> None:
+        call = draw_read(Case("fp8_cache", 128, 64, kv_group=2), DTYPES[0])
+        ours = on_device(call._replace(cache_scale=torch.full((1,), torch.nan)))
+        out = launch_read(ours, plan_read(ours, ReadRowsProblem.of(ours), ways()[0])).cpu()
+        is_row = (call.rows >= 0) & (call.rows < PAGES * PAGE_SIZE)
+        assert out[is_row].isnan().all()
+        assert (out[~is_row] == 0).all()
+
 
 @pytest.mark.skipif(INTERPRETED, reason="it takes a device")
 class TestOnAGpu:
@@ -306,11 +314,12 @@ class TestOnAGpu:
         assert torch.equal(read, expected)
         assert read[:2].any(-1).all()
 
-    def test_many_equal_rows_are_written_whole(self) -> None:
+    @pytest.mark.parametrize("entries", [1000, 5000])  # compared, claimed
+    def test_many_equal_rows_are_written_whole(self, entries: int) -> None:
         pages = torch.zeros(4, 64, 1, 656, dtype=torch.uint8, device=DEVICE)
-        numbers = torch.arange(5000, device=DEVICE) % 400 + 1
+        numbers = torch.arange(entries, device=DEVICE) % 400 + 1
         latent = numbers.view(-1, 1, 1).expand(-1, 1, 576).to(torch.bfloat16)
-        rows = torch.randint(0, 256, (5000,), device=DEVICE)
+        rows = torch.randint(0, 256, (entries,), device=DEVICE)
         torch.ops.mla.append_rows(latent, None, rows, pages, 512, "fp8")
         read = torch.ops.mla.read_rows(pages, torch.arange(256, device=DEVICE), 576, 512, "fp8", torch.bfloat16)
         # A tile of one number has the same number everywhere: codes of one entry with scales of another would not.
@@ -318,3 +327,8 @@ class TestOnAGpu:
         assert (payload == payload[..., :1]).all()
         assert (tail == tail[..., :1]).all()
         assert ((payload[..., 0] - tail[..., 0]).abs() <= tail[..., 0] / 16).all()
+        if entries <= MAX_COMPARED:
+            last = torch.zeros(256, dtype=torch.int64)
+            for entry, row in enumerate(rows.tolist()):
+                last[row] = entry % 400 + 1
+            assert torch.equal(tail[:, 0, 0].cpu(), last.to(torch.bfloat16).float())

@@ -87,3 +87,19 @@ def test_writer_and_reader_do_not_spill(arch: int, name: str, d_total: int, d_v:
         # A constant below the smallest normal fp32 would make the compiler count in fp64.
         assert compiled.count(r"\.f64") == 0
         assert (compiled.count(r"e4m3x2") > 0) == (arch > 80 and name != "dense")
+
+
+def test_quotients_are_those_of_ieee_division() -> None:
+    # Other divisions are off in the last bit, which decides ties; a power of two needs no division but that by 448.
+    counts = [compile_append(90, "fp8", rule=rule).count(r"div\.rn\.f32") for rule in ("pow2", "amax")]
+    assert counts[0] < counts[1]
+    assert compile_append(90, "fp8", rule="amax").count(r"div\.(?:full|approx)") == 0
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+def test_thousands_of_rows_are_stored_16_bytes_at_a_time(arch: int) -> None:
+    compiled = compile_append(arch, "fp8", rows=8192)
+    assert compiled.stack_bytes == 0
+    assert compiled.count(r"st\.global\.v4\.b32") > 0
+    # Before it knows the owners of rows the writer waits for the kernel that claims them, where it starts with it.
+    assert compiled.count(r"griddepcontrol\.wait") == (1 if arch == 90 else 0)

@@ -47,7 +47,7 @@ def test_shards_are_the_whole(cuts: tuple[int, ...], sink: bool, dtype: torch.dt
     torch.testing.assert_close(merged.out, whole.out, rtol=tolerance, atol=tolerance / 10)
 
 
-def test_a_sink_in_one_part_or_in_the_merge_counts_once() -> None:
+def test_a_sink_is_a_part_whose_value_is_0() -> None:
     outs, lses, inputs = shards(torch.float32, 0, 5, 12)
     merged = mla_ops.merge_partials(outs, lses, inputs.attn_sink)
     sink_as_a_part = mla_ops.merge_partials(
@@ -121,6 +121,9 @@ def test_compiled_it_is_one_kernel() -> None:
         bad({"outs": lambda a: [a["outs"][0], a["outs"][1].half()]}, r"outs\[1\] must have the dtype of outs\[0\]"),
         bad({"lses": lambda a: [x.mT for x in a["lses"]]}, r"size \d of lses\[0\] must equal that of outs\[0\]"),
         bad({"outs": lambda a: [a["outs"][0], a["outs"][1][:1]]}, r"size 0 of outs\[1\] must equal that of outs\[0\]"),
+        bad(
+            {"lses": lambda a: [a["lses"][0], a["lses"][1].to("meta")]}, r"lses\[1\] must be on the device of outs\[0\]"
+        ),
         bad({"attn_sink": lambda a: torch.zeros(3)}, r"attn_sink must be \[heads\], got shape \[3\]"),
         bad({"attn_sink": lambda a: torch.zeros(4).double()}, r"attn_sink must be float32, got float64"),
     ],

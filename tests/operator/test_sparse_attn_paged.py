@@ -306,3 +306,13 @@ def test_explain_and_warmup(target: Target) -> None:
 def test_opcheck(make: Callable[[PagedInputs], SparseAttnPagedCall]) -> None:
     call = make(make_paged_inputs(PagedCase("fp8", 72, 64, topk=5)))
     torch.library.opcheck(torch.ops.mla.sparse_attn_paged.default, tuple(call))
+
+
+def test_a_page_whose_row_numbers_wrap_around_is_no_page() -> None:
+    call = make_paged_inputs(SMALL).by_table
+    inverse = pow(SMALL.page_size, -1, 2**64)
+    # Times the page size, modulo 2^64, it is the number of a row.
+    page = next(page for k in range(1, 9) if (page := k * inverse % 2**64) < 2**63)
+    out, lse = run(call._replace(block_table=torch.full_like(call.block_table.long(), page)), Target("cpu", "auto"))
+    assert (out == 0).all()
+    assert (lse == -torch.inf).all()

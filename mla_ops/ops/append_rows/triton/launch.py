@@ -71,7 +71,9 @@ def plan_append(
     is_early = is_claimed and traits.arch >= FIRST_EARLY if is_early is None else is_early
     return AppendPlan(
         config,
-        launch_record(pages.device, "append_rows", problem, rows.dtype, tail is None, pool.unit, config),
+        launch_record(
+            pages.device, "append_rows", problem, rows.dtype, tail is None, pool.unit, config, is_claimed, is_early
+        ),
         grid=(-(-entries // config.block_n) * problem.kv_group,),
         is_claimed=is_claimed,
         is_early=is_early,
@@ -104,12 +106,13 @@ def launch_append(call: AppendRowsCall, plan: AppendPlan) -> None:
         return
     entries, num_rows, _ = plan.sizes
     append, claim = _kernels()
-    owners = None
-    if plan.is_claimed:
-        owners = unfilled((num_rows,), torch.int32, call.pages, is_traced=False)
+    owners = unfilled((num_rows,), torch.int32, call.pages, is_traced=False) if plan.is_claimed else None
+    # Inputs are copied before rows are claimed: what the writer reads early has been written by then.
+    arguments = arguments_of(call, plan, owners)
+    if owners is not None:
         grid = (-(-entries // BLOCK_CLAIMED),)
         claim[grid](call.rows, plan.strides[2], owners, entries, num_rows, BLOCK_CLAIMED, plan.is_early)
-    append[plan.grid](*arguments_of(call, plan, owners), **plan.options)
+    append[plan.grid](*arguments, **plan.options)
     plan.record.is_warm = True
 
 

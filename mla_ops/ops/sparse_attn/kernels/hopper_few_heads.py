@@ -27,12 +27,15 @@ Every barrier counts one arrival a phase. Tile number n of a program has stage n
 both barriers of it; item number i completes one of q_free[i % Q_BUFFERS].
 
   barrier        arrives                                     waits                             guards
-  full[stage]    gathers, rows and new queries are in        attends, before K Q^T             tile, valid, scales
+  full[stage]    gathers, rows are in                        attends, before K Q^T             tile, valid, scales
   free[stage]    attends, after V^T P^T                      gathers, before rows are written  tile, valid, scales
+  q_full[n]      the first group that converts               attends, first tile of an item    queries
   q_free[n]      attends, after the results of an item       gathers, before the next queries  queries
 
-Queries arrive with the first tile of their item. They are waited for after the tile before has been announced, which
-the item before needs to end. The results of an item leave through its queries, which are dead then.
+Queries that are copied beside rows in 16 bits arrive with the first tile of their item and need no q_full; they are
+waited for after the tile before has been announced, which the item before needs to end. Rows in e4m3 have two groups,
+of which one copies the queries of all items: a group that skipped items would take one phase of q_free for another.
+The results of an item leave through its queries, which are dead then.
 The gather asks for the rows of tile n before it announces tile n - 1. The buffers of tile n become free with tile
 n - STAGES, which has been announced by then, so there is no cycle.
 What is written for wgmma is fenced by every thread that wrote it, before the barrier that precedes the arrival; see
@@ -138,10 +141,10 @@ def _store_out(out_ptr, staged, acc, HEADS: gl.constexpr, START: gl.constexpr, D
 @gluon.jit
 def _attend(
     out_ptr, lse_ptr, attn_sink_ptr, cache_scale_ptr, stride_cache, softmax_scale, slots,
-    q, k, weights, valid, row_scales, full, free, q_free,
+    q, k, weights, valid, row_scales, full, free, q_full, q_free,
     HEADS: gl.constexpr, KV_GROUP: gl.constexpr, D_V: gl.constexpr, VALUE: gl.constexpr,
     BLOCK_H: gl.constexpr, STAGES: gl.constexpr, Q_BUFFERS: gl.constexpr,
-    NUM_SCALES: gl.constexpr, D_TAIL: gl.constexpr, IS_NEGATIVE_SCALE: gl.constexpr,
+    NUM_SCALES: gl.constexpr, D_TAIL: gl.constexpr, HAS_Q_FULL: gl.constexpr, IS_NEGATIVE_SCALE: gl.constexpr,
 ):  # fmt: skip
     # One layout for [keys, heads] and [channels, heads]: a thread has the same heads of both.
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_H, 16])
@@ -169,6 +172,8 @@ def _attend(
         cache_scale = 1.0
         if cache_scale_ptr is not None:
             cache_scale = gl.load(cache_scale_ptr + group * stride_cache)
+        if HAS_Q_FULL:
+            mbarrier.wait(q_full.index(buffer), (items // Q_BUFFERS) & 1)
         for _tile in range(num_tiles):
             stage = count % STAGES
             mbarrier.wait(full.index(stage), (count // STAGES) & 1)
@@ -289,11 +294,13 @@ def _sparse_attn_fwd_few_heads_kernel(
     valid = gl.allocate_shared_memory(gl.int32, [STAGES, TILE], FLAT)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    q_full = gl.allocate_shared_memory(gl.int64, [Q_BUFFERS, 1], mbarrier.MBarrierLayout())
     q_free = gl.allocate_shared_memory(gl.int64, [Q_BUFFERS, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=1)
         mbarrier.init(free.index(i), count=1)
     for i in gl.static_range(Q_BUFFERS):
+        mbarrier.init(q_full.index(i), count=1)
         mbarrier.init(q_free.index(i), count=1)
     slots = Slots(
         indices_ptr, stride_i_b, stride_i_s, stride_i_g, topk_length_ptr,
@@ -311,19 +318,19 @@ def _sparse_attn_fwd_few_heads_kernel(
             [
                 (_attend, (
                     out_ptr, lse_ptr, attn_sink_ptr, cache_scale_ptr, stride_cache, gl.to_tensor(softmax_scale), slots,
-                    q, k, weights, valid, row_scales, full, free, q_free,
+                    q, k, weights, valid, row_scales, full, free, q_full, q_free,
                     HEADS, KV_GROUP, D_V, VALUE, BLOCK_H, STAGES, Q_BUFFERS, NUM_SCALES, D_TAIL,
-                    IS_NEGATIVE_SCALE,
+                    gl.constexpr(True), IS_NEGATIVE_SCALE,
                 )),
                 (_gather_converting, (
                     q_ptr, stride_q_b, stride_q_s, stride_q_h, kv_ptr, stride_kv_b, stride_kv_s, stride_kv_g,
-                    slots, pool, q, k, k_words, valid, scales_2d, full, free, q_free,
+                    slots, pool, q, k, k_words, valid, scales_2d, full, free, q_full, q_free,
                     HEADS, KV_GROUP, D_TOTAL, VALUE, STAGES, Q_BUFFERS, IS_PAGED,
                     D_PAYLOAD, D_TAIL, NUM_SCALES, SCALE_OFFSET, TAIL_OFFSET, gl.constexpr(0),
                 )),
                 (_gather_converting, (
                     q_ptr, stride_q_b, stride_q_s, stride_q_h, kv_ptr, stride_kv_b, stride_kv_s, stride_kv_g,
-                    slots, pool, q, k, k_words, valid, scales_2d, full, free, q_free,
+                    slots, pool, q, k, k_words, valid, scales_2d, full, free, q_full, q_free,
                     HEADS, KV_GROUP, D_TOTAL, VALUE, STAGES, Q_BUFFERS, IS_PAGED,
                     D_PAYLOAD, D_TAIL, NUM_SCALES, SCALE_OFFSET, TAIL_OFFSET, gl.constexpr(1),
                 )),
@@ -336,9 +343,9 @@ def _sparse_attn_fwd_few_heads_kernel(
             [
                 (_attend, (
                     out_ptr, lse_ptr, attn_sink_ptr, cache_scale_ptr, stride_cache, gl.to_tensor(softmax_scale), slots,
-                    q, k, weights, valid, valid, full, free, q_free,
+                    q, k, weights, valid, valid, full, free, q_full, q_free,
                     HEADS, KV_GROUP, D_V, VALUE, BLOCK_H, STAGES, Q_BUFFERS, NUM_SCALES, D_TAIL,
-                    IS_NEGATIVE_SCALE,
+                    gl.constexpr(False), IS_NEGATIVE_SCALE,
                 )),
                 (_gather, (
                     q_ptr, stride_q_b, stride_q_s, stride_q_h, kv_ptr, stride_kv_b, stride_kv_s, stride_kv_g,

@@ -307,13 +307,13 @@ def _prefetch_rows(row_ptrs, is_valid, ROW_WORDS: gl.constexpr):
 @gluon.jit
 def _gather_converting(
     q_ptr, stride_q_b, stride_q_s, stride_q_h, kv_ptr, stride_kv_b, stride_kv_s, stride_kv_g,
-    slots, pool, q, k, k_words, valid, row_scales, full, free, q_free,
+    slots, pool, q, k, k_words, valid, row_scales, full, free, q_full, q_free,
     HEADS: gl.constexpr, KV_GROUP: gl.constexpr, D_TOTAL: gl.constexpr, VALUE: gl.constexpr,
     STAGES: gl.constexpr, Q_BUFFERS: gl.constexpr, IS_PAGED: gl.constexpr,
     D_PAYLOAD: gl.constexpr, D_TAIL: gl.constexpr,
     NUM_SCALES: gl.constexpr, SCALE_OFFSET: gl.constexpr, TAIL_OFFSET: gl.constexpr, PARITY: gl.constexpr,
 ):  # fmt: skip
-    """Load the rows of every second tile, convert and store them; copy the queries of items that begin with one."""
+    """Load the rows of every second tile, convert and store them; the first group copies the queries of every item."""
     SLOTS_LAYOUT: gl.constexpr = gl.SliceLayout(1, _words_layout(32))
     # Strides in words: rows begin at multiples of 16 bytes.
     ROW_WORDS: gl.constexpr = (TAIL_OFFSET + 2 * D_TAIL + 15) // 16 * 4
@@ -333,6 +333,15 @@ def _gather_converting(
     items = 0
     for item in range(gl.program_id(0), slots.num_items, gl.num_programs(0)):
         num_tiles = _first_tile(item, slots, KV_GROUP).tiles_left
+        if PARITY == 0:
+            # One group for the queries of all items: who skipped some would take one phase of q_free for another.
+            buffer = items % Q_BUFFERS
+            mbarrier.wait(q_free.index(buffer), ((items // Q_BUFFERS) & 1) ^ 1)
+            _copy_queries(
+                q_ptr, stride_q_b, stride_q_s, stride_q_h, item, slots, q, buffer, HEADS, KV_GROUP, D_TOTAL, VALUE
+            )
+            async_copy.commit_group()
+            _publish_copies(q_full.index(buffer), 0, True)
         for tile in range((first_count + PARITY) % 2, num_tiles, 2):
             count = first_count + tile
             stage = count % STAGES
@@ -344,14 +353,6 @@ def _gather_converting(
             group = cursor.group
             cursor = _next_tile(_next_tile(cursor, slots, KV_GROUP), slots, KV_GROUP)
             ahead = _load_slots(cursor, SLOTS_LAYOUT)
-            if tile == 0:
-                # The queries arrive with the first tile of their item.
-                buffer = items % Q_BUFFERS
-                mbarrier.wait(q_free.index(buffer), ((items // Q_BUFFERS) & 1) ^ 1)
-                _copy_queries(
-                    q_ptr, stride_q_b, stride_q_s, stride_q_h, item, slots, q, buffer, HEADS, KV_GROUP, D_TOTAL, VALUE
-                )
-                async_copy.commit_group()
             mbarrier.wait(free.index(stage), ((count // STAGES) & 1) ^ 1)
             # The rows of this group's next tile come to L2 while this one is converted, and from there while the other
             # group converts: from memory they would come as late as they are asked for.
