@@ -285,22 +285,22 @@ def _store_rows(parts, scales, is_valid, k, k_words, valid, row_scales, stage, D
 
 @gluon.jit
 def _prefetch_rows(row_ptrs, is_valid, ROW_WORDS: gl.constexpr):
-    """Bring some rows to L2, whole: one instruction a row."""
+    """Bring some rows to L2: eight threads hold a row, and each asks for a line of 128 bytes of it."""
     LAYOUT: gl.constexpr = _scales_layout(8)
     row_ptrs = gl.convert_layout(row_ptrs, gl.SliceLayout(1, LAYOUT), assert_trivial=True)
     mask = gl.convert_layout(is_valid, gl.SliceLayout(1, LAYOUT), assert_trivial=True)
-    # Eight threads hold a row; the first of them asks.
-    is_first = gl.arange(0, 8, layout=gl.SliceLayout(0, LAYOUT)) == 0
-    num_bytes = gl.where(mask[:, None] & is_first[None, :], 4 * ROW_WORDS, 0)
-    ptrs, num_bytes = gl.broadcast(row_ptrs[:, None], num_bytes)
+    words = gl.arange(0, 8, layout=gl.SliceLayout(0, LAYOUT)) * 32
+    # A row need not begin with a line, so its last word may be in one more.
+    wanted = (mask[:, None] & (words < ROW_WORDS + 31)[None, :]).to(gl.int32)
+    ptrs, wanted = gl.broadcast(row_ptrs[:, None] + gl.minimum(words, ROW_WORDS - 1)[None, :], wanted)
     gl.inline_asm_elementwise(
         """{
             .reg .pred wanted;
             setp.ne.s32 wanted, $2, 0;
-            @wanted cp.async.bulk.prefetch.L2.global [$1], $2;
+            @wanted prefetch.global.L2 [$1];
             mov.u32 $0, 0;
         }""",
-        "=r,l,r", [ptrs, num_bytes], dtype=gl.int32, is_pure=False, pack=1,
+        "=r,l,r", [ptrs, wanted], dtype=gl.int32, is_pure=False, pack=1,
     )  # fmt: skip
 
 
@@ -327,6 +327,7 @@ def _gather_converting(
     offsets, is_valid = locate_rows(positions, pages, pool.num_pages, pool.page_size, stride_page, stride_row, IS_PAGED)
     row_ptrs = words_ptr + cursor.group.to(gl.int64) * stride_group + offsets
     parts = _load_rows(row_ptrs, is_valid, k, VALUE, D_PAYLOAD, D_TAIL, TAIL_OFFSET)
+    scales = _load_scales(row_ptrs, is_valid, NUM_SCALES, SCALE_OFFSET)
     cursor = _next_tile(_next_tile(cursor, slots, KV_GROUP), slots, KV_GROUP)
     positions = _load_slots(cursor, SLOTS_LAYOUT)
     first_count = 0
@@ -345,9 +346,6 @@ def _gather_converting(
         for tile in range((first_count + PARITY) % 2, num_tiles, 2):
             count = first_count + tile
             stage = count % STAGES
-            # Scales are loaded after the rows they stand in, whose sectors have come by now: a request of their own for
-            # them, before the others, would open every row of the memory twice.
-            scales = _load_scales(row_ptrs, is_valid, NUM_SCALES, SCALE_OFFSET)
             # Pages of this group's next tile, and positions of the one after it, come while this tile is converted.
             pages = _load_pages(positions, cursor, pool, IS_PAGED)
             group = cursor.group
@@ -365,6 +363,7 @@ def _gather_converting(
             _publish_copies(full.index(stage), 0, True)
             is_valid = next_valid
             parts = _load_rows(row_ptrs, is_valid, k, VALUE, D_PAYLOAD, D_TAIL, TAIL_OFFSET)
+            scales = _load_scales(row_ptrs, is_valid, NUM_SCALES, SCALE_OFFSET)
             positions = ahead
         first_count += num_tiles
         items += 1
