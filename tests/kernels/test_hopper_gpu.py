@@ -71,14 +71,25 @@ def test_more_items_than_programs_with_lengths_from_none_to_all(d_total: int, d_
     check(inputs)
 
 
-def test_nan_in_unselected_and_empty_rows_stays_there() -> None:
+@ONE_AND_TWO_PAIRS
+@pytest.mark.parametrize("num_splits", [2, 3, 16])
+def test_shares_of_the_slots_are_merged(num_splits: int, d_total: int, d_v: int) -> None:
+    sizes = {"d_total": d_total, "d_v": d_v, "seq_q": 40, "heads": 80, "topk": 2000, "seq_kv": 4000}
+    inputs = wide_inputs(replace(WIDE, batch=2, **sizes), topk_length=True, attn_sink=True)
+    # Lengths from none to all: some shares have no slot.
+    inputs.topk_length.copy_(torch.arange(80, device="cuda").view(2, 40) * 53 % 2020 - 10)
+    check(inputs, num_splits)
+
+
+@pytest.mark.parametrize("num_splits", [1, 2])
+def test_nan_in_unselected_and_empty_rows_stays_there(num_splits: int) -> None:
     inputs = wide_inputs(attn_sink=True)
     inputs.indices[inputs.indices == 0] = -1
-    expected = run(inputs)
+    expected = run(inputs, num_splits)
     q, kv = inputs.q.clone(), inputs.kv.clone()
     kv[:, 0] = torch.nan
     q[:, 0] = torch.nan  # make_inputs leaves the first query without a valid slot
-    actual = run(replace(inputs, q=q, kv=kv))
+    actual = run(replace(inputs, q=q, kv=kv), num_splits)
     assert_same(actual, expected)
     assert torch.isneginf(actual["lse"][:, 0]).all()
     assert (actual["out"][:, 0] == 0).all()
@@ -212,15 +223,7 @@ def test_a_warm_problem_compiles_nothing_more(monkeypatch: pytest.MonkeyPatch) -
     operator_step(wide_inputs(AUTOMATIC, seed=1))
 
 
-@pytest.mark.parametrize(
-    "call",
-    [
-        lambda inputs, config: run_max_logits(SparseAttnCall(*inputs.args), config=config),
-        lambda inputs, config: run_forward(SparseAttnCall(*inputs.args), config=config, num_splits=2),
-    ],
-    ids=["max_logits", "splits"],
-)
-def test_what_it_does_not_do_is_refused(call: Callable[[Inputs, HopperConfig], object]) -> None:
+def test_max_logits_are_refused() -> None:
     inputs = wide_inputs()
     with pytest.raises(mla_ops.UnsupportedProblemError, match="pass a FwdConfig"):
-        call(inputs, hopper_config(config_key(inputs)))
+        run_max_logits(SparseAttnCall(*inputs.args), config=hopper_config(config_key(inputs)))

@@ -119,8 +119,16 @@ class Copies:
             yield self.machine.arrive(*barrier)
 
 
+def copy_queries(m: Machine, copies: Copies, item: int) -> Iterator[Step]:
+    yield copies.start(item, "q", 0)
+    copies.commit()
+    yield copies.start(item, "q", 1)
+    copies.commit()
+
+
 def gather(m: Machine, work: Forward) -> Iterator[Step]:
     copies = Copies(m)
+    yield from copy_queries(m, copies, 0)
     pair = 0
     for item, num_pairs in enumerate(work.items):
         for i in range(num_pairs):
@@ -140,13 +148,11 @@ def gather(m: Machine, work: Forward) -> Iterator[Step]:
                     before = work.stages(pair - 1)[1]
                     yield from copies.publish(3, pair > 0, "left_full", before)
                     yield from copies.publish(2, pair > 0, "rest_full", before)
-                if s == 0:
-                    if i == 0:
-                        yield m.wait((item & 1) ^ 1, "q_free")
-                        yield copies.start(item, "q", 0)
+                if s == 0 and i == 0 and item > 0:
+                    yield m.wait((item & 1) ^ 1, "q_free")
+                    yield from copy_queries(m, copies, item)
+                elif s == 0:
                     copies.commit()
-                    if i == 0:
-                        yield copies.start(item, "q", 1)
                     copies.commit()
                 if work.pairs == 1:
                     yield from copies.publish(3 if s == 0 else 1, True, "left_full", stage)
@@ -164,6 +170,51 @@ def gather(m: Machine, work: Forward) -> Iterator[Step]:
         last = work.stages(pair - 1)[1]
         yield from copies.publish(1, True, "left_full", last)
         yield from copies.publish(0, True, "rest_full", last)
+
+
+def converting_gather(m: Machine, work: Forward) -> Iterator[Step]:
+    """The gather of rows of e4m3: they arrive in the right side of their tile, and both sides are made of them."""
+    copies = Copies(m)
+
+    def ask(number: int) -> Iterator[Step]:
+        pair = number // 2
+        stage = work.stages(pair)[number % 2]
+        for half in HALVES:
+            for side in SIDES:
+                yield m.wait(work.parity(pair) ^ 1, "free", stage, half, side)
+        for half in HALVES:
+            yield copies.start(("bytes", number), "k", 1, stage, half)
+        yield copies.start(("rows", number), "tail", stage)
+        copies.commit()
+
+    yield from copy_queries(m, copies, 0)
+    yield from ask(0)
+    number = 0
+    for item, num_pairs in enumerate(work.items):
+        for i in range(num_pairs):
+            for s, stage in enumerate(work.stages(number // 2)):
+                if s == 0 and i == 0 and item > 0:
+                    yield m.wait((item & 1) ^ 1, "q_free")
+                    yield from copy_queries(m, copies, item)
+                elif s == 0:
+                    copies.commit()
+                    copies.commit()
+                yield from copies.publish(2 if s == 0 else 0, False, "bytes")
+                for half in HALVES:
+                    yield from read(m, ("bytes", number), "k", 1, stage, half)
+                    yield from write(m, ("rows", number), "k", 0, stage, half)
+                yield m.arrive("left_full", stage)
+                for half in HALVES:
+                    yield from read(m, ("bytes", number), "k", 1, stage, half)
+                    yield from write(m, ("rows", number), "k", 1, stage, half)
+                yield from write(m, ("rows", number), "valid", stage)
+                yield from copies.publish(0, True, "rest_full", stage)
+                if s == 0 and i == 0:
+                    yield m.arrive("q_left_full")
+                    yield m.arrive("q_rest_full")
+                yield from ask(number + 1)
+                number += 1
+    yield from copies.publish(0, False, "bytes")
 
 
 def scores(m: Machine, work: Forward) -> Iterator[Step]:
@@ -236,6 +287,10 @@ def values(m: Machine, work: Forward, side: int) -> Iterator[Step]:
 
 def forward_roles(m: Machine, work: Forward) -> list[Iterator[Step]]:
     return [gather(m, work), scores(m, work), values(m, work, 0), values(m, work, 1)]
+
+
+def converting_roles(m: Machine, work: Forward) -> list[Iterator[Step]]:
+    return [converting_gather(m, work), scores(m, work), values(m, work, 0), values(m, work, 1)]
 
 
 def backward_gather(m: Machine, num_tiles: int) -> Iterator[Step]:
@@ -322,6 +377,7 @@ def interleave(roles_of: Roles, work: Forward | int, seed: int, **faults: Any) -
             pending[role] = following
 
 
+FORWARDS = pytest.mark.parametrize("roles_of", [forward_roles, converting_roles], ids=["copied", "converted"])
 GUARDS = ["left_full", "rest_full", "weights", "free", "q_left_full", "q_rest_full", "q_free", "factor_full"]
 
 
@@ -334,10 +390,18 @@ def test_no_role_of_the_forward_meets_a_buffer_that_is_not_its_own_and_all_of_th
 
 
 @pytest.mark.parametrize("pairs", [1, 2])
+def test_the_converting_gather_meets_no_buffer_that_is_not_its_own(pairs: int) -> None:
+    interleave_often(converting_roles, Forward([2, 1, 3], pairs))
+
+
+@FORWARDS
+@pytest.mark.parametrize("pairs", [1, 2])
 @pytest.mark.parametrize("barrier", GUARDS)
-def test_every_barrier_of_the_forward_that_guards_a_buffer_is_needed(barrier: str, pairs: int) -> None:
+def test_every_barrier_of_the_forward_that_guards_a_buffer_is_needed(barrier: str, pairs: int, roles_of: Roles) -> None:
+    if roles_of is converting_roles and barrier == "q_rest_full":
+        pytest.skip("the converting gather announces the rest of the queries with the rest of their first tile")
     with pytest.raises(ProtocolError):
-        interleave_often(forward_roles, Forward([2, 1, 3], pairs), skipped=barrier)
+        interleave_often(roles_of, Forward([2, 1, 3], pairs), skipped=barrier)
 
 
 @pytest.mark.parametrize("pairs", [1, 2])
@@ -350,6 +414,12 @@ def test_no_wait_for_copies_may_end_fewer_groups(barrier: str, pairs: int) -> No
 @pytest.mark.parametrize("pairs", [1, 2])
 def test_turns_guard_nothing(pairs: int) -> None:
     interleave_often(forward_roles, Forward([2, 1, 3], pairs), skipped="turn")
+
+
+@pytest.mark.parametrize("wait", ["bytes", "rest_full"])
+def test_no_wait_of_the_converting_gather_may_end_fewer_groups(wait: str) -> None:
+    with pytest.raises(ProtocolError):
+        interleave_often(converting_roles, Forward([2, 1, 3]), hasty=wait)
 
 
 @pytest.mark.parametrize("num_tiles", [1, 2, 3, 8])

@@ -76,6 +76,10 @@ ALLOWED_STACK = {
 INDEX_SCORES_FP32 = ("weights_ptr", "scores_ptr", "dscores_ptr", "dk_ptr", "dw_ptr")
 # What says of q and kv that they are bytes of e4m3.
 SCALES = ("q_scale_ptr", "kv_scale_ptr")
+INT32_POINTERS = ("indices_ptr", "topk_length_ptr", "places_ptr", "ranks_ptr", "counters_ptr", "starts_ptr")
+INT32_POINTERS += ("table_ptr", "seq_lens_ptr")
+FP32_POINTERS = ("lse_ptr", "dlse_ptr", "dsink_ptr", "attn_sink_ptr", "mass_ptr", "cache_scale_ptr")
+FP32_POINTERS += (*SCALES, *INDEX_SCORES_FP32)
 # Rows compiled on every run; the others are marked slow.
 REPRESENTATIVE = {("128x64", 32), ("576x512", 16), ("576x512", 64)}
 
@@ -129,9 +133,11 @@ def compile_kernel(
             return "fp32"
         if not name.endswith("_ptr"):
             return "i32"
-        if name in ("indices_ptr", "topk_length_ptr", "places_ptr", "ranks_ptr", "counters_ptr", "starts_ptr"):
+        if name in INT32_POINTERS:
             return "*i32"
-        if name in ("lse_ptr", "dlse_ptr", "dsink_ptr", "attn_sink_ptr", "mass_ptr", *SCALES, *INDEX_SCORES_FP32):
+        if name == "kv_ptr" and constants.get("PAYLOAD", 0):
+            return "*u8"
+        if name in FP32_POINTERS or (name == "out_ptr" and constants.get("IS_SPLIT", False) and kernel.is_gluon()):
             return "*fp32"
         if name in ("dkv_ptr", "sums_ptr", "partial_ptr"):
             return f"*{rows}"
@@ -209,6 +215,17 @@ def hopper_key(d_total: int, d_v: int) -> ConfigKey:
     return ConfigKey(90, SMEM_BYTES[90], 64, d_total, d_v, 2)
 
 
+GIVEN = object()  # an argument of the launch and no constant
+HOPPER_WHOLE = {"IS_SPLIT": False, "slots_per_split": None, "num_splits": None, "PREFETCHED": 0}
+HOPPER_SPLIT = {"IS_SPLIT": True, "slots_per_split": GIVEN, "num_splits": GIVEN, "attn_sink_ptr": None}
+HOPPER_UNPAGED = {"IS_PAGED": False, "page_size": None, "num_pages": None}
+HOPPER_UNPAGED |= {"table_ptr": None, "stride_table": None, "seq_lens_ptr": None}
+HOPPER_PAGED = {"IS_PAGED": True, "page_size": GIVEN, "num_pages": GIVEN}
+HOPPER_TABLE = {**HOPPER_PAGED, "table_ptr": GIVEN, "stride_table": GIVEN, "seq_lens_ptr": GIVEN}
+HOPPER_DENSE = {"PAYLOAD": 0, "SCALES_AT": 0, "TAIL_AT": 0, "cache_scale_ptr": None}
+HOPPER_FP8 = {"PAYLOAD": 512, "SCALES_AT": 512, "TAIL_AT": 528, "PREFETCHED": 656}
+
+
 def compile_hopper(heads: int, d_total: int, d_v: int, element: str = "bf16", **constants: Any) -> Compiled:
     from mla_ops.ops.sparse_attn.kernels.hopper_forward import _sparse_attn_fwd_hopper_kernel
 
@@ -217,9 +234,10 @@ def compile_hopper(heads: int, d_total: int, d_v: int, element: str = "bf16", **
         "HEADS": heads, "KV_GROUP": 1, "D_TOTAL": d_total, "D_V": d_v,
         "LEFT": config.left, "RIGHT": config.right, "TAIL": config.tail, "PAIRS": config.pairs,
         "VALUE_REGISTERS": config.value_registers, "GATHER_REGISTERS": config.gather_registers,
-        "IS_NEGATIVE_SCALE": False, **constants,
+        "IS_NEGATIVE_SCALE": False, **HOPPER_WHOLE, **HOPPER_UNPAGED, **HOPPER_DENSE, **constants,
     }  # fmt: skip
-    return compile_kernel(_sparse_attn_fwd_hopper_kernel, 90, constants, {"num_warps": 4}, element)
+    taken = {name: value for name, value in constants.items() if value is not GIVEN}
+    return compile_kernel(_sparse_attn_fwd_hopper_kernel, 90, taken, {"num_warps": 4}, element)
 
 
 def compile_hopper_backward(
@@ -391,7 +409,14 @@ def test_split_forward_merge_and_ordered_sum_compile() -> None:
 
     config = FwdConfig(block_h=16, block_k=64, max_chunk=64, num_warps=4, num_stages=2)
     assert compile_forward(config, 90, 16, 576, 512, IS_SPLIT=True).stack_bytes == 0
-    merge = {"HEADS": 16, "D_V": 512, "BLOCK_S": MERGED_SPLITS, "BLOCK_H": 1, "BLOCK_D": MERGED_CHANNELS}
+    merge = {
+        "HEADS": 16,
+        "D_V": 512,
+        "BLOCK_S": MERGED_SPLITS,
+        "BLOCK_H": 1,
+        "BLOCK_D": MERGED_CHANNELS,
+        "IS_DEPENDENT": True,
+    }
     assert compile_kernel(_sparse_attn_merge_kernel, 90, merge, {"num_warps": 1}, "bf16").stack_bytes == 0
     options = launch_options(config)
     ordered = {"HEAD_BLOCKS": 2, "WIDTH": 576, "BLOCK_ROWS": 32, "BLOCK_D": 128, "IS_FIRST": False}
@@ -448,7 +473,8 @@ def test_hopper_forward_fits_and_its_products_are_wgmma(d_total: int, d_v: int) 
 # A compile takes five seconds, so those that have nothing to do with one another share one.
 HOPPER_VARIANTS = {
     "fp16, few heads in groups": {"element": "fp16", "HEADS": 40, "KV_GROUP": 2},
-    "no length, no sink": {"topk_length_ptr": None, "attn_sink_ptr": None},
+    "split, no length, no sink": {**HOPPER_SPLIT, "topk_length_ptr": None, "PREFETCHED": 1152},
+    "table": HOPPER_TABLE,
     "negative scale, constants of 1": {
         "IS_NEGATIVE_SCALE": True, "stride_i_g": 1, "stride_i_s": 1, "stride_q_b": 1,
     },
@@ -458,6 +484,16 @@ HOPPER_VARIANTS = {
 @pytest.mark.parametrize("options", HOPPER_VARIANTS.values(), ids=HOPPER_VARIANTS)
 def test_hopper_forward_variants_compile(options: dict[str, Any]) -> None:
     assert compile_hopper(128, 576, 512, **options).stack_bytes <= 256
+
+
+def test_hopper_rows_of_e4m3_are_loaded_and_stored_16_bytes_at_a_time() -> None:
+    compiled = compile_hopper(128, 576, 512, **HOPPER_PAGED, **HOPPER_FP8, **HOPPER_SPLIT)
+    assert compiled.stack_bytes <= 256
+    config = hopper_config(hopper_key(576, 512))
+    assert compiled.shared_bytes <= hopper_smem_bytes(config)
+    # Of a tile a thread of the gather loads 256 channels and stores them in two bytes each; the kernel has two tiles.
+    assert compiled.count(r"cvt\.rn\.f16x2\.e4m3x2") == 2 * 256 // 2
+    assert len(re.findall(r"\bSTS\.128\b", compiled.sass())) >= 2 * 256 * 2 // 16
 
 
 def test_hopper_rows_are_copied_16_bytes_at_a_time_and_zeroed_by_the_copy() -> None:
@@ -549,7 +585,7 @@ def portable_kernels() -> dict[str, tuple[Any, dict[str, Any]]]:
     shape = shape_constants(config, heads=2, d_total=24, d_v=16)
     orders = {"IS_KEY_MAJOR": True, "IS_AHEAD": True}
     slots, rows = {"KV_GROUP": 1, "BLOCK": 32}, {"HEAD_BLOCKS": 1, "WIDTH": 24, "BLOCK_ROWS": 16, "BLOCK_D": 32}
-    merged = {"HEADS": 2, "D_V": 16, "BLOCK_S": 8, "BLOCK_H": 8, "BLOCK_D": 16}
+    merged = {"HEADS": 2, "D_V": 16, "BLOCK_S": 8, "BLOCK_H": 8, "BLOCK_D": 16, "IS_DEPENDENT": False}
     fwd = {**shape, "IS_SPLIT": False, "IS_NEGATIVE_SCALE": False}
     return {
         "forward": (forward._sparse_attn_fwd_kernel, fwd),

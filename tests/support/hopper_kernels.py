@@ -27,10 +27,10 @@ def config_key(inputs: Inputs) -> ConfigKey:
     return key_of(SparseAttnProblem.of(SparseAttnCall(*inputs.args)), traits_of(inputs.q.device))
 
 
-def forward(inputs: Inputs) -> Results:
+def forward(inputs: Inputs, num_splits: int = 1) -> Results:
     config = hopper_config(config_key(inputs))
     assert config is not None
-    return run_forward(SparseAttnCall(*inputs.args), config=config)._asdict()
+    return run_forward(SparseAttnCall(*inputs.args), config=config, num_splits=num_splits)._asdict()
 
 
 def backward(
@@ -46,8 +46,8 @@ def backward(
     return dict(zip(["dq", "dkv", "dsink"][:count], results, strict=False))
 
 
-def check_forward(inputs: Inputs) -> Results:
-    actual = forward(inputs)
+def check_forward(inputs: Inputs, num_splits: int = 1) -> Results:
+    actual = forward(inputs, num_splits)
     assert_matches_oracle(actual, inputs)
     return actual
 
@@ -59,9 +59,9 @@ def check_backward(inputs: Inputs, **uses: bool) -> Results:
     return actual
 
 
-def replay_with_other_indices(run: Callable[[Inputs], Results]) -> tuple[Results, Results]:
+def replay_with_other_indices(run: Callable[[Inputs], Results], case: Case = WIDE) -> tuple[Results, Results]:
     """Return what `run` gives when it was captured with other indices and is replayed, and what it gives in eager."""
-    inputs, other = wide_inputs(topk_length=True), wide_inputs(topk_length=True, seed=1)
+    inputs, other = wide_inputs(case, topk_length=True), wide_inputs(case, topk_length=True, seed=1)
     run(inputs)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

@@ -63,6 +63,17 @@ class HopperConfig:
 
 
 @dataclass(frozen=True)
+class FewHeadsConfig:
+    """How to launch the warp-specialised forward of `kernels/hopper_few_heads.py`: 64 keys a tile."""
+
+    value: int  # channels held for the value, a multiple of 64
+    tail: int  # remaining channels of a row, 0, 64 or 128
+    block_h: int  # query heads of a work item, 16 or 32
+    stages: int  # tiles in shared memory at a time
+    q_buffers: int  # queries of work items in shared memory at a time
+
+
+@dataclass(frozen=True)
 class HopperBwdConfig:
     """How to launch the warp-specialised backward of `kernels/hopper_backward.py`: 64 heads a block, 64 keys a tile."""
 
@@ -112,8 +123,9 @@ class Row:
 # Bytes of the portable kernels' small buffers: indices, and what warps exchange. Seen in offline compiles.
 _SMALL_BYTES = 1024
 # Bytes of the Hopper kernels' small buffers: which slots are valid, factors that rescale the accumulators, barriers,
-# and the arguments of the roles. The forward has as many for each pair of tiles.
+# and the arguments of the roles. The forward has as many for each pair of tiles, and places of the rows of two pairs.
 _HOPPER_SMALL_BYTES = 2048
+_HOPPER_PLACES_BYTES = 2 * 128 * 8
 
 
 @cache
@@ -184,7 +196,19 @@ def hopper_smem_bytes(config: HopperConfig) -> int:
     width = config.left + config.right
     # Weights lie in the tails of the tiles, which have 64 channels for them if there is no tail.
     tiles = 2 * config.pairs * (width + max(config.tail, 64))
-    return 2 * 64 * (width + config.tail + tiles) + config.pairs * _HOPPER_SMALL_BYTES
+    return 2 * 64 * (width + config.tail + tiles) + config.pairs * _HOPPER_SMALL_BYTES + _HOPPER_PLACES_BYTES
+
+
+def few_heads_smem_bytes(config: FewHeadsConfig, *, has_scales: bool) -> int:
+    """Return an upper bound of the shared memory of the forward for few heads: q, the tiles of rows, and the weights.
+
+    Rows with scales have weights for each 128 channels of the value, and the scales in shared memory.
+    """
+    rows = config.q_buffers * config.block_h + config.stages * 64
+    weights = 64 * config.block_h * (-(-config.value // 128) if has_scales else 1)
+    # Whether a slot is valid, and up to eight scales, for each row of a tile.
+    words = config.stages * 64 * (9 if has_scales else 1)
+    return 2 * (rows * (config.value + config.tail) + weights) + 4 * words + _SMALL_BYTES
 
 
 def hopper_bwd_smem_bytes(config: HopperBwdConfig) -> int:

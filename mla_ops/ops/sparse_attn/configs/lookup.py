@@ -24,11 +24,13 @@ from mla_ops.ops.sparse_attn.configs.launch import (
     BwdConfig,
     Config,
     ConfigKey,
+    FewHeadsConfig,
     FwdConfig,
     HopperBwdConfig,
     HopperConfig,
     Row,
     bwd_smem_bytes,
+    few_heads_smem_bytes,
     fwd_smem_bytes,
     hopper_bwd_smem_bytes,
     hopper_smem_bytes,
@@ -137,7 +139,7 @@ def _cut_heads(config: Config, heads_per_group: int) -> Config:
     return config if config.block_h <= needed else replace(config, block_h=needed)
 
 
-_Hopper = TypeVar("_Hopper", HopperConfig, HopperBwdConfig)
+_Hopper = TypeVar("_Hopper", HopperConfig, HopperBwdConfig, FewHeadsConfig)
 
 # The narrowest value that the warp-specialised kernels take: below, their second value group would have nothing to do.
 MIN_HOPPER_D_V = 256
@@ -151,6 +153,13 @@ def hopper_config(key: ConfigKey) -> HopperConfig | None:
     """
     covering = _covering(sm90.HOPPER, key)
     return next((config for config in covering if hopper_smem_bytes(config) <= key.smem_bytes), None)
+
+
+@cache
+def few_heads_config(key: ConfigKey, *, has_scales: bool = False) -> FewHeadsConfig | None:
+    """Return how to launch the warp-specialised forward for few heads, or None where it can't run."""
+    covering = [config for config in _covering(sm90.FEW_HEADS, key) if config.block_h >= key.heads_per_group]
+    return next((c for c in covering if few_heads_smem_bytes(c, has_scales=has_scales) <= key.smem_bytes), None)
 
 
 @cache

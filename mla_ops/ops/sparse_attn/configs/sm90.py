@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
-from mla_ops.ops.sparse_attn.configs.launch import BwdConfig, FwdConfig, HopperBwdConfig, HopperConfig, Row
+from mla_ops.ops.sparse_attn.configs.launch import (
+    BwdConfig,
+    FewHeadsConfig,
+    FwdConfig,
+    HopperBwdConfig,
+    HopperConfig,
+    Row,
+)
 
 # Measured rows: H100 80GB HBM3, torch 2.11, triton 3.6, bf16, random distinct indices; names in parentheses are shapes
 # of mla_ops/cli/shapes.py. What the rows reach in use stands in benchmarks/results/*-h100-sparse-attn.json and
@@ -232,6 +239,16 @@ HOPPER: tuple[tuple[int, int, HopperConfig], ...] = tuple(
     for tail in (0, 64, 128)
     # A second pair of tiles fits up to 320 channels, of which P has 64 at least.
     for pairs in (2 if width + max(tail, 64) <= 320 else 1,)
+)
+
+# The warp-specialised forward for few heads, in the same manner; of one width fewest heads go first, then what holds
+# most rows.
+FEW_HEADS: tuple[tuple[int, int, FewHeadsConfig], ...] = tuple(
+    (value, value + tail, FewHeadsConfig(value, tail, block_h, stages, q_buffers))
+    for value in (256, 320, 384, 448, 512)
+    for tail in (0, 64, 128)
+    for block_h in (16, 32)
+    for stages, q_buffers in ((4, 2), (3, 2), (2, 2), (2, 1))
 )
 
 # The warp-specialised backward, in the same manner. Beside the plain kernel in one process, 64 heads and more, three

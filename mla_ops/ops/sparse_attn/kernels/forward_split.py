@@ -2,6 +2,7 @@
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_wait
 
 from mla_ops.kernels.primitives import sink_keep
 
@@ -13,12 +14,16 @@ def _sparse_attn_merge_kernel(
     out_ptr, lse_ptr,
     num_splits,
     HEADS: tl.constexpr, D_V: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
+    IS_DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """One program, of one warp, merges some heads of a row or some channels of a head: the sums of more warps would
     cross them, which took two to four times as long.
 
-    Partial results carry no sink; it enters here, once.
+    Partial results carry no sink; it enters here, once. A dependent launch (sm90 and later) has begun before the kernel
+    that writes the partial results has ended.
     """
+    if IS_DEPENDENT:
+        gdc_wait()
     HEAD_BLOCKS: tl.constexpr = (HEADS + BLOCK_H - 1) // BLOCK_H
     CHANNEL_BLOCKS: tl.constexpr = (D_V + BLOCK_D - 1) // BLOCK_D
     program = tl.program_id(0)

@@ -60,7 +60,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from mla_ops.kernels.gluon_compat import block_barrier
-from mla_ops.ops.sparse_attn.kernels.hopper_forward import (
+from mla_ops.ops.sparse_attn.kernels.hopper_items import (
     BLOCK_H,
     HALF,
     LOG2_E,

@@ -20,7 +20,6 @@ from mla_ops.launching import (
 )
 from mla_ops.ops.sparse_attn.call import Hints, Results, SparseAttnCall, SparseAttnProblem
 from mla_ops.ops.sparse_attn.triton.kernel_sets import Choice, KernelSet, choose
-from mla_ops.ops.sparse_attn.triton.portable import PortableForward
 
 # What `explain` says of a plan without work.
 NOTHING = "no queries or no heads: nothing is launched"
@@ -62,7 +61,7 @@ def plan_forward(
         choice = choose("max_logits" if max_logits_only else "forward", problem, hints, traits)
     q, (heads, d_total) = call.q, call.q.shape[-2:]
     launch = choice.kernels.plan_forward(call, choice.config, traits, num_splits, use_int64_offsets)
-    is_split = isinstance(launch, PortableForward) and launch.grid[1] > 1
+    is_split = launch.num_splits > 1
     kernel = ("max_logits" if max_logits_only else "forward", d_total, call.d_v, heads, call.kv.shape[-2], q.dtype)
     return ForwardPlan(
         choice,
@@ -82,8 +81,8 @@ def describe_forward(plan: ForwardPlan) -> tuple[str, ...]:
     if plan.is_empty:
         return (NOTHING,)
     config, launch = plan.choice.config, plan.launch
-    splits = f", slots split over {launch.grid[1]} programs" if isinstance(launch, PortableForward) else ""
-    return (f"forward: {config}{splits}; {plan.record}", *(f"forward not by {why}" for why in plan.choice.refusals))
+    line = f"forward: {config}, slots split over {launch.num_splits} programs; {plan.record}"
+    return (line, *(f"forward not by {why}" for why in plan.choice.refusals))
 
 
 def launch_forward(call: SparseAttnCall, plan: ForwardPlan, *, wrap: Wrap = as_it_is) -> Results:

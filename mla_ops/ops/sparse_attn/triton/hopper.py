@@ -10,17 +10,24 @@ import torch
 
 from mla_ops.device import DeviceTraits
 from mla_ops.errors import UnsupportedProblemError
-from mla_ops.launching import Wrap, outer_strides, with_aligned_rows
+from mla_ops.launching import Wrap, as_it_is, outer_strides, unfilled, with_aligned_rows
 from mla_ops.ops.sparse_attn.call import Gradients, Hints, Results, Side, SparseAttnCall, SparseAttnProblem
 from mla_ops.ops.sparse_attn.configs.launch import (
     HOPPER_BLOCK_H,
     ConfigKey,
+    FewHeadsConfig,
     HopperBwdConfig,
     HopperConfig,
     program_count,
 )
-from mla_ops.ops.sparse_attn.configs.lookup import hopper_backward_config, hopper_config, key_of
+from mla_ops.ops.sparse_attn.configs.lookup import (
+    few_heads_config,
+    hopper_backward_config,
+    hopper_config,
+    key_of,
+)
 from mla_ops.ops.sparse_attn.triton.launch import Into
+from mla_ops.ops.sparse_attn.triton.portable import run_merge
 
 _log = logging.getLogger(__name__)
 
@@ -31,16 +38,44 @@ _log = logging.getLogger(__name__)
 # kernel 16 us.
 MIN_TOPK = {"forward": 65, "backward": 192}
 
+WIDTHS = "multiples of 8, d_v from 256 to 512 and d_total up to 576"
 
-_WIDTHS = "multiples of 8, d_v from 256 to 512 and d_total up to 576"
+
+# What the forward takes in the time of a tile of 64 slots, measured at 576/512 on an H100: the start and end of a work
+# item, those of an item that writes partial results, and their merge by how many there are.
+ITEM_TILES, PARTIAL_TILES, MERGE_TILES = 1.3, 2.3, 2.0
+# More splits than these never pay.
+MAX_SPLITS = 16
+# Slots of a pair of tiles: a share of slots is a multiple of it.
+PAIR = 128
 
 
 class HopperForward(NamedTuple):
     """How a forward is launched."""
 
     config: HopperConfig
-    items: int  # 64 heads of one (batch, query, group) each
+    items: int  # 64 heads of one (batch, query, group) each, or a share of their slots
     programs: int  # that share the items
+    num_splits: int
+    slots_per_split: int
+    is_prefetched: bool  # rows are brought to L2 ahead of their copies
+
+
+class HopperRows(NamedTuple):
+    """Where the rows of a call are and how they are stored, as the forward kernel takes it."""
+
+    rows: torch.Tensor  # channels, or bytes of rows that hold e4m3
+    strides: tuple[int, int, int]  # of batch elements or pages, of rows, of KV groups
+    row_bytes: int
+    num_positions: int  # of a batch element
+    page_size: int | None = None  # without pages None, and so is what follows
+    num_pages: int | None = None
+    table: torch.Tensor | None = None
+    seq_lens: torch.Tensor | None = None
+    cache_scale: torch.Tensor | None = None
+    payload: int = 0  # channels of e4m3
+    scales_at: int = 0  # bytes from the start of a row; 0: cache_scale
+    tail_at: int = 0
 
 
 class HopperKernels:
@@ -69,7 +104,7 @@ class HopperKernels:
         if problem.dtype.itemsize != 2:
             return f"dtype is {problem.dtype}, they need bf16 or fp16"
         if config is None:
-            return f"widths are {problem.d_total}/{problem.d_v}, they take {_WIDTHS}"
+            return f"widths are {problem.d_total}/{problem.d_v}, they take {WIDTHS}"
         if problem.topk < MIN_TOPK[side]:
             return f"topk is {problem.topk}, they pay from {MIN_TOPK[side]} on"
         if 2 * problem.heads_per_group <= HOPPER_BLOCK_H:
@@ -98,12 +133,11 @@ class HopperKernels:
         use_int64_offsets: bool | None,
     ) -> HopperForward:
         """Plan a launch of the forward kernel with as many programs as the device holds at a time."""
-        if num_splits is not None:
-            raise UnsupportedProblemError(
-                f"a HopperConfig runs in one pass, got num_splits={num_splits}; pass a FwdConfig"
-            )
-        items = program_count(call.rows, call.q.shape[-2], call.kv.shape[-2], HOPPER_BLOCK_H)
-        return HopperForward(config, items, min(items, traits.num_sms))
+        kv = call.kv
+        kv_bytes = kv.numel() * kv.element_size()
+        return plan_items(
+            call.rows, call.q.shape[-2], kv.shape[-2], call.indices.shape[-1], kv_bytes, config, traits, num_splits
+        )
 
     def run_forward(
         self,
@@ -113,26 +147,15 @@ class HopperKernels:
         plan: HopperForward,
         wrap: Wrap,
     ) -> torch.Tensor:
-        """Run the warp-specialised forward."""
+        """Run the warp-specialised forward, and the merge kernel where the slots of a query are shared out."""
         if out is None:
             raise UnsupportedProblemError(
                 "hopper kernels return out and lse, got max_logits_only=True; pass a FwdConfig"
             )
-        from mla_ops.ops.sparse_attn.kernels.hopper_forward import _sparse_attn_fwd_hopper_kernel
-
-        q, kv, indices, d_v, softmax_scale, topk_length, attn_sink = self.prepared(call)
-        seq_q, heads, d_total = q.shape[-3:]
-        seq_kv, kv_group = kv.shape[-3:-1]
-        config, items, programs = plan
-        _sparse_attn_fwd_hopper_kernel[(programs,)](
-            q, *outer_strides(q.stride()), kv, *outer_strides(kv.stride()), indices, *outer_strides(indices.stride()),
-            topk_length, attn_sink, out, lse,
-            softmax_scale, seq_q, seq_kv, indices.shape[-1], items,
-            heads, kv_group, d_total, d_v,
-            config.left, config.right, config.tail, config.pairs,
-            config.value_registers, config.gather_registers, softmax_scale < 0,
-            num_warps=4,
-        )  # fmt: skip
+        call = self.prepared(call)
+        kv = call.kv
+        rows = HopperRows(kv, outer_strides(kv.stride()), kv.shape[-1] * kv.element_size(), kv.shape[-3])
+        run_items(call, rows, out, lse, plan)
         return lse
 
     def plan_backward(self, call: SparseAttnCall, config: HopperBwdConfig, use_int64_offsets: bool) -> HopperBwdConfig:
@@ -170,7 +193,77 @@ class HopperKernels:
         )  # fmt: skip
 
 
-def check_config(config: HopperConfig | HopperBwdConfig, key: ConfigKey) -> None:
+def plan_items(
+    rows: int,
+    heads: int,
+    kv_group: int,
+    topk: int,
+    pool_bytes: int,
+    config: HopperConfig,
+    traits: DeviceTraits,
+    num_splits: int | None = None,
+) -> HopperForward:
+    """Plan a launch of the forward kernel for so many queries; `pool_bytes` are all rows that may be selected."""
+    whole = program_count(rows, heads, kv_group, HOPPER_BLOCK_H)
+    if num_splits is None:
+        num_splits = split_count(whole, topk, traits.num_sms)
+    items = whole * num_splits
+    slots_per_split = -(-topk // (PAIR * num_splits)) * PAIR
+    # A row that several queries select is in L2 by itself; there the prefetch only costs.
+    is_prefetched = pool_bytes > traits.l2_bytes and rows <= 4 * traits.num_sms
+    return HopperForward(config, items, min(items, traits.num_sms), num_splits, slots_per_split, is_prefetched)
+
+
+def split_count(items: int, topk: int, num_sms: int) -> int:
+    """Return over how many items the slots of a work item are shared out: the fastest number."""
+    return min(
+        range(1, min(MAX_SPLITS, max(1, -(-topk // PAIR))) + 1), key=lambda n: tiles_in_turn(items, topk, num_sms, n)
+    )
+
+
+def tiles_in_turn(items: int, topk: int, num_sms: int, num_splits: int) -> float:
+    """Return what a forward takes in the time of a tile: programs take items in turn, and the longest counts."""
+    turns, tiles = -(-items * num_splits // num_sms), 2 * -(-topk // (PAIR * num_splits))
+    if num_splits == 1:
+        return turns * (tiles + ITEM_TILES)
+    return turns * (tiles + PARTIAL_TILES) + MERGE_TILES * num_splits * items / num_sms
+
+
+def run_items(
+    call: SparseAttnCall, rows: HopperRows, out: torch.Tensor, lse: torch.Tensor, plan: HopperForward
+) -> None:
+    """Run the forward kernel on `rows`, which go before those of `call`, and merge partial results if there are any."""
+    from mla_ops.ops.sparse_attn.kernels.hopper_forward import _sparse_attn_fwd_hopper_kernel
+
+    q, _, indices, d_v, softmax_scale, topk_length, attn_sink = call
+    seq_q, heads, d_total = q.shape[-3:]
+    config, is_split, table = plan.config, plan.num_splits > 1, rows.table
+    kernel_out, kernel_lse = out, lse
+    if is_split:
+        partials = (call.rows, plan.num_splits, heads)
+        # As the kernel rounds its weights: fp32 would be twice the bytes to write and to merge.
+        kernel_out = unfilled((*partials, d_v), q.dtype, q, is_traced=False)
+        kernel_lse = unfilled(partials, torch.float32, q, is_traced=False)
+    _sparse_attn_fwd_hopper_kernel[(plan.programs,)](
+        q, *outer_strides(q.stride()), rows.rows, *rows.strides, indices, *outer_strides(indices.stride()),
+        topk_length, None if is_split else attn_sink,
+        table, None if table is None else table.stride(0), rows.seq_lens, rows.cache_scale,
+        kernel_out, kernel_lse,
+        softmax_scale, seq_q, rows.num_positions, rows.page_size, rows.num_pages, indices.shape[-1],
+        *((plan.slots_per_split, plan.num_splits) if is_split else (None, None)), plan.items,
+        heads, indices.shape[-2], d_total, d_v,
+        config.left, config.right, config.tail, config.pairs,
+        config.value_registers, config.gather_registers, softmax_scale < 0,
+        is_split, rows.page_size is not None, rows.row_bytes if plan.is_prefetched else 0,
+        rows.payload == 0,
+        rows.payload, rows.scales_at, rows.tail_at,
+        num_warps=4,
+    )  # fmt: skip
+    if is_split:
+        run_merge(kernel_out, kernel_lse, attn_sink, out, lse, as_it_is, is_dependent=True)
+
+
+def check_config(config: HopperConfig | FewHeadsConfig | HopperBwdConfig, key: ConfigKey) -> None:
     """Check a configuration that a caller chose: `refusal` and `config` never saw it.
 
     Raises:
@@ -179,7 +272,11 @@ def check_config(config: HopperConfig | HopperBwdConfig, key: ConfigKey) -> None
     reason = gluon_reason()
     if reason is not None:
         raise UnsupportedProblemError(reason)
-    if isinstance(config, HopperConfig):
+    if isinstance(config, FewHeadsConfig):
+        side, plain = "forward for few heads", "a FwdConfig"
+        can_run = few_heads_config(key) is not None and key.heads_per_group <= config.block_h
+        value, width = config.value, config.value + config.tail
+    elif isinstance(config, HopperConfig):
         side, plain, can_run = "forward", "a FwdConfig", hopper_config(key) is not None
         value, width = config.left + config.right, config.left + config.right + config.tail
     else:
@@ -187,7 +284,7 @@ def check_config(config: HopperConfig | HopperBwdConfig, key: ConfigKey) -> None
         value, width = 2 * config.half_value, 2 * (config.half_value + config.half_tail)
     if not can_run or key.d_v > value or key.d_total > width:
         raise UnsupportedProblemError(
-            f"the Hopper {side} needs sm90, two-byte channels, and widths that are {_WIDTHS}, covered by its "
+            f"the Hopper {side} needs sm90, two-byte channels, and widths that are {WIDTHS}, covered by its "
             f"configuration; got sm{key.arch}, {key.element_size} bytes a channel, d_v={key.d_v}, "
             f"d_total={key.d_total}, {config}; pass {plain}"
         )

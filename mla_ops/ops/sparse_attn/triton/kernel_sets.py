@@ -10,9 +10,17 @@ from mla_ops.device import DeviceTraits
 from mla_ops.errors import UnsupportedProblemError
 from mla_ops.launching import Wrap
 from mla_ops.ops.sparse_attn.call import Gradients, Hints, Results, Side, SparseAttnCall, SparseAttnProblem
-from mla_ops.ops.sparse_attn.configs.launch import BwdConfig, ConfigKey, FwdConfig, HopperBwdConfig, HopperConfig
+from mla_ops.ops.sparse_attn.configs.launch import (
+    BwdConfig,
+    ConfigKey,
+    FewHeadsConfig,
+    FwdConfig,
+    HopperBwdConfig,
+    HopperConfig,
+)
 from mla_ops.ops.sparse_attn.configs.lookup import key_of
 from mla_ops.ops.sparse_attn.triton.hopper import HopperKernels, check_config
+from mla_ops.ops.sparse_attn.triton.hopper_few_heads import HopperFewHeadsKernels
 from mla_ops.ops.sparse_attn.triton.launch import Into
 from mla_ops.ops.sparse_attn.triton.portable import PortableKernels
 from mla_ops.settings import current
@@ -44,7 +52,7 @@ class KernelSet(Protocol):
         num_splits: int | None,
         use_int64_offsets: bool | None,
     ) -> Any:
-        """Return what sizes and strides decide about a forward; what is None is derived."""
+        """Return what sizes and strides decide about a forward, `num_splits` among it; what is None is derived."""
         ...
 
     def run_forward(
@@ -82,9 +90,9 @@ class KernelSet(Protocol):
         ...
 
 
-HOPPER, PORTABLE = HopperKernels(), PortableKernels()
+HOPPER, HOPPER_FEW_HEADS, PORTABLE = HopperKernels(), HopperFewHeadsKernels(), PortableKernels()
 # In order of preference: kernels made for a device go before those that run on all of them.
-KERNEL_SETS: tuple[KernelSet, ...] = (HOPPER, PORTABLE)
+KERNEL_SETS: tuple[KernelSet, ...] = (HOPPER, HOPPER_FEW_HEADS, PORTABLE)
 
 
 class Choice(NamedTuple):
@@ -123,14 +131,16 @@ def choose(
     raise UnsupportedProblemError(f"no kernels for the {side} of {problem} on {traits}: {'; '.join(refusals)}")
 
 
-def choice_of(config: FwdConfig | HopperConfig | tuple[BwdConfig | HopperBwdConfig, ...], key: ConfigKey) -> Choice:
+def choice_of(
+    config: FwdConfig | HopperConfig | FewHeadsConfig | tuple[BwdConfig | HopperBwdConfig, ...], key: ConfigKey
+) -> Choice:
     """Return the choice that a caller made by naming a configuration, which belongs to one set.
 
     Raises:
         UnsupportedProblemError: the set does not run the problem of `key` with it.
     """
     one = config[-1] if isinstance(config, tuple) else config
-    if not isinstance(one, (HopperConfig, HopperBwdConfig)):
+    if not isinstance(one, (HopperConfig, FewHeadsConfig, HopperBwdConfig)):
         return Choice(PORTABLE, config)
     check_config(one, key)
-    return Choice(HOPPER, config)
+    return Choice(HOPPER_FEW_HEADS if isinstance(one, FewHeadsConfig) else HOPPER, config)

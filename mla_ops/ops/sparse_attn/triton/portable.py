@@ -39,6 +39,11 @@ class PortableForward(NamedTuple):
     constants: tuple[int | bool, ...]  # of the kernel, from HEADS to USE_INT64_OFFSETS
     options: dict[str, Any]
 
+    @property
+    def num_splits(self) -> int:
+        """Over how many programs the slots of a row are shared out."""
+        return self.grid[1]
+
 
 class PortableBackward(NamedTuple):
     """What sizes and strides decide about launches of the backward kernel for one pass."""
@@ -201,14 +206,20 @@ def run_merge(
     out: torch.Tensor,
     lse: torch.Tensor,
     wrap: Wrap,
+    *,
+    is_dependent: bool = False,
 ) -> None:
-    """Merge fp32 partial results `[rows, splits, heads, d_v]` and `[rows, splits, heads]` into `out` and `lse`."""
+    """Merge partial results `[rows, splits, heads, d_v]` and, in fp32, `[rows, splits, heads]` into `out` and `lse`.
+
+    The launch may be dependent where the kernel before it, on sm90 or later, says when dependents may begin.
+    """
     rows, num_splits, heads, d_v = partial_out.shape
     block_d = min(MERGED_CHANNELS, 1 << (d_v - 1).bit_length())
     block_h = MERGED_CHANNELS // block_d
+    options = {"launch_pdl": True} if is_dependent else {}
     wrap(_forward_kernels()[1])[(program_count(rows, heads, 1, block_h) * -(-d_v // block_d),)](
         partial_out, partial_lse, attn_sink, out, lse, num_splits,
-        heads, d_v, MERGED_SPLITS, block_h, block_d, num_warps=1,
+        heads, d_v, MERGED_SPLITS, block_h, block_d, is_dependent, num_warps=1, **options,
     )  # fmt: skip
 
 

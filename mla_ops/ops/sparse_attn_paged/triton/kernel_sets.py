@@ -10,6 +10,8 @@ from mla_ops.device import DeviceTraits
 from mla_ops.errors import UnsupportedProblemError
 from mla_ops.ops.sparse_attn_paged.call import SparseAttnPagedCall, SparseAttnPagedProblem
 from mla_ops.ops.sparse_attn_paged.triton.dense import DenseKernels
+from mla_ops.ops.sparse_attn_paged.triton.hopper import HopperPagedKernels
+from mla_ops.ops.sparse_attn_paged.triton.hopper_few_heads import HopperFewHeadsKernels
 from mla_ops.ops.sparse_attn_paged.triton.pool import Hints
 from mla_ops.ops.sparse_attn_paged.triton.portable import PortableKernels
 
@@ -42,7 +44,7 @@ class KernelSet(Protocol):
 
 PORTABLE = PortableKernels()
 # In order of preference. The portable kernels are the last resort: what they refuse nobody runs.
-KERNEL_SETS: tuple[KernelSet, ...] = (DenseKernels(), PORTABLE)
+KERNEL_SETS: tuple[KernelSet, ...] = (HopperFewHeadsKernels(), DenseKernels(), HopperPagedKernels(), PORTABLE)
 
 
 class Choice(NamedTuple):
