@@ -33,8 +33,8 @@ from mla_ops.ops.sparse_attn.configs.lookup import (
     hopper_config,
 )
 from mla_ops.ops.sparse_attn.configs.tuned import TunedRow, write_rows
-from mla_ops.ops.sparse_attn.triton.direct import run_backward, run_forward, run_max_logits
 from mla_ops.ops.sparse_attn.triton import hopper
+from mla_ops.ops.sparse_attn.triton.direct import run_backward, run_forward, run_max_logits
 from mla_ops.ops.sparse_attn.triton.forward import plan_forward
 from mla_ops.ops.sparse_attn.triton.key_order import rows_per_launch
 from mla_ops.ops.sparse_attn.triton.portable import split_count
@@ -397,8 +397,8 @@ def test_the_hopper_forward_pays_from_fewer_slots_on_than_the_backward() -> None
     )
     hints = Hints(batch=1, seq_q=4096, seq_kv=8192)
     launches = select(problem, H100, hints=hints).launch
-    assert ["Config" in launch and "Hopper" in launch for launch in launches] == [True, False, False]
-    assert launches[2] == "backward not by hopper kernels: topk is 100, they pay from 192 on"
+    assert ["Config" in launch and "Hopper" in launch for launch in launches] == [True, False, False, False]
+    assert "backward not by hopper kernels: topk is 100, they pay from 192 on" in launches
 
 
 @pytest.mark.parametrize(
@@ -503,7 +503,6 @@ def test_the_hopper_forward_is_refused_where_it_cannot_run() -> None:
     refusals: dict[str, dict[str, Any]] = {
         "got sm80": {"traits": replace(H100, arch=80)},
         "d_v=512, d_total=576": {"config": HopperConfig(256, 128, 64, 160, 56, 1)},
-        "num_splits=2": {"num_splits": 2},
         "traced=True": {"wrap": wrapped},
     }
     for reason, options in refusals.items():

@@ -80,7 +80,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-
 from triton.language.extra.cuda import gdc_launch_dependents
 
 from mla_ops.ops.sparse_attn.kernels.hopper_gather import (

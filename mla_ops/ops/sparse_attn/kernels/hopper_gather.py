@@ -453,7 +453,7 @@ def _gather_converted(
     STAGES: gl.constexpr = 2 * PAIRS
     SIDE_WORDS: gl.constexpr = k.left.shape[2] // 2
     PIECES: gl.constexpr = k.left.shape[2] // SCALED
-    CONVERTS_TAIL: gl.constexpr = PAYLOAD > 2 * k.left.shape[2]
+    CONVERTS_TAIL: gl.constexpr = 2 * k.left.shape[2] < PAYLOAD
     IS_BF16: gl.constexpr = k.left.dtype == gl.bfloat16
     UNIT: gl.constexpr = 16
     FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])

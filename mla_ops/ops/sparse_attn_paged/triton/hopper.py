@@ -1,4 +1,4 @@
-"""The Hopper kernel set: the warp-specialised forward of `mla::sparse_attn` on pages of 16-bit or e4m3 rows, on sm90."""
+"""The Hopper kernel set: the warp-specialised forward of `mla::sparse_attn` on pages of dense or e4m3 rows, on sm90."""
 
 from __future__ import annotations
 
