@@ -1,8 +1,8 @@
 """SparseMLA for PyTorch: `torch.ops.mla.sparse_attn`, token-level top-k sparse multi-head latent attention, any width.
 
 Importing this package registers the operators. It imports neither triton, Inductor nor any model framework. Its public
-modules (`mla_ops.adapters`, `distributed`, `lowering`, `reference`, `testing`) are imported when first named; in
-compiled code they must be imported before, because Dynamo finds nothing else.
+modules (`mla_ops.adapters`, `distributed`, `lowering`, `reference`, `serving`, `testing`) are imported when first
+named; in compiled code they must be imported before, because Dynamo finds nothing else.
 """
 
 # In a checkout this package's own folder lies on its path (see below), so a walk over its modules finds it again.
@@ -53,6 +53,7 @@ from mla_ops.errors import (
     MissingExtraError,
     MlaOpsError,
     NotDifferentiableError,
+    OutOfPagesError,
     QuantizedInputError,
     UnknownBackendError,
     UnsupportedProblemError,
@@ -66,9 +67,10 @@ if TYPE_CHECKING:
     from mla_ops import distributed as distributed
     from mla_ops import lowering as lowering
     from mla_ops import reference as reference
+    from mla_ops import serving as serving
     from mla_ops import testing as testing
 else:  # hidden from type checkers, to which a module with __getattr__ has every name
-    _LAZY_MODULES = ("adapters", "distributed", "lowering", "reference", "testing")
+    _LAZY_MODULES = ("adapters", "distributed", "lowering", "reference", "serving", "testing")
 
     def __getattr__(name: str) -> object:
         if name in _LAZY_MODULES:
@@ -87,6 +89,7 @@ __all__ = [
     "MissingExtraError",
     "MlaOpsError",
     "NotDifferentiableError",
+    "OutOfPagesError",
     "QuantizedInputError",
     "SparseAttnOutput",
     "UnknownBackendError",

@@ -23,6 +23,11 @@ class DeviceTraits:
     name: str = ""
     vendor: str = "nvidia"  # who made a CUDA device: torch calls those of AMD "cuda" too
 
+    @property
+    def has_e4m3(self) -> bool:
+        """Whether the device converts e4m3 itself; where it doesn't, triton refuses the type."""
+        return self.arch >= 89
+
     def __str__(self) -> str:
         if self.type != "cuda":
             return self.type

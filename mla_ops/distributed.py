@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from mla_ops.api import SparseAttnOutput
+from mla_ops.api import SparseAttnOutput, serving
 from mla_ops.errors import InvalidInputError
 from mla_ops.ops.sparse_attn.call import SparseAttnCall
 from mla_ops.ops.sparse_attn.rules import check_argument_types, check_inputs
@@ -152,14 +152,7 @@ def merge_partials(out: torch.Tensor, lse: torch.Tensor, attn_sink: torch.Tensor
         `out` `[..., heads, d_v]` in the dtype of the parts and `lse` `[..., heads]`, as `mla_ops.sparse_attn` returns
         them: a row that is empty in every part gets `out = 0`, `lse = -inf` and zero gradients.
     """
-    empty = (lse == -torch.inf).all(dim=0)
-    # Finite where all parts are empty, so that no gradient below becomes 0 * NaN.
-    total = torch.logsumexp(lse.masked_fill(empty, 0.0), dim=0)
-    weights = torch.exp(lse - total)
-    if attn_sink is not None:
-        weights = weights * torch.sigmoid(total - attn_sink)
-    merged = (weights.unsqueeze(-1) * out).sum(dim=0).to(out.dtype)
-    return SparseAttnOutput(merged.masked_fill(empty.unsqueeze(-1), 0.0), total.masked_fill(empty, -torch.inf))
+    return serving.merge_partials(out.unbind(), lse.unbind(), attn_sink)
 
 
 @dataclass(frozen=True)

@@ -53,6 +53,10 @@ class MissingExtraError(MlaOpsError, ImportError):
         super().__init__(f"{feature} needs {package}, which {problem}; pip install 'mla_ops[{extra}]'")
 
 
+class OutOfPagesError(MlaOpsError, MemoryError):
+    """A cache has too few free pages, or no row of the batch left; nothing was changed."""
+
+
 class InvalidSettingError(MlaOpsError, ValueError):
     """An environment variable or an override of `mla_ops.settings` has a value it cannot take."""
 

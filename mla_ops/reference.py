@@ -4,6 +4,7 @@ from mla_ops.ops.attn_mass.reference import attn_mass_reference
 from mla_ops.ops.index_loss_dense.reference import index_loss_dense_reference
 from mla_ops.ops.index_scores.reference import index_scores_bwd_reference, index_scores_reference
 from mla_ops.ops.index_topk.reference import index_scores_dense_reference, index_topk_reference
+from mla_ops.ops.read_rows.reference import read_rows_reference
 from mla_ops.ops.sparse_attn.reference import (
     sparse_attn_bwd_reference,
     sparse_attn_max_logits_reference,
@@ -18,6 +19,7 @@ __all__ = [
     "index_scores_dense_reference",
     "index_scores_reference",
     "index_topk_reference",
+    "read_rows_reference",
     "sparse_attn_bwd_reference",
     "sparse_attn_max_logits_reference",
     "sparse_attn_paged_reference",

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from mla_ops.errors import InvalidInputError
 from mla_ops.ops.append_rows.backends import plan_of
 from mla_ops.ops.append_rows.call import AppendRowsCall
 from mla_ops.ops.append_rows.rules import check_inputs
@@ -58,10 +59,18 @@ def _count_the_write(keys: torch._C.DispatchKeySet, *arguments: Any) -> None:
     torch.autograd.graph.increment_version(arguments[_PAGES])
 
 
+def _refuse_vmap(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> None:
+    raise InvalidInputError(
+        "append_rows has no vmap rule: it writes into a pool that all elements would share; flatten the vmapped "
+        "dimension of latent, tail and rows into n"
+    )
+
+
 def register() -> None:
-    """Attach fake, kernel, the count of writes and the refusal of gradients to the operator."""
+    """Attach fake, kernel, the count of writes and the refusals of gradients and vmap to the operator."""
     torch.library.register_fake("mla::append_rows", append_rows_fake, lib=LIBRARY)
     LIBRARY.impl("append_rows", append_rows_impl, "CompositeExplicitAutograd")
     LIBRARY.impl("append_rows", _count_the_write, "ADInplaceOrView", with_keyset=True)
+    torch.library.register_vmap("mla::append_rows", _refuse_vmap, lib=LIBRARY)
     refusal = refusing_grad(APPEND_ROWS, "pass latent.detach() if it must not")
     LIBRARY.impl("append_rows", refusal, "Autograd", with_keyset=True)

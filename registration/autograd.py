@@ -60,15 +60,19 @@ def below_autograd(op: torch._ops.OpOverload, keys: torch._C.DispatchKeySet, *ar
 
 def refuse_forward_mode(op: torch._ops.OpOverload, *arguments: Any) -> None:
     """Raise `ForwardModeError` where an argument has a tangent: it would end here, and torch take it for zero."""
-    if forward_ad._current_level < 0:
-        return
-    for argument in arguments:
-        if isinstance(argument, torch.Tensor) and forward_ad.unpack_dual(argument).tangent is not None:
-            name = op.name()
-            raise ForwardModeError(
-                f"{name} has no forward-mode derivative, an argument with a tangent arrived; use reverse mode "
-                f"(backward() or torch.autograd.grad), or compute with mla_ops.reference.{name[5:]}_reference"
-            )
+    if _have_a_tangent(arguments):
+        name = op.name()
+        raise ForwardModeError(
+            f"{name} has no forward-mode derivative, an argument with a tangent arrived; use reverse mode "
+            f"(backward() or torch.autograd.grad), or compute with mla_ops.reference.{name[5:]}_reference"
+        )
+
+
+def _have_a_tangent(arguments: tuple[Any, ...]) -> bool:
+    return forward_ad._current_level >= 0 and any(
+        isinstance(argument, torch.Tensor) and forward_ad.unpack_dual(argument).tangent is not None
+        for argument in arguments
+    )
 
 
 def last_derivative(op: torch._ops.OpOverload, of: torch._ops.OpOverload) -> Callable[..., Any]:
@@ -122,7 +126,8 @@ def refusing_grad(op: torch._ops.OpOverload, fix: str) -> Callable[..., Any]:
     names = [argument.name for argument in op._schema.arguments]
 
     def call(keys: torch._C.DispatchKeySet, *arguments: Any) -> Any:
-        refuse_forward_mode(op, *arguments)
+        if _have_a_tangent(arguments):
+            raise ForwardModeError(f"{op.name()} is not differentiable, an argument with a tangent arrived; {fix}")
         if torch.is_grad_enabled():
             for name, argument in zip(names, arguments, strict=False):
                 if isinstance(argument, torch.Tensor) and argument.requires_grad:

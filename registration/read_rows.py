@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
+from mla_ops.errors import InvalidInputError
 from mla_ops.ops.read_rows.backends import plan_of
 from mla_ops.ops.read_rows.call import ReadRowsCall
 from mla_ops.ops.read_rows.rules import check_inputs
 from mla_ops.registration import tracing
 from mla_ops.registration.autograd import refusing_grad
 from mla_ops.registration.library import LIBRARY, define
+from mla_ops.registration.transforms import shared_pool_message
 
 READ_ROWS = define(
     "read_rows(Tensor pages, Tensor rows, SymInt d_total, SymInt d_v, str row_format, ScalarType dtype, "
@@ -47,9 +51,20 @@ def read_rows_impl(
     return plan.backend.run(call, plan.launch)
 
 
+def _vmap_read_rows(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[torch.Tensor, int]:
+    """Read the rows of all elements in one call."""
+    pages, rows, *rest = args
+    if any(dim is not None for dim in (in_dims[0], *in_dims[2:])):
+        raise InvalidInputError(shared_pool_message("pages or cache_scale"))
+    rows = rows.movedim(in_dims[1], 0)
+    numbers = READ_ROWS(pages, rows.flatten(), *rest)
+    return numbers.unflatten(0, rows.shape), 0
+
+
 def register() -> None:
-    """Attach fake, kernel and the refusal of gradients to the operator."""
+    """Attach fake, kernel, the vmap rule and the refusal of gradients to the operator."""
     torch.library.register_fake("mla::read_rows", read_rows_fake, lib=LIBRARY)
     LIBRARY.impl("read_rows", read_rows_impl, "CompositeExplicitAutograd")
+    torch.library.register_vmap("mla::read_rows", _vmap_read_rows, lib=LIBRARY)
     refusal = refusing_grad(READ_ROWS, "index a tensor of rows where gradients must pass")
     LIBRARY.impl("read_rows", refusal, "Autograd", with_keyset=True)

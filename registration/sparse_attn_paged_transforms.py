@@ -16,6 +16,7 @@ from mla_ops.registration.transforms import (
     AUTOCAST_DEVICES,
     call_without_data,
     cast_paged_by_autocast,
+    shared_pool_message,
     vmap_by_folding,
     vmap_by_loop,
 )
@@ -31,10 +32,7 @@ def _vmap_sparse_attn_paged(
     info: Any, in_dims: tuple[int | None, ...], *args: Any
 ) -> tuple[tuple[torch.Tensor, ...], tuple[int, ...]]:
     if in_dims[_PAGES] is not None:
-        raise InvalidInputError(
-            "pages has a vmapped dimension, a pool is shared by all elements of a vmap; number the pages of all pools "
-            "together, or call in a loop"
-        )
+        raise InvalidInputError(shared_pool_message("pages"))
     q = cast_paged_by_autocast(args[0], args[_PAGES])
     args = (q, *args[1:])
     if any(dim is not None for dim in in_dims[_ATTN_SINK : _CACHE_SCALE + 1]):

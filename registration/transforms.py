@@ -52,6 +52,14 @@ def cast_paged_by_autocast(q: torch.Tensor, pages: torch.Tensor) -> torch.Tensor
     return q.to(dtype) if pages.dtype == dtype and q.dtype in _AUTOCAST_FROM else q
 
 
+def shared_pool_message(name: str) -> str:
+    """Return the words for a pool, or what belongs to it, with a vmapped dimension."""
+    return (
+        f"{name} has a vmapped dimension, a pool is shared by all elements of a vmap; number the pages of all pools "
+        "together, or call in a loop"
+    )
+
+
 def casting_kernel(op: Any, device_type: str) -> Any:
     """Return the autocast kernel of an operator that begins with q, kv and indices."""
 

@@ -14,8 +14,9 @@ if TYPE_CHECKING:
     from mla_ops.adapters import seam as seam
     from mla_ops.adapters import torch_layer as torch_layer
     from mla_ops.adapters import transformers as transformers
+    from mla_ops.adapters import vllm_cache as vllm_cache
 else:  # hidden from type checkers, to which a module with __getattr__ has every name
-    _LAZY_MODULES = ("flash_mla", "megatron", "quantized", "seam", "torch_layer", "transformers")
+    _LAZY_MODULES = ("flash_mla", "megatron", "quantized", "seam", "torch_layer", "transformers", "vllm_cache")
 
     def __getattr__(name: str) -> object:
         if name in _LAZY_MODULES:

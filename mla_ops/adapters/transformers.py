@@ -2,7 +2,7 @@
 
 These models hand the indices of their own indexer to any attention function that is neither "eager" nor "sdpa", so a
 registered function is the whole plug. What it gets are expanded heads; `attach` makes the layers hand over the latent
-rows instead. The layers, their indexers, caches and weights stay the framework's.
+rows instead, and write them into their cache. The layers, their indexers, caches and weights stay the framework's.
 """
 
 from __future__ import annotations
@@ -27,7 +27,17 @@ from mla_ops.adapters.seam import (
     resolve_layer_meta,
 )
 from mla_ops.adapters.torch_layer import absorb_q, project_v
-from mla_ops.api import sparse_attn
+from mla_ops.adapters.transformers_cache import (
+    CacheBytes,
+    CacheFormat,
+    RowsCache,
+    bytes_per_token,
+    check_format,
+    holds_bytes,
+    join,
+    split_rows,
+)
+from mla_ops.api import sparse_attn, sparse_attn_paged
 from mla_ops.errors import MLALayoutError, MLAMetadataError, UnsupportedFeatureError
 from mla_ops.wrappers import is_dtensor, is_wrapper
 
@@ -54,6 +64,8 @@ _REFUSED = {
     ),
 }
 _OWN_FORWARD = "a forward of its own"
+# What layers call the cache they are given, in transformers 5.24 and before.
+_CACHE_NAMES = ("cache", "past_key_values")
 # What a module may run beside its weight, none of it when the weight alone is read.
 _BESIDE_WEIGHT = (
     ("forward", _OWN_FORWARD),
@@ -68,23 +80,26 @@ _BESIDE_WEIGHT = (
 class _AttachedLayer:
     meta: MLALayerMeta
     backend: str
+    cache_format: CacheFormat
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _unpickled, (self.meta, self.backend)
+        return _unpickled, (self.meta, self.backend, self.cache_format)
 
 
-def _unpickled(meta: MLALayerMeta, backend: str) -> _AttachedLayer:
+def _unpickled(meta: MLALayerMeta, backend: str, cache_format: CacheFormat) -> _AttachedLayer:
     register()  # the process that loads an attached model may never have attached one
-    return _AttachedLayer(meta, backend)
+    return _AttachedLayer(meta, backend, cache_format)
 
 
 class Attachment(Undo):
     """What `attach` changed, and the way back."""
 
-    def __init__(self, plan: BackendPlan, steps: ExitStack) -> None:
+    def __init__(self, plan: BackendPlan, cache_bytes: CacheBytes, steps: ExitStack) -> None:
         super().__init__(steps)
         # Who runs the first layer on the device and in the dtype it had, and why not the others.
         self.plan = plan
+        # What generation stores for a token, over all layers.
+        self.cache_bytes = cache_bytes
 
 
 def register() -> None:
@@ -103,21 +118,28 @@ def register() -> None:
     hub.AttentionMaskInterface.register(ATTN_IMPLEMENTATION, _import("transformers.masking_utils").sdpa_mask)
 
 
-def attach(model: nn.Module, *, form: Form = "absorbed", backend: str = "auto") -> Attachment:
+def attach(
+    model: nn.Module, *, form: Form = "absorbed", backend: str = "auto", cache_format: CacheFormat = "dense"
+) -> Attachment:
     """Run the attention of a DeepSeek-Sparse-Attention model on the operator. Checks first, then changes.
 
     Args:
         model: a transformers model whose attention layers have an indexer (DeepseekV32, GlmMoeDsa, AXK2, HYV4,
             MistralLarge4), or a module around one; also one that `fully_shard` has sharded, or whose layers
-            `device_map` has spread over devices. Nothing but its attention implementation and its layers' `expand_kv`
-            changes, both undone by the handle; setting another `attn_implementation` in between works as ever.
+            `device_map` has spread over devices. Nothing but its attention implementation, its layers' `expand_kv` and
+            what they write into a cache changes, all undone by the handle; setting another `attn_implementation` in
+            between works as ever.
         form: "absorbed" keeps keys and values latent and reads the weight of `kv_b_proj`. "expanded" takes the keys
             and values that the model makes of them: exact too, for a `kv_b_proj` that is not a plain linear layer
             (quantised, or under LoRA), at the price of every head's keys and values.
         backend: which backend runs the operator; a named one never falls back.
+        cache_format: how generation stores latent rows, in any DynamicCache or StaticCache. "dense": as they are,
+            `d_total` channels a token. "fp8": all but the rope part in e4m3 with a power-of-two scale for each 128
+            channels; "fp8_all": the rope part too. Both are read as they are by `mla::sparse_attn_paged`, without
+            gradients. The expanded form leaves dense rows to the framework, which stores them in two tensors.
 
     Returns:
-        The way back.
+        The way back, with the plan (`plan`) and what is stored for a token (`cache_bytes`).
 
     Raises:
         MissingExtraError: transformers cannot be imported.
@@ -136,23 +158,45 @@ def attach(model: nn.Module, *, form: Form = "absorbed", backend: str = "auto") 
     metas = [_meta(layer, form) for layer in layers.values()]
     is_gathered = _is_fully_sharded(model)
     for (name, layer), meta in zip(layers.items(), metas, strict=True):
+        if hasattr(layer, _LAYER):
+            source = type(model).__name__
+            raise MLAMetadataError(f"{name} of {source} is attached already; undo that first", source=source)
         _check_layer(name, layer, meta, is_gathered)
+    check_format(cache_format, next(iter(layers.values())).o_proj.weight.dtype)
     needs_grad = any(parameter.requires_grad for parameter in model.parameters())
     plan = _plan(backend, layers.values(), metas, needs_grad)
+    stored = bytes_per_token(layers.values(), metas, cache_format)
 
     with ExitStack() as undo:
         for layer, meta in zip(layers.values(), metas, strict=True):
-            setattr(layer, _LAYER, _AttachedLayer(meta, backend))
+            setattr(layer, _LAYER, _AttachedLayer(meta, backend, cache_format))
             undo.callback(delattr, layer, _LAYER)
-            if form == "absorbed":
+            if form == "absorbed" or cache_format != "dense":
                 # No bound method: it would be pickled as the name of a method that the layer's class does not have.
-                layer.expand_kv = partial(_keep_latent, layer)
+                layer.expand_kv = partial(_expand_kv, layer)
                 undo.callback(delattr, layer, "expand_kv")
+                undo.callback(layer.register_forward_pre_hook(_write_rows, with_kwargs=True).remove)
         undo.callback(owner.set_attn_implementation, owner.config._attn_implementation)
         owner.set_attn_implementation(ATTN_IMPLEMENTATION)
         if owner.config._attn_implementation != ATTN_IMPLEMENTATION:  # for some models transformers only logs that
             raise UnsupportedFeatureError(f"{type(owner).__name__} does not let its attention implementation be set")
-        return Attachment(plan, undo.pop_all())
+        return Attachment(plan, stored, undo.pop_all())
+
+
+def cache_bytes(model: nn.Module, cache_format: CacheFormat = "dense") -> CacheBytes:
+    """Say what generation with this model stores for a token, without attaching it; a model on the meta device will do.
+
+    Args:
+        model: as for `attach`.
+        cache_format: as for `attach`.
+
+    Raises:
+        MLAMetadataError: `model` has no layers that `attach` would take.
+        UnsupportedFeatureError: there is no such format, or not for the model's dtype.
+    """
+    layers = _indexed_layers(model).values()
+    check_format(cache_format, next(iter(layers)).o_proj.weight.dtype)
+    return bytes_per_token(layers, [_meta(layer, "absorbed") for layer in layers], cache_format)
 
 
 def _import(module: str) -> Any:
@@ -203,8 +247,6 @@ def _indexed_layers(model: nn.Module) -> dict[str, Any]:
                 missing=("indices",),
                 source=model_name,
             )
-        if hasattr(layer, _LAYER):
-            raise MLAMetadataError(f"{name} of {model_name} is attached already; undo that first", source=model_name)
     return layers
 
 
@@ -304,12 +346,30 @@ def _only_moves_inputs(linear: nn.Linear) -> bool:
     return is_its_own and getattr(own, "__func__", None) is nn.Linear.forward
 
 
-def _keep_latent(layer: Any, kv_nope: torch.Tensor, k_rot: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Stand in for `expand_kv`: hand on the rows `[B, 1, T, kv_lora_rank + rope]` instead of every head's."""
-    if layer.config._attn_implementation != ATTN_IMPLEMENTATION:
-        expanded: tuple[torch.Tensor, torch.Tensor] = type(layer).expand_kv(layer, kv_nope, k_rot)
+def _write_rows(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Let the layer write rows into its cache; a forward pre-hook."""
+    attached: _AttachedLayer = getattr(layer, _LAYER)
+    for name in _CACHE_NAMES:
+        if kwargs.get(name) is not None:
+            kwargs = kwargs | {name: RowsCache(kwargs[name], attached.meta.kv_lora_rank, attached.cache_format)}
+    return args, kwargs
+
+
+def _expand_kv(layer: Any, latent: torch.Tensor, rope: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Stand in for `expand_kv`: hand on the rows `[B, 1, T, kv_lora_rank + rope]` instead of every head's.
+
+    Args:
+        layer: the attention layer.
+        latent: `[B, 1, T, kv_lora_rank]`, or what a `RowsCache` returned: rows or their bytes.
+        rope: `[B, 1, T, qk_rope_head_dim]`, or without channels.
+    """
+    attached: _AttachedLayer = getattr(layer, _LAYER)
+    if attached.meta.form == "expanded" or layer.config._attn_implementation != ATTN_IMPLEMENTATION:
+        parts = split_rows(latent, rope, attached.meta, attached.cache_format)
+        expanded: tuple[torch.Tensor, torch.Tensor] = type(layer).expand_kv(layer, *parts)
         return expanded
-    return torch.cat([kv_nope, k_rot], dim=-1), kv_nope
+    rows = join(latent, rope)
+    return rows, rows
 
 
 def _attention_forward(
@@ -330,7 +390,7 @@ def _attention_forward(
     Args:
         module: the attention layer.
         query: `[B, H, S, nope + rope]`.
-        key: `[B, 1, T, kv_lora_rank + rope]` absorbed, `[B, H, T, nope + rope]` expanded.
+        key: `[B, 1, T, kv_lora_rank + rope]` absorbed, or bytes of such rows; `[B, H, T, nope + rope]` expanded.
         value: `[B, H, T, v_head_dim]` expanded; not read in the absorbed form, where the key holds it.
         attention_mask: `[B, 1, S, T]`, bool or additive: the causal structure, not the selection.
         scaling: multiplies the logits.
@@ -357,13 +417,16 @@ def _attention_forward(
         )
 
     q, keys = query.transpose(1, 2), key.transpose(1, 2)
-    values = w_uv = None
+    values = w_uv = pages = None
     if meta.form == "absorbed":
         if problems := _not_absorbable(module, meta):
             raise UnsupportedFeatureError(f"{type(module).__name__}: {'; '.join(problems)}")
         w_uk, w_uv = _up_projections(module, meta)
         q_nope, q_rope = q.split([meta.qk_nope_head_dim, meta.qk_rope_head_dim], dim=-1)
         q = absorb_q(q_nope, q_rope, w_uk)
+        if holds_bytes(keys):
+            # Bytes are the operator's to check; what is asked of a key here is the shape of its rows.
+            pages, keys = keys, keys[..., :1].expand(*keys.shape[:-1], meta.d_total)
     else:
         values = value.transpose(1, 2)
     call = normalize_call(
@@ -379,15 +442,20 @@ def _attention_forward(
         # what indices cannot say.
         check=attention_mask.dtype != torch.bool,
     )
-    out, _ = sparse_attn(
-        call.q,
-        call.kv,
-        call.indices,
-        d_v=call.d_v,
-        softmax_scale=scaling,
-        attn_sink=None if s_aux is None else s_aux.float(),
-        backend=attached.backend,
-    )
+    asked: dict[str, Any] = {
+        "d_v": call.d_v,
+        "softmax_scale": scaling,
+        "attn_sink": None if s_aux is None else s_aux.float(),
+        "backend": attached.backend,
+    }
+    if pages is None:
+        out, _ = sparse_attn(call.q, call.kv, call.indices, **asked)
+    else:
+        # A sequence of the batch is a page of its own, so positions in it stay what the indexer chose.
+        table = torch.arange(pages.shape[0], device=pages.device, dtype=torch.int32).unsqueeze(1)
+        out, _ = sparse_attn_paged(
+            call.q, pages, call.indices, row_format=attached.cache_format, block_table=table, **asked
+        )
     out = call.restore(out)
     return (out if w_uv is None else project_v(out, w_uv)), None
 

@@ -8,7 +8,16 @@ from collections.abc import Sequence
 import torch
 
 from mla_ops.api.attention import SparseAttnOutput
-from mla_ops.checks import check_int, check_rank, check_tensor_types, dtype_of, require, require_size, shape_of
+from mla_ops.checks import (
+    check_int,
+    check_rank,
+    check_storage,
+    check_tensor_types,
+    dtype_of,
+    require,
+    require_size,
+    shape_of,
+)
 from mla_ops.errors import InvalidInputError, UnsupportedShardingError
 from mla_ops.launching import filled_alike
 from mla_ops.ops.append_rows import rules as append_rows_rules
@@ -125,9 +134,9 @@ def append_rows(
     row number outside the pool writes nothing, which is how a padded batch says so. Of equal row numbers in one call
     one is written, whole. Nothing else in the pool changes, bytes that pad a row or a page included.
 
-    In compiled code write into a pool once per graph. One write costs no copy of the pool; two with a read of the pool
-    between them make the compiler copy all of it. Under `mode="reduce-overhead"` the pool must be a buffer or a
-    parameter: a graph that changes one of its inputs is not captured.
+    In compiled code a write copies no pool, but write into a pool once per graph where you can: compilers of torch have
+    copied all of it for a second write with a read between. Under `mode="reduce-overhead"` the pool must be a buffer or
+    a parameter: a graph that changes one of its inputs is not captured. vmap is refused; flatten it into `n`.
 
     Args:
         latent: `[n, kv_group, d_total]`, or with `tail` `[n, kv_group, d_v]`; bf16 or fp16, for "dense" the dtype of
@@ -205,44 +214,45 @@ def merge_partials(
 ) -> SparseAttnOutput:
     """Merge results over disjoint sets of keys (shards of a cache, two pools) into the result over all of them.
 
-    Plain torch operators: `torch.compile` makes one kernel of them, and the host reads no data. A part without keys,
-    `lse = -inf`, counts for nothing, whatever its `out` holds.
+    Plain torch operators: `torch.compile` makes one kernel of them, and the host reads no data. Differentiable in every
+    argument. A part without keys, `lse = -inf`, counts for nothing, whatever its `out` holds.
 
     Args:
         outs: one `[..., heads, d_v]` of each part, all of one dtype, computed without a sink.
         lses: one `[..., heads]` of each part, fp32 (fp64 beside fp64), natural logarithm, sink excluded. Other
             conventions must be converted before: FlashMLA's `+inf` of an empty row by `lse.masked_fill(lse == inf,
             -inf)`, or the merged row is NaN; base 2 by `lse * math.log(2)`.
-        attn_sink: `[heads]`, fp32. A sink belongs to the whole: to this merge, or to one part. Given to every rank it
-            would count once for each.
+        attn_sink: `[heads]`, fp32. The sink of the whole belongs here and to no part: the `lse` of a part lacks it,
+            so that its `out` would be weighted wrongly, and given to every rank it would count once for each.
 
     Returns:
         `out` `[..., heads, d_v]` in the dtype of `outs`, and `lse` `[..., heads]`, sink excluded. Where every part is
-        empty they are 0 and `-inf`, so that a merge of merges is the merge of all.
+        empty they are 0 and `-inf`, with zero gradients. A merge of merges is the merge of all.
 
     Raises:
         InvalidInputError: there are no parts, lists of different lengths, or parts that differ in shape, dtype, device.
     """
     _check_partials(outs, lses, attn_sink)
     compute = torch.promote_types(outs[0].dtype, torch.float32)
-    peak = functools.reduce(torch.maximum, lses)
-    peak = peak.masked_fill(peak == -torch.inf, 0.0)  # exp(-inf - 0) = 0, where exp(-inf + inf) would be NaN
-    weights = [torch.exp(lse - peak) for lse in lses]
+    is_empty = [lse == -torch.inf for lse in lses]
+    all_empty = functools.reduce(torch.logical_and, is_empty)
+    # Finite where all parts are empty, so that neither exp(-inf + inf) nor a gradient below becomes NaN.
+    finite = [lse.masked_fill(all_empty, 0.0) for lse in lses]
+    peak = functools.reduce(torch.maximum, finite).detach()
+    weights = [torch.exp(lse - peak) for lse in finite]
     total = functools.reduce(torch.add, weights)
-    is_empty = total == 0.0
-    lse = torch.log(total) + peak
-    share = 1.0 / total.masked_fill(is_empty, 1.0)
+    lse = total.log() + peak
+    # Divided by the sum, not by exp(lse): a large lse has lost the digits that are left of the sum.
+    share = 1.0 / total
     if attn_sink is not None:
         # exp(lse) / (exp(lse) + exp(sink)), finite for infinite sinks.
-        share = share * torch.sigmoid(lse - attn_sink).masked_fill(is_empty, 0.0)
-    out = functools.reduce(
-        torch.add,
-        (
-            (part.to(compute) * (weight * share).unsqueeze(-1)).masked_fill((of == -torch.inf).unsqueeze(-1), 0.0)
-            for part, weight, of in zip(outs, weights, lses, strict=True)
-        ),
-    )
-    return SparseAttnOutput(out.to(outs[0].dtype), lse)
+        share = share * torch.sigmoid(lse - attn_sink)
+    out = torch.zeros((), dtype=compute, device=lse.device)
+    for part, weight, empty in zip(outs, weights, is_empty, strict=True):
+        out = out + part.to(compute).masked_fill(empty.unsqueeze(-1), 0.0) * (weight * share).unsqueeze(-1)
+    # Zeros already; masked, so that a NaN in their gradient reaches no sink.
+    out = out.to(outs[0].dtype).masked_fill(all_empty.unsqueeze(-1), 0.0)
+    return SparseAttnOutput(out, lse.masked_fill(all_empty, -torch.inf))
 
 
 def bytes_per_row(row_format: str, d_total: int, d_v: int, dtype: torch.dtype = torch.bfloat16) -> int:
@@ -346,6 +356,10 @@ def _check_partials(outs: Sequence[torch.Tensor], lses: Sequence[torch.Tensor], 
         )
     for name, tensors in (("outs", outs), ("lses", lses)):
         check_tensor_types({f"{name}[{i}]": t for i, t in enumerate(tensors)}, {"attn_sink": attn_sink})
+    check_storage(
+        **{f"{name}[{i}]": t for name, parts in (("outs", outs), ("lses", lses)) for i, t in enumerate(parts)}
+    )
+    check_storage(**{"outs[0]": outs[0], "attn_sink": attn_sink})
     first = outs[0]
     if not first.dtype.is_floating_point or first.dim() < 2:
         raise InvalidInputError(f"outs[0] must be [..., heads, d_v] of floats, got {dtype_of(first)} {shape_of(first)}")

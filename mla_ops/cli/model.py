@@ -96,9 +96,13 @@ class Layer(nn.Module):
     def forward(self, x: Tensor, shared: Selection | None = None) -> tuple[Tensor, Selection | None, Tensor]:
         """Return the new residual stream, what the next layer shares, and the indexer's loss."""
         attended, shared, index_loss = self.attn(self.attn_norm(x), shared)
-        x = x + attended
+        return self.feed_forward(x + attended), shared, index_loss
+
+    def feed_forward(self, x: Tensor) -> Tensor:
+        """Return the residual stream after the feed-forward block."""
         y = self.ffn_norm(x)
-        return x + self.down(F.silu(self.gate(y)) * self.up(y)), shared, index_loss
+        stream: Tensor = x + self.down(F.silu(self.gate(y)) * self.up(y))
+        return stream
 
 
 class LanguageModel(nn.Module):

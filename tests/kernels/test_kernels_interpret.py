@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pytest
 
+FILES = ("test_kernels_gpu.py", "test_sparse_attn_paged_kernels.py", "test_row_codec_kernels.py")
+
 
 def test_kernels_under_the_interpreter() -> None:
     pytest.importorskip("triton", reason="triton is not installed")
     folder = Path(__file__).parent
-    tests = [str(folder / name) for name in ("test_kernels_gpu.py", "test_sparse_attn_paged_kernels.py")]
+    tests = [str(folder / name) for name in FILES]
     command = [sys.executable, "-m", "pytest", *tests, "-q", "-x", "-p", "no:cacheprovider", "-W", "ignore"]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     result = subprocess.run(

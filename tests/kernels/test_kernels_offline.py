@@ -368,7 +368,14 @@ def test_split_forward_merge_and_ordered_sum_compile() -> None:
 
     config = FwdConfig(block_h=16, block_k=64, max_chunk=64, num_warps=4, num_stages=2)
     assert compile_forward(config, 90, 16, 576, 512, IS_SPLIT=True).stack_bytes == 0
-    merge = {"HEADS": 16, "D_V": 512, "BLOCK_S": MERGED_SPLITS, "BLOCK_H": 1, "BLOCK_D": MERGED_CHANNELS}
+    merge = {
+        "HEADS": 16,
+        "D_V": 512,
+        "BLOCK_S": MERGED_SPLITS,
+        "BLOCK_H": 1,
+        "BLOCK_D": MERGED_CHANNELS,
+        "IS_DEPENDENT": True,
+    }
     assert compile_kernel(_sparse_attn_merge_kernel, 90, merge, {"num_warps": 1}, "bf16").stack_bytes == 0
     options = launch_options(config)
     ordered = {"HEAD_BLOCKS": 2, "WIDTH": 576, "BLOCK_ROWS": 32, "BLOCK_D": 128, "IS_FIRST": False}
@@ -537,7 +544,7 @@ def portable_kernels() -> dict[str, tuple[Any, dict[str, Any]]]:
     shape = shape_constants(config, heads=2, d_total=24, d_v=16)
     orders = {"IS_KEY_MAJOR": True, "IS_AHEAD": True}
     slots, rows = {"KV_GROUP": 1, "BLOCK": 32}, {"HEAD_BLOCKS": 1, "WIDTH": 24, "BLOCK_ROWS": 16, "BLOCK_D": 32}
-    merged = {"HEADS": 2, "D_V": 16, "BLOCK_S": 8, "BLOCK_H": 8, "BLOCK_D": 16}
+    merged = {"HEADS": 2, "D_V": 16, "BLOCK_S": 8, "BLOCK_H": 8, "BLOCK_D": 16, "IS_DEPENDENT": False}
     fwd = {**shape, "IS_SPLIT": False, "IS_NEGATIVE_SCALE": False}
     return {
         "forward": (forward._sparse_attn_fwd_kernel, fwd),

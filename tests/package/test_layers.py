@@ -28,6 +28,7 @@ GROUND: dict[str, set[str]] = {
     "launching": {"errors", "device"},
     "gathering": {"settings"},
     "row_formats": {"errors"},
+    "row_tiling": {"row_formats"},
     "pages": {"errors", "checks", "row_formats"},
     "kernels": set(),
     "row_sums": {"launching", "kernels"},
@@ -54,6 +55,7 @@ COMPOSITES: dict[tuple[str, str], str] = {
     ): "scores on a list are those that selection ranks: one formula, one set of rules",
     ("index_loss_dense", "index_topk"): "it scores the keys that selection ranks: one formula, one set of rules",
     ("sparse_attn_paged", "sparse_attn"): "attention on rows that stand elsewhere: one merge, dense rows of one stride",
+    ("sparse_attn_paged", "read_rows"): "its definition begins with rows as numbers",
     ("index_loss_dense", "attn_mass"): "its target is attention mass over all keys: one set of rules",
 }
 # What stands on the rooms, bottom-up.
@@ -64,8 +66,10 @@ LAYERS: dict[str, set[str]] = {
     "registration": {*GROUND, "ops"},
     "lowering": {*GROUND, "ops", "registration"},
     "api": {*GROUND, "ops", "registration"},
+    # Caches hold rows by the row formats and the operators' front doors; they know no framework.
+    "serving": {"errors", "row_formats", "api"},
     "distributed": {"wrappers", "errors", "ops", "registration", "api"},
-    "adapters": {"wrappers", "errors", "device", "dispatch", "ops", "api"},
+    "adapters": {"wrappers", "errors", "row_formats", "device", "dispatch", "ops", "api"},
     "testing": {"errors", "ops", "reference", "api"},
     # `tune` and `bench` launch kernels with configurations of their own, past dispatch.
     "bench": {"errors", "settings", "device", "ops", "api"},
@@ -333,7 +337,7 @@ import mla_ops
 from mla_ops import *
 dir(mla_ops)
 heavy = ("triton", "torch._inductor", "torch._dynamo", "torch.distributed.tensor", "mla_ops.lowering",
-         "mla_ops.testing", "mla_ops.kernels", "mla_ops.cli", "mla_ops.bench", "mla_ops.adapters",
+         "mla_ops.testing", "mla_ops.serving", "mla_ops.kernels", "mla_ops.cli", "mla_ops.bench", "mla_ops.adapters",
          "transformers", "megatron", "torchao", "matplotlib", "registration", "lowering")
 outcomes = {"heavy": [m for m in sys.modules if any(m == h or m.startswith(h + ".") for h in heavy)]}
 
@@ -375,10 +379,10 @@ def test_import_is_light(outcomes: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("package", "modules"),
     [
-        ("mla_ops", ["adapters", "distributed", "lowering", "reference", "settings", "testing"]),
+        ("mla_ops", ["adapters", "distributed", "lowering", "reference", "serving", "settings", "testing"]),
         (
             "mla_ops.adapters",
-            ["flash_mla", "megatron", "quantized", "seam", "torch_layer", "transformers"],
+            ["flash_mla", "megatron", "quantized", "seam", "torch_layer", "transformers", "vllm_cache"],
         ),
     ],
 )

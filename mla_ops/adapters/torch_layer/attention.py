@@ -208,5 +208,12 @@ class MLASparseAttention(nn.Module):
             softmax_scale=call.softmax_scale,
             backend=self.backend,
         )
-        heads = project_v(call.restore(out), self.w_uv)
-        return self.out_proj(heads.flatten(-2)), lse if packed is None else lse.squeeze(0)
+        return self.project_out(call.restore(out)), lse if packed is None else lse.squeeze(0)
+
+    def project_out(self, latent: torch.Tensor) -> torch.Tensor:
+        """Return the new hidden states `[..., rows, hidden_size]` of what the operator returned.
+
+        `attend` ends with it. Decoding calls it on what attention over a cache returned, `[..., rows, heads, d_v]`.
+        """
+        hidden: torch.Tensor = self.out_proj(project_v(latent, self.w_uv).flatten(-2))
+        return hidden

@@ -12,9 +12,11 @@ from mla_ops.ops.read_rows.backend import Backend
 from mla_ops.ops.read_rows.call import ReadRowsCall, ReadRowsProblem
 from mla_ops.ops.read_rows.eager import EagerBackend
 from mla_ops.ops.read_rows.rules import check_inputs
+from mla_ops.ops.read_rows.triton.backend import TritonBackend
+from mla_ops.row_formats import ROW_ALIGN
 
 # In order of preference for every call.
-BACKENDS: tuple[Backend, ...] = (EagerBackend(),)
+BACKENDS: tuple[Backend, ...] = (TritonBackend(), EagerBackend())
 
 Decision = dispatch.Decision[ReadRowsProblem, Backend]
 
@@ -26,7 +28,7 @@ _plans: dispatch.Plans[ReadRowsProblem, Backend] = dispatch.Plans()
 def plan_of(call: ReadRowsCall) -> Plan:
     """Check a call and decide how it runs, or find what was decided for a call that looks alike.
 
-    Of the tensors of `call` everything but the values and the addresses decides.
+    Of the tensors of `call` everything but the values and the addresses decides, and how the pool is aligned.
 
     Raises:
         InvalidInputError, UnsupportedProblemError: as `mla_ops.read_rows`.
@@ -38,6 +40,7 @@ def plan_of(call: ReadRowsCall) -> Plan:
         row_format,
         dtype,
         facts(pages),
+        pages.storage_offset() % ROW_ALIGN,
         facts(rows),
         None if cache_scale is None else facts(cache_scale),
     )

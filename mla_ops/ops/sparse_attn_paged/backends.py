@@ -16,6 +16,7 @@ from mla_ops.ops.sparse_attn_paged.call import SparseAttnPagedCall, SparseAttnPa
 from mla_ops.ops.sparse_attn_paged.eager import EagerBackend
 from mla_ops.ops.sparse_attn_paged.rules import check_inputs
 from mla_ops.ops.sparse_attn_paged.triton.backend import TritonBackend
+from mla_ops.row_formats import ROW_ALIGN
 
 # In order of preference for backend="auto".
 BACKENDS: tuple[Backend, ...] = (TritonBackend(), EagerBackend())
@@ -30,8 +31,8 @@ _plans: dispatch.Plans[SparseAttnPagedProblem, Backend] = dispatch.Plans()
 def plan_of(call: SparseAttnPagedCall, backend: str) -> Plan:
     """Check a call and decide how it runs, or find what was decided for a call that looks alike.
 
-    Of the tensors of `call` everything but the values and the addresses decides; `backend` as in
-    `mla_ops.sparse_attn_paged`.
+    Of the tensors of `call` everything but the values and the addresses decides, and how the pool is aligned; `backend`
+    as in `mla_ops.sparse_attn_paged`.
 
     Raises:
         InvalidInputError, UnknownBackendError, UnsupportedProblemError: as `mla_ops.sparse_attn_paged`.
@@ -44,6 +45,7 @@ def plan_of(call: SparseAttnPagedCall, backend: str) -> Plan:
         row_format,
         facts(q),
         facts(pages),
+        pages.storage_offset() % ROW_ALIGN,
         facts(indices),
         *(None if tensor is None else facts(tensor) for tensor in optional),
     )

@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import torch
 
+from mla_ops.ops.read_rows.reference import read_rows_reference
 from mla_ops.ops.sparse_attn.reference import sparse_attn_reference
-from mla_ops.ops.sparse_attn_paged.call import SparseAttnPagedCall
-from mla_ops.pages import PagePool
-from mla_ops.row_formats import row_format as format_named
 
 
 def sparse_attn_paged_reference(
@@ -27,12 +25,9 @@ def sparse_attn_paged_reference(
     cache_scale: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute `(out, lse)` as `mla_ops.sparse_attn_paged` documents them, in fp64; `q` has the dtype of its call."""
-    call = SparseAttnPagedCall(q, pages, indices, d_v, softmax_scale, row_format)
-    num_pages, page_size, kv_group, _ = pages.shape
-    pool = PagePool(pages, format_named(row_format), call.layout, cache_scale)
-    kv = torch.empty(pool.num_rows, kv_group, q.shape[-1], dtype=torch.float64, device=q.device)
-    groups = torch.arange(kv_group, device=q.device)
-    pool.read_into(kv, torch.arange(pool.num_rows, device=q.device).unsqueeze(1), groups, q.dtype)
+    num_pages, page_size = pages.shape[:2]
+    every_row = torch.arange(num_pages * page_size, device=q.device)
+    kv = read_rows_reference(pages, every_row, q.shape[-1], d_v, row_format, q.dtype, cache_scale)
 
     rows = indices.long()
     if block_table is not None:

@@ -203,7 +203,9 @@ def few_heads_smem_bytes(config: FewHeadsConfig, *, has_scales: bool) -> int:
     """
     rows = config.q_buffers * config.block_h + config.stages * 64
     weights = 64 * config.block_h * (-(-config.value // 128) if has_scales else 1)
-    return 2 * (rows * (config.value + config.tail) + weights) + _HOPPER_SMALL_BYTES * (2 if has_scales else 1)
+    # Whether a slot is valid, and up to eight scales, for each row of a tile.
+    words = config.stages * 64 * (9 if has_scales else 1)
+    return 2 * (rows * (config.value + config.tail) + weights) + 4 * words + _SMALL_BYTES
 
 
 def hopper_bwd_smem_bytes(config: HopperBwdConfig) -> int:

@@ -241,7 +241,7 @@ HOPPER: tuple[tuple[int, int, HopperConfig], ...] = tuple(
     for pairs in (2 if width + max(tail, 64) <= 320 else 1,)
 )
 
-# The warp-specialised forward for few heads, in the same manner; of one width the fewest heads go first, then what holds
+# The warp-specialised forward for few heads, in the same manner; of one width fewest heads go first, then what holds
 # most rows.
 FEW_HEADS: tuple[tuple[int, int, FewHeadsConfig], ...] = tuple(
     (value, value + tail, FewHeadsConfig(value, tail, block_h, stages, q_buffers))

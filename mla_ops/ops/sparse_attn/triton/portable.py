@@ -147,7 +147,7 @@ class PortableKernels:
         )  # fmt: skip
         if not is_split:
             return lse
-        if out is None:
+        if out is None or kernel_out is None:
             return kernel_lse.amax(1).view(lse.shape)
         run_merge(kernel_out, kernel_lse, attn_sink, out, lse, wrap)
         return lse
@@ -209,7 +209,7 @@ def run_merge(
     *,
     is_dependent: bool = False,
 ) -> None:
-    """Merge fp32 partial results `[rows, splits, heads, d_v]` and `[rows, splits, heads]` into `out` and `lse`.
+    """Merge partial results `[rows, splits, heads, d_v]` and, in fp32, `[rows, splits, heads]` into `out` and `lse`.
 
     The launch may be dependent where the kernel before it, on sm90 or later, says when dependents may begin.
     """

@@ -82,7 +82,9 @@ def quantised_smem_bytes(config: FwdConfig, name: str, key: ConfigKey) -> int:
     cut = cut_row(name, key.d_total, key.d_v, config.max_chunk)
     first = -(-cut.first_end // cut.block_dv) * cut.block_dv
     second = -(-max(key.d_total - cut.second_start, 0) // cut.block_dt) * cut.block_dt
-    stored = first + second * (2 if layout.d_tail16 else 1) + 4 * layout.num_scales
+    # Scales that are copied together are a power of two, 4 or more.
+    scales = 4 * max(4, 1 << max(0, layout.num_scales - 1).bit_length()) if layout.num_scales else 0
+    stored = first + second * (2 if layout.d_tail16 else 1) + scales
     buffers = max(1, config.num_stages - 1)
     converted = 2 * (first + (0 if layout.d_tail16 else second))
     q, weights = 2 * config.block_h * (first + second), 2 * config.block_h * config.block_k

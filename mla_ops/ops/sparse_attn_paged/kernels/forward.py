@@ -35,10 +35,22 @@ from mla_ops.kernels.row_codec import e4m3_to_half, opaque, split_row, ue8m0_to_
 
 
 @triton.jit
-def load_scales(ptr, row_bytes, row_mask, COUNT: tl.constexpr, TYPE: tl.constexpr):
-    """Return COUNT fp32 vectors, the scales of each row that begin `row_bytes`, a multiple of 4, behind `ptr`."""
+def load_scales(ptr, row_bytes, row_mask, COUNT: tl.constexpr, TYPE: tl.constexpr, IS_TOGETHER: tl.constexpr):
+    """Return COUNT fp32 vectors, the scales of each row that begin `row_bytes`, a multiple of 4, behind `ptr`.
+
+    IS_TOGETHER: fp32 scales are copied 16 bytes at a time. That takes 180 registers instead of 246 at 576/512 with 16
+    heads. Where rows are multiplied, it makes the layout of the rows that of the scales: copies of 4 bytes.
+    """
     scales = ()
-    if TYPE == "fp32":
+    if TYPE == "fp32" and IS_TOGETHER:
+        # Rows of up to 1024 channels have up to 8; the bytes of the scales are a multiple of 16.
+        WIDTH: tl.constexpr = 4 if COUNT <= 4 else 8
+        ptr = ptr.to(tl.pointer_type(tl.float32), bitcast=True)
+        cols = tl.arange(0, WIDTH)
+        tile = tl.load(ptr + (row_bytes // 4)[:, None] + cols[None, :], mask=row_mask[:, None], other=0.0)
+        for s in tl.static_range(COUNT):
+            scales = scales + (tl.sum(tl.where((cols == s)[None, :], tile, 0.0), 1),)
+    if TYPE == "fp32" and not IS_TOGETHER:
         ptr = ptr.to(tl.pointer_type(tl.float32), bitcast=True)
         for s in tl.static_range(COUNT):
             scales = scales + (tl.load(ptr + row_bytes // 4 + s, mask=row_mask, other=0.0),)
@@ -186,9 +198,9 @@ def _sparse_attn_paged_fwd_kernel(
         scales = ()
         if SCALE_BYTES > 0:
             scale_bytes = (page_units + page_scales) * UNIT + place.to(OFFSET) * SCALE_BYTES
-            scales = load_scales(pages_ptr, scale_bytes, valid, NUM_SCALES, SCALE_TYPE)
+            scales = load_scales(pages_ptr, scale_bytes, valid, NUM_SCALES, SCALE_TYPE, FOLDS)
         elif SCALE_TILE > 0:
-            scales = load_scales(pages_ptr + SCALE_OFFSET, units * UNIT, valid, NUM_SCALES, SCALE_TYPE)
+            scales = load_scales(pages_ptr + SCALE_OFFSET, units * UNIT, valid, NUM_SCALES, SCALE_TYPE, FOLDS)
         if IS_QUANTISED:
             kv_tiles = decode_chunks(kv_tiles, scales, 0, BLOCK_DV, NUM_DV, SCALE_TILE, FOLDS, DTYPE, IS_NATIVE)
             if not IS_TAIL_16:

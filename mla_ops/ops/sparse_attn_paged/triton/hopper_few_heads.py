@@ -80,7 +80,11 @@ class HopperFewHeadsKernels:
         is_paged = call.block_table is not None or not pool.has_one_stride
         # Of rows in e4m3 in bytes, of others in channels.
         unit = pool.unit if layout.d_payload else pool.unit // call.pages.element_size()
-        forward = plan_items(config, call.rows * kv_group, problem.topk, traits, num_splits)
+        # As a dense call on the same pool decides, whose results have the same bits.
+        pool_bytes = ((num_pages - 1) * pool.page + page_size * pool.row) * pool.unit
+        is_streamed = layout.d_payload == 0 and pool_bytes > traits.l2_bytes
+        groups = call.rows * kv_group
+        forward = plan_items(config, groups, problem.topk, traits, num_splits, is_streamed=is_streamed)
         record = launch_record(
             call.q.device, "sparse_attn_paged", problem.d_total, problem.d_v, problem.heads, kv_group, problem.dtype,
             call.row_format, call.indices.dtype, problem.has_block_table, is_paged, forward.num_splits > 1, config,

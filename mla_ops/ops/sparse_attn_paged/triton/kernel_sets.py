@@ -44,7 +44,7 @@ class KernelSet(Protocol):
 
 PORTABLE = PortableKernels()
 # In order of preference. The portable kernels are the last resort: what they refuse nobody runs.
-KERNEL_SETS: tuple[KernelSet, ...] = (DenseKernels(), HopperPagedKernels(), HopperFewHeadsKernels(), PORTABLE)
+KERNEL_SETS: tuple[KernelSet, ...] = (HopperFewHeadsKernels(), DenseKernels(), HopperPagedKernels(), PORTABLE)
 
 
 class Choice(NamedTuple):
