@@ -42,8 +42,8 @@ WIDTHS = "multiples of 8, d_v from 256 to 512 and d_total up to 576"
 
 
 # What the forward takes in us at 576/512 on an H100, rows cold in HBM: a tile of 64 slots, what a work item takes
-# besides its tiles, and what a share of slots costs until it is merged. Fitted to 1 to 100 queries of 128 heads, topk 512
-# and 2048, 1 to 16 shares: of the numbers measured at a size, the one it chooses was the fastest.
+# besides its tiles, and what a share of slots costs until it is merged. Fitted to 1 to 100 queries of 128 heads with
+# topk 512 and 2048 and 1 to 16 shares: of the numbers measured at a size, the one it chooses was the fastest.
 TILE_US, ITEM_US, SHARE_US = 2.2, 0.5, 0.06
 MAX_SPLITS = 16
 # A share of slots is a multiple of a pair of tiles.
