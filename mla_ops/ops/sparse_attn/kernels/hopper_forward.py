@@ -54,9 +54,9 @@ tile t - 3 is announced by then.
 The gather waits for the queries of an item after it has announced the last tile of the item before, because the scores
 free the queries with that last tile. The gather that converts asks for them before it converts the first tile of their
 item, and announces them with it; whatever PAIRS is, it announces a tile as soon as that is converted.
-Without TAKES_TURNS, `free` of tile t - 2 does not wait for the Q K^T of tile t - 1, and the rows of tile t have the time
-of that product to come from HBM. The gather that converts needs it so: it waits for the buffers of tile t + 1 between
-the sides of tile t, and would wait for a Q K^T that waits for the other side.
+Without TAKES_TURNS, `free` of tile t - 2 does not wait for the Q K^T of tile t - 1, and the rows of tile t have the
+time of that product to come from HBM. The gather that converts needs it so: it waits for the buffers of tile t + 1
+between the sides of tile t, and with turns it would wait for a Q K^T that waits for the other side.
 
 NOTE [What orders the accesses]
 wgmma reads shared memory through the async proxy; everything else here goes through the generic proxy.
