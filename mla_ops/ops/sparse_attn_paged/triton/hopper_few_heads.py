@@ -62,7 +62,9 @@ class HopperFewHeadsKernels:
         if has_scales and problem.heads_per_group <= MAX_SPLIT_HEADS and hints is not None:
             groups = hints.rows * problem.kv_group
             if 3 * groups < 2 * traits.num_sms:
-                return f"{groups} queries have fewer than two thirds of the SMs; portable kernels scale rows faster there"
+                return (
+                    f"{groups} queries have fewer than two thirds of the SMs; portable kernels scale rows faster there"
+                )
         if hints is not None and hints.pool.unit < ROW_ALIGN:
             return f"rows start at multiples of {hints.pool.unit} bytes, not of {ROW_ALIGN}"
         return None
