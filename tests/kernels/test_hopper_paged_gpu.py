@@ -1,4 +1,4 @@
-"""The Hopper forward on pages, on an sm90 GPU, asked for by its kernel set: every format, by row number and by table."""
+"""The Hopper forward on pages, on an sm90 GPU, asked for by its kernel set: formats, by row number and by table."""
 
 from __future__ import annotations
 

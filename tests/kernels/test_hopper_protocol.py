@@ -204,15 +204,15 @@ def converting_gather(m: Machine, work: Forward) -> Iterator[Step]:
                     yield from read(m, ("bytes", number), "k", 1, stage, half)
                     yield from write(m, ("rows", number), "k", 0, stage, half)
                 yield m.arrive("left_full", stage)
+                yield from ask(number + 1)
                 for half in HALVES:
                     yield from read(m, ("bytes", number), "k", 1, stage, half)
                     yield from write(m, ("rows", number), "k", 1, stage, half)
                 yield from write(m, ("rows", number), "valid", stage)
-                yield from copies.publish(0, True, "rest_full", stage)
+                yield from copies.publish(1, True, "rest_full", stage)
                 if s == 0 and i == 0:
                     yield m.arrive("q_left_full")
                     yield m.arrive("q_rest_full")
-                yield from ask(number + 1)
                 number += 1
     yield from copies.publish(0, False, "bytes")
 
@@ -256,7 +256,7 @@ def scores(m: Machine, work: Forward) -> Iterator[Step]:
         yield m.arrive("factor_full", item % work.pairs)
 
 
-def values(m: Machine, work: Forward, side: int) -> Iterator[Step]:
+def values(m: Machine, work: Forward, side: int, takes_turns: bool = True) -> Iterator[Step]:
     pair = 0
     for item, num_pairs in enumerate(work.items):
         for i in range(num_pairs):
@@ -265,7 +265,7 @@ def values(m: Machine, work: Forward, side: int) -> Iterator[Step]:
                 yield m.wait(work.parity(pair), "weights", stage)
                 yield from read(m, number, "alpha", stage)
                 for half in HALVES:
-                    if half == 1:
+                    if half == 1 and takes_turns:
                         yield m.wait(work.parity(pair), "turn", stage)
                     yield m.begin_read(("weights", number), "tail", stage)
                     yield m.begin_read(("rows", number), "k", side, stage, half)
@@ -290,7 +290,7 @@ def forward_roles(m: Machine, work: Forward) -> list[Iterator[Step]]:
 
 
 def converting_roles(m: Machine, work: Forward) -> list[Iterator[Step]]:
-    return [converting_gather(m, work), scores(m, work), values(m, work, 0), values(m, work, 1)]
+    return [converting_gather(m, work), scores(m, work), *(values(m, work, side, False) for side in SIDES)]
 
 
 def backward_gather(m: Machine, num_tiles: int) -> Iterator[Step]:
@@ -420,6 +420,14 @@ def test_turns_guard_nothing(pairs: int) -> None:
 def test_no_wait_of_the_converting_gather_may_end_fewer_groups(wait: str) -> None:
     with pytest.raises(ProtocolError):
         interleave_often(converting_roles, Forward([2, 1, 3]), hasty=wait)
+
+
+def test_values_may_not_take_turns_where_rows_are_converted() -> None:
+    def roles(m: Machine, work: Forward) -> list[Iterator[Step]]:
+        return [converting_gather(m, work), scores(m, work), values(m, work, 0), values(m, work, 1)]
+
+    with pytest.raises(ProtocolError, match="deadlock"):
+        interleave_often(roles, Forward([2, 1, 3]))
 
 
 @pytest.mark.parametrize("num_tiles", [1, 2, 3, 8])

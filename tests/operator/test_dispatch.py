@@ -33,6 +33,7 @@ from mla_ops.ops.sparse_attn.configs.lookup import (
     hopper_config,
 )
 from mla_ops.ops.sparse_attn.configs.tuned import TunedRow, write_rows
+from mla_ops.ops.sparse_attn.triton import hopper
 from mla_ops.ops.sparse_attn.triton.direct import run_backward, run_forward, run_max_logits
 from mla_ops.ops.sparse_attn.triton.forward import plan_forward
 from mla_ops.ops.sparse_attn.triton.key_order import rows_per_launch
@@ -263,7 +264,7 @@ def test_a_call_is_checked_and_decided_once_for_all_that_look_alike(monkeypatch:
     inputs = make_inputs(Case(d_total=26, d_v=18, topk=21))
     checked = []
     check = backends.check_inputs
-    monkeypatch.setattr(backends, "check_inputs", lambda *arguments: (checked.append(arguments), check(*arguments)))
+    monkeypatch.setattr(backends, "check_inputs", lambda call, **_: (checked.append(call), check(call)))
     for _ in range(3):
         mla_ops.sparse_attn(inputs.q, inputs.kv, inputs.indices, **inputs.kwargs)
     assert len(checked) == 1
@@ -346,7 +347,7 @@ def test_the_hopper_kernels_are_for_wide_rows_of_two_byte_channels_on_sm90(
         ({"heads": 128, "kv_group": 4}, False),
         ({"heads": 128, "kv_group": 2}, True),
         ({"seq_q": 44}, True),
-        ({"seq_q": 43}, False),  # split over programs
+        ({"seq_q": 2}, False),  # 32 shares of slots for 132 SMs
         ({"heads": 128, "seq_q": 22}, True),
         ({"d_v": 192, "d_total": 256}, False),
         ({"dtype": torch.float32}, False),
@@ -367,6 +368,26 @@ def test_when_the_hopper_kernels_are_taken(change: dict[str, Any], is_taken: boo
     assert ("HopperBwdConfig" in str(decision)) == is_taken
     sides_with_a_reason = {line.split()[0] for line in decision.launch if "not by hopper kernels: " in line}
     assert sides_with_a_reason == (set() if is_taken else {"forward", "backward"})
+
+
+def test_the_hopper_forward_shares_slots_out_where_queries_are_few_and_the_backward_does_not() -> None:
+    pytest.importorskip("triton", reason="triton is not installed")
+    problem = SparseAttnProblem(
+        d_total=576, d_v=512, topk=2048, heads=64, kv_group=1, dtype=torch.bfloat16, needs_grad=True
+    )
+    launches = select(problem, H100, hints=Hints(batch=1, seq_q=43, seq_kv=8192)).launch
+    assert "HopperConfig" in launches[0]
+    assert "split over 3 programs" in launches[0]
+    assert any(line.startswith("backward not by hopper kernels: 43 programs") for line in launches)
+
+
+@pytest.mark.parametrize(
+    ("rows", "topk", "expected"),
+    [(2, 2048, 16), (4, 2048, 16), (8, 2048, 8), (16, 2048, 4), (32, 2048, 2), (48, 2048, 1), (64, 2048, 1),
+     (128, 2048, 1), (16, 512, 4), (4096, 2048, 1), (16, 100, 1), (16, 0, 1)],
+)  # fmt: skip
+def test_the_hopper_forward_shares_slots_out_as_measured(rows: int, topk: int, expected: int) -> None:
+    assert hopper.split_count(2 * rows, topk, H100.num_sms) == expected
 
 
 def test_the_hopper_forward_pays_from_fewer_slots_on_than_the_backward() -> None:
@@ -482,7 +503,6 @@ def test_the_hopper_forward_is_refused_where_it_cannot_run() -> None:
     refusals: dict[str, dict[str, Any]] = {
         "got sm80": {"traits": replace(H100, arch=80)},
         "d_v=512, d_total=576": {"config": HopperConfig(256, 128, 64, 160, 56, 1)},
-        "num_splits=2": {"num_splits": 2},
         "traced=True": {"wrap": wrapped},
     }
     for reason, options in refusals.items():

@@ -52,10 +52,11 @@ With two pairs of stages, the gather asks for the rows of tile t before it waits
 the latency of L2. The buffers of tile t become free with tile t - 4, whose `free` needs the arrival of tile t - 3, and
 tile t - 3 is announced by then.
 The gather waits for the queries of an item after it has announced the last tile of the item before, because the scores
-free the queries with that last tile. The gather that converts asks for them before the first tile of their item, and
-announces them with it; it announces a tile before it waits for the buffers of the next, whatever PAIRS is.
-Without TAKES_TURNS, `free` of tile t - 2 does not wait for the Q K^T of tile t - 1, and the rows of tile t have its time
-to come from HBM.
+free the queries with that last tile. The gather that converts asks for them before it converts the first tile of their
+item, and announces them with it; whatever PAIRS is, it announces a tile as soon as that is converted.
+Without TAKES_TURNS, `free` of tile t - 2 does not wait for the Q K^T of tile t - 1, and the rows of tile t have the
+time of that product to come from HBM. The gather that converts needs it so: it waits for the buffers of tile t + 1
+between the sides of tile t, and with turns it would wait for a Q K^T that waits for the other side.
 
 NOTE [What orders the accesses]
 wgmma reads shared memory through the async proxy; everything else here goes through the generic proxy.
@@ -80,10 +81,18 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-
 from triton.language.extra.cuda import gdc_launch_dependents
 
-from mla_ops.ops.sparse_attn.kernels.hopper_gather import _first_stage, _gather, _pair_count, _parity
+from mla_ops.ops.sparse_attn.kernels.hopper_gather import (
+    Queries,
+    Rows,
+    Slots,
+    Tiles,
+    _first_stage,
+    _gather,
+    _pair_count,
+    _parity,
+)
 from mla_ops.ops.sparse_attn.kernels.hopper_items import (
     BLOCK_H,
     HALF,
@@ -112,8 +121,7 @@ def _add_scores(scores, q, k, WIDTH: gl.constexpr, IS_FIRST: gl.constexpr):
 
 @gluon.jit
 def _scores(
-    attn_sink_ptr, lse_ptr, topk_length_ptr, softmax_scale, topk, slots_per_split, num_splits, num_items,
-    q_left, q_right, q_tail, k_left, k_right, k_tail, valid, alpha, factor,
+    attn_sink_ptr, lse_ptr, slots, softmax_scale, q, k, valid, alpha, factor,
     left_full, rest_full, weights, turn, q_left_full, q_rest_full, q_free, factor_full,
     HEADS: gl.constexpr, KV_GROUP: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, TAIL: gl.constexpr,
     PAIRS: gl.constexpr, IS_SPLIT: gl.constexpr, IS_NEGATIVE_SCALE: gl.constexpr,
@@ -129,9 +137,11 @@ def _scores(
     zero = gl.full([BLOCK_H, TILE], 0.0, gl.float32, SCORES_LAYOUT)
     pair = 0
     count = 0
-    for item in range(gl.program_id(0), num_items, gl.num_programs(0)):
-        row, _, first_head, head_count, split = _locate_share(item, num_splits, HEADS, KV_GROUP, IS_SPLIT)
-        first_slot, end_slot = _share_slots(topk_length_ptr, row, split, topk, slots_per_split, IS_SPLIT)
+    for item in range(gl.program_id(0), slots.num_items, gl.num_programs(0)):
+        row, _, first_head, head_count, split = _locate_share(item, slots.num_splits, HEADS, KV_GROUP, IS_SPLIT)
+        first_slot, end_slot = _share_slots(
+            slots.topk_length_ptr, row, split, slots.topk, slots.slots_per_split, IS_SPLIT
+        )
         num_pairs = _pair_count(first_slot, end_slot)
         row_max = gl.full([BLOCK_H], -float("inf"), gl.float32, HEADS_LAYOUT)
         row_sum = gl.full([BLOCK_H], 0.0, gl.float32, HEADS_LAYOUT)
@@ -142,13 +152,13 @@ def _scores(
             for s in gl.static_range(2):
                 stage = stage0 + s
                 mbarrier.wait(left_full.index(stage), parity)
-                scores = _add_scores(zero, q_left, k_left.index(stage), LEFT, True)
+                scores = _add_scores(zero, q.left, k.left.index(stage), LEFT, True)
                 mbarrier.wait(rest_full.index(stage), parity)
                 if s == 0:
                     mbarrier.wait(q_rest_full, count & 1, pred=i == 0)
-                scores = _add_scores(scores, q_right, k_right.index(stage), RIGHT, False)
+                scores = _add_scores(scores, q.right, k.right.index(stage), RIGHT, False)
                 if TAIL > 0:
-                    scores = _add_scores(scores, q_tail, k_tail.index(stage), TAIL, False)
+                    scores = _add_scores(scores, q.tail, k.tail.index(stage), TAIL, False)
                 # Loaded under the products.
                 is_valid = valid.index(stage).load(gl.SliceLayout(0, SCORES_LAYOUT)) != 0
                 scores = warpgroup_mma_wait(LATE_GROUPS, deps=[scores])
@@ -172,7 +182,7 @@ def _scores(
                 p = gl.exp2(scores * logit_scale - finite_max[:, None])
                 row_max = new_max
                 alpha.index(stage).store(rescale)
-                k_tail.index(stage).slice(0, TILE, 1).store(p.to(q_left.dtype))
+                k.tail.index(stage).slice(0, TILE, 1).store(p.to(k.tail.dtype))
                 fence_async_shared()
                 mbarrier.arrive(weights.index(stage), count=1)
                 # Kept for the products of the next tile, it would hold 32 registers over them, which then spill.
@@ -193,13 +203,13 @@ def _scores(
         mbarrier.arrive(factor_full.index(count % PAIRS), count=1)
         count += 1
         if IS_SPLIT:
-            row = row * num_splits + split
+            row = row * slots.num_splits + split
         gl.store(lse_ptr + row * HEADS + first_head + heads, lse, mask=head_mask)
 
 
 @gluon.jit
 def _values(
-    out_ptr, topk_length_ptr, topk, slots_per_split, num_splits, num_items,
+    out_ptr, slots,
     k_side, k_tail, alpha, factor, weights, turn, free, factor_full,
     HEADS: gl.constexpr, KV_GROUP: gl.constexpr, D_V: gl.constexpr,
     SIDE: gl.constexpr, START: gl.constexpr, WIDTH: gl.constexpr, PAIRS: gl.constexpr, IS_SPLIT: gl.constexpr,
@@ -213,9 +223,11 @@ def _values(
     OUT_LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // WIDTH, WIDTH // 8], [4, 1], [1, 0])
     pair = 0
     count = 0
-    for item in range(gl.program_id(0), num_items, gl.num_programs(0)):
-        row, _, first_head, head_count, split = _locate_share(item, num_splits, HEADS, KV_GROUP, IS_SPLIT)
-        first_slot, end_slot = _share_slots(topk_length_ptr, row, split, topk, slots_per_split, IS_SPLIT)
+    for item in range(gl.program_id(0), slots.num_items, gl.num_programs(0)):
+        row, _, first_head, head_count, split = _locate_share(item, slots.num_splits, HEADS, KV_GROUP, IS_SPLIT)
+        first_slot, end_slot = _share_slots(
+            slots.topk_length_ptr, row, split, slots.topk, slots.slots_per_split, IS_SPLIT
+        )
         num_pairs = _pair_count(first_slot, end_slot)
         acc = gl.full([BLOCK_H, WIDTH], 0.0, gl.float32, ACC_LAYOUT)
         for i in range(num_pairs):
@@ -245,7 +257,7 @@ def _values(
         last = _first_stage(pair + PAIRS - 1, PAIRS) + 1
         heads = gl.arange(0, BLOCK_H, layout=gl.SliceLayout(1, OUT_LAYOUT))
         if IS_SPLIT:
-            row = row * num_splits + split
+            row = row * slots.num_splits + split
         head_ptrs = out_ptr + (row * HEADS + first_head + heads) * D_V
         staged = k_side.index(last)
         staged.store(acc.to(k_side.dtype))
@@ -306,7 +318,7 @@ def _sparse_attn_fwd_hopper_kernel(
     alpha = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_H], FLAT)
     factor = gl.allocate_shared_memory(gl.float32, [PAIRS, BLOCK_H], FLAT)
     places = gl.allocate_shared_memory(gl.int64, [8, HALF], FLAT)
-    scales = alpha
+    scales = alpha  # stands for none
     if SCALES_AT > 0:
         SCALES: gl.constexpr = _power_of_two((PAYLOAD + 127) // 128)
         scales = gl.allocate_shared_memory(gl.float32, [STAGES * SCALES, TILE], FLAT)
@@ -333,36 +345,36 @@ def _sparse_attn_fwd_hopper_kernel(
     mbarrier.init(q_rest_full, count=1)
     mbarrier.init(q_free, count=1)
 
+    queries = Queries(q_ptr, stride_q_b, stride_q_s, stride_q_h)
+    slots = Slots(
+        indices_ptr, stride_i_b, stride_i_s, stride_i_g, topk_length_ptr,
+        seq_q, topk, slots_per_split, num_splits, num_items,
+    )  # fmt: skip
+    rows = Rows(
+        kv_ptr, stride_kv_b, stride_kv_s, stride_kv_g, table_ptr, stride_table, seq_lens_ptr, cache_scale_ptr,
+        num_positions, page_size, num_pages,
+    )  # fmt: skip
+    q = Tiles(q_left, q_right, q_tail)
+    k = Tiles(k_left, k_right, k_tail)
     gl.warp_specialize(
         [
             (_scores, (
-                attn_sink_ptr, lse_ptr, topk_length_ptr, gl.to_tensor(softmax_scale),
-                topk, slots_per_split, num_splits, num_items,
-                q_left, q_right, q_tail, k_left, k_right, k_tail, valid, alpha, factor,
+                attn_sink_ptr, lse_ptr, slots, gl.to_tensor(softmax_scale), q, k, valid, alpha, factor,
                 left_full, rest_full, weights, turn, q_left_full, q_rest_full, q_free, factor_full,
                 HEADS, KV_GROUP, LEFT, RIGHT, TAIL, PAIRS, IS_SPLIT, IS_NEGATIVE_SCALE,
             )),
             (_values, (
-                out_ptr, topk_length_ptr, topk, slots_per_split, num_splits, num_items,
-                k_left, k_tail, alpha, factor, weights, turn, free, factor_full,
+                out_ptr, slots, k_left, k_tail, alpha, factor, weights, turn, free, factor_full,
                 HEADS, KV_GROUP, D_V, gl.constexpr(0), gl.constexpr(0), LEFT, PAIRS, IS_SPLIT, TAKES_TURNS,
             )),
             (_values, (
-                out_ptr, topk_length_ptr, topk, slots_per_split, num_splits, num_items,
-                k_right, k_tail, alpha, factor, weights, turn, free, factor_full,
-                HEADS, KV_GROUP, D_V, gl.constexpr(1), LEFT, RIGHT, PAIRS, IS_SPLIT,
-                TAKES_TURNS,
+                out_ptr, slots, k_right, k_tail, alpha, factor, weights, turn, free, factor_full,
+                HEADS, KV_GROUP, D_V, gl.constexpr(1), LEFT, RIGHT, PAIRS, IS_SPLIT, TAKES_TURNS,
             )),
             (_gather, (
-                q_ptr, stride_q_b, stride_q_s, stride_q_h,
-                kv_ptr, stride_kv_b, stride_kv_s, stride_kv_g,
-                indices_ptr, stride_i_b, stride_i_s, stride_i_g,
-                topk_length_ptr, table_ptr, stride_table, seq_lens_ptr, cache_scale_ptr,
-                seq_q, num_positions, page_size, num_pages, topk, slots_per_split, num_splits, num_items,
-                q_left, q_right, q_tail, k_left, k_right, k_tail, halves_valid, places, scales,
+                queries, slots, rows, q, k, halves_valid, places, scales,
                 left_full, rest_full, free, q_left_full, q_rest_full, q_free,
-                HEADS, KV_GROUP, D_TOTAL, LEFT, RIGHT, TAIL, PAIRS, IS_SPLIT, IS_PAGED, PREFETCHED,
-                PAYLOAD, SCALES_AT, TAIL_AT,
+                HEADS, KV_GROUP, D_TOTAL, TAIL, PAIRS, IS_SPLIT, IS_PAGED, PREFETCHED, PAYLOAD, SCALES_AT, TAIL_AT,
             )),
         ],
         [4, 4, 4],

@@ -41,12 +41,12 @@ MIN_TOPK = {"forward": 65, "backward": 192}
 WIDTHS = "multiples of 8, d_v from 256 to 512 and d_total up to 576"
 
 
-# What the forward takes in the time of a tile of 64 slots, measured at 576/512 on an H100: the start and end of a work
-# item, those of an item that writes partial results, and their merge by how many there are.
-ITEM_TILES, PARTIAL_TILES, MERGE_TILES = 1.3, 2.3, 2.0
-# More splits than these never pay.
+# What the forward takes in us at 576/512 on an H100, rows cold in HBM: a tile of 64 slots, what a work item takes
+# besides its tiles, and what a share of slots costs until it is merged. Fitted to 1 to 100 queries of 128 heads with
+# topk 512 and 2048 and 1 to 16 shares: of the numbers measured at a size, the one it chooses was the fastest.
+TILE_US, ITEM_US, SHARE_US = 2.2, 0.5, 0.06
 MAX_SPLITS = 16
-# Slots of a pair of tiles: a share of slots is a multiple of it.
+# A share of slots is a multiple of a pair of tiles.
 PAIR = 128
 
 
@@ -58,7 +58,7 @@ class HopperForward(NamedTuple):
     programs: int  # that share the items
     num_splits: int
     slots_per_split: int
-    is_prefetched: bool  # rows are brought to L2 ahead of their copies
+    is_cold: bool  # rows that may be selected do not fit L2
 
 
 class HopperRows(NamedTuple):
@@ -89,9 +89,10 @@ class HopperKernels:
 
         Portable kernels are faster where half of the 64 heads of a work item or more are not there, where less than a
         third of the device has a program, and where slots are few for what a work item costs besides them (MIN_TOPK).
-        With few queries the portable forward shares the slots of a query out over programs, which the Hopper forward
-        does not: at 576/512 with 128 heads and topk 2048, in CUDA graphs on an H100, 16 queries take the portable
-        kernel 48 us and 32 queries take it 90 us; up to 48 queries take the Hopper kernel 64 us.
+        The forward shares the slots of a query out over up to MAX_SPLITS items. In us at 576/512 with 128 heads and
+        topk 2048, in CUDA graphs on an H100, rows cold in HBM, beside portable kernels: 1 query 13.5 and 13.2, 2
+        queries 14.5 and 16.1, 4 queries 17.8 and 24.6, 8 queries 22.7 and 38.3; 16 queries 36, 64 queries 84, 128
+        queries 158.
         """
         key = key_of(problem, traits)
         if side == "max_logits":
@@ -99,6 +100,8 @@ class HopperKernels:
         config = hopper_config(key) if side == "forward" else hopper_backward_config(key)
         if traits.arch != 90:
             return f"the device is sm{traits.arch}, they need sm90"
+        if problem.is_scaled:
+            return "q or kv is a payload of e4m3, they need plain rows"
         if problem.dtype.itemsize != 2:
             return f"dtype is {problem.dtype}, they need bf16 or fp16"
         if config is None:
@@ -109,6 +112,8 @@ class HopperKernels:
             return f"{problem.heads_per_group} heads share a KV row, they pay from {HOPPER_BLOCK_H // 2 + 1} on"
         if hints is not None:
             programs = program_count(hints.rows, problem.heads, problem.kv_group, HOPPER_BLOCK_H)
+            if side == "forward":
+                programs *= min(MAX_SPLITS, -(-problem.topk // PAIR))
             if 3 * programs < traits.num_sms:
                 return f"{programs} programs of {HOPPER_BLOCK_H} heads leave more than two thirds of the SMs idle"
         return gluon_reason()
@@ -207,24 +212,21 @@ def plan_items(
         num_splits = split_count(whole, topk, traits.num_sms)
     items = whole * num_splits
     slots_per_split = -(-topk // (PAIR * num_splits)) * PAIR
-    # A row that several queries select is in L2 by itself; there the prefetch only costs.
-    is_prefetched = pool_bytes > traits.l2_bytes and rows <= 4 * traits.num_sms
-    return HopperForward(config, items, min(items, traits.num_sms), num_splits, slots_per_split, is_prefetched)
+    return HopperForward(
+        config, items, min(items, traits.num_sms), num_splits, slots_per_split, is_cold=pool_bytes > traits.l2_bytes
+    )
 
 
 def split_count(items: int, topk: int, num_sms: int) -> int:
     """Return over how many items the slots of a work item are shared out: the fastest number."""
-    return min(
-        range(1, min(MAX_SPLITS, max(1, -(-topk // PAIR))) + 1), key=lambda n: tiles_in_turn(items, topk, num_sms, n)
-    )
+    most = min(MAX_SPLITS, max(1, -(-topk // PAIR)))
+    return min(range(1, most + 1), key=lambda splits: time_us(items, topk, num_sms, splits))
 
 
-def tiles_in_turn(items: int, topk: int, num_sms: int, num_splits: int) -> float:
-    """Return what a forward takes in the time of a tile: programs take items in turn, and the longest counts."""
+def time_us(items: int, topk: int, num_sms: int, num_splits: int) -> float:
+    """Return what a forward takes beside its launch: programs take items in turn, and the longest counts."""
     turns, tiles = -(-items * num_splits // num_sms), 2 * -(-topk // (PAIR * num_splits))
-    if num_splits == 1:
-        return turns * (tiles + ITEM_TILES)
-    return turns * (tiles + PARTIAL_TILES) + MERGE_TILES * num_splits * items / num_sms
+    return turns * (tiles * TILE_US + ITEM_US) + (SHARE_US * items * num_splits if num_splits > 1 else 0.0)
 
 
 def run_items(
@@ -252,9 +254,9 @@ def run_items(
         heads, indices.shape[-2], d_total, d_v,
         config.left, config.right, config.tail, config.pairs,
         config.value_registers, config.gather_registers, softmax_scale < 0,
-        is_split, rows.page_size is not None, rows.row_bytes if plan.is_prefetched else 0,
-        rows.payload == 0,
-        rows.payload, rows.scales_at, rows.tail_at,
+        is_split, rows.page_size is not None, rows.row_bytes if plan.is_cold else 0,
+        # To take turns pays where rows are in L2; rows of e4m3 are asked for too early for it.
+        rows.payload == 0 and not plan.is_cold, rows.payload, rows.scales_at, rows.tail_at,
         num_warps=4,
     )  # fmt: skip
     if is_split:

@@ -1,4 +1,4 @@
-"""The Hopper kernel set: the warp-specialised forward of `mla::sparse_attn` on pages of 16-bit or e4m3 rows, on sm90."""
+"""The Hopper kernel set: the warp-specialised forward of `mla::sparse_attn` on pages of dense or e4m3 rows, on sm90."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ class HopperPagedKernels:
         itemsize = call.q.element_size() if problem.row_format == "dense" else 1
         record = launch_record(
             call.q.device, "sparse_attn_paged", problem, call.indices.dtype, launch.num_splits > 1,
-            launch.is_prefetched, config,
+            launch.is_cold, config,
         )  # fmt: skip
         page, row, group = (pool.unit * distance // itemsize for distance in (pool.page, pool.row, pool.group))
         layout = call.layout
@@ -87,8 +87,7 @@ class HopperPagedKernels:
         """Say what `plan` launches."""
         launch = plan.launch
         splits = f", slots split over {launch.num_splits} programs" if launch.num_splits > 1 else ""
-        ahead = ", rows prefetched" if launch.is_prefetched else ""
-        line = f"hopper: {launch.config}{splits}{ahead}; {plan.record}"
+        line = f"hopper: {launch.config}{splits}; {plan.record}"
         return (line, _ROUNDED if plan.layout.d_payload else "rows are multiplied as they are")
 
     def run(self, call: SparseAttnPagedCall, plan: HopperPlan, out: torch.Tensor, lse: torch.Tensor) -> None:
