@@ -244,7 +244,7 @@ def test_a_selected_nan_of_any_part_reaches_the_result(part: slice) -> None:
 
 
 def test_the_launcher_of_pages_takes_it() -> None:
-    inputs = make_paged_inputs(PagedCase("fp8", 576, 512, heads=16, topk=200), "cuda")
+    inputs = make_paged_inputs(PagedCase("fp8", 576, 512, heads=32, topk=200), "cuda")
     plan = plan_forward(inputs.by_table, traits_of(inputs.by_table.q.device))
     assert plan.choice.kernels.name == "hopper_few_heads"
     assert_forward_bars(*launch_forward(inputs.by_table, plan), inputs.out, inputs.lse)

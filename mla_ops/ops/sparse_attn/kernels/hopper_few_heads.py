@@ -13,7 +13,8 @@ NOTE [Roles of few heads]
   converts   Rows in e4m3: two warpgroups take tiles in turn. Each loads the rows of a tile into its registers while the
              other converts, and stores them as 16-bit channels. Copies would pass shared memory twice instead.
              A warp waits for all loads that it has started, whatever it needs of them. So what is needed to find the
-             next rows is loaded before a tile is converted, and its rows are loaded after it has been published.
+             next rows is loaded before a tile is converted, and its rows are loaded after it has been published;
+             meanwhile they are prefetched to L2.
 S^T and O^T have one layout, in which a thread has the same heads of both, so what rescales one rescales the other
 without a word between threads.
 
