@@ -253,7 +253,7 @@ def run_items(
         config.left, config.right, config.tail, config.pairs,
         config.value_registers, config.gather_registers, softmax_scale < 0,
         is_split, rows.page_size is not None, rows.row_bytes if plan.is_cold else 0,
-        # With one pair of tiles, turns cost more than they give: 4.10 ms with turns and 4.04 without at DS, and 6 to 7 %
+        # With one pair of tiles turns cost more than they give: 4.10 ms with turns and 4.04 without at DS, and 6 to 7 %
         # of the time of 64 to 256 queries whose rows come from HBM. Two pairs were measured with turns only. The gather
         # of e4m3 rows would wait for ever.
         rows.payload == 0 and config.pairs > 1,
