@@ -76,6 +76,11 @@ CASES = tuple(
 )
 
 
+# What plain torch is compiled for: a compile takes longer than all else that is timed of a case.
+PLAIN = "gather, dequantise, torch.compile"
+PLAIN_CASE = Case(576, 512, 16, 128, 2048)
+
+
 class Selection(NamedTuple):
     """Queries of a call and the rows they select, named both ways."""
 
@@ -159,8 +164,9 @@ def flash_mla_decode(case: Case, pages: Tensor, selection: Selection) -> Tensor:
 def expected(case: Case, name: str, pages: Tensor, selection: Selection) -> Tensor:
     """Return `out` of the first requests in fp32, from rows as `mla::read_rows` defines them."""
     rows = selection.rows[:CHECKED_REQUESTS, 0, 0]
-    read = torch.ops.mla.read_rows(pages, rows.flatten(), case.d_total, case.d_v, name, torch.float32)
-    kv = read[:, 0].view(*rows.shape, case.d_total)
+    read = torch.ops.mla.read_rows(pages, rows.flatten(), case.d_total, case.d_v, name, DTYPE)
+    # Scales are powers of two: rows are exact in bf16.
+    kv = read[:, 0].float().view(*rows.shape, case.d_total)
     logits = torch.einsum("bhd,bkd->bhk", selection.q[:CHECKED_REQUESTS, 0].float(), kv) * SOFTMAX_SCALE
     return torch.einsum("bhk,bkd->bhd", logits.softmax(-1), kv[..., : case.d_v])[:, None]
 
@@ -169,16 +175,16 @@ Call = Callable[[Selection], Tensor]
 Named = dict[tuple[str, str, str], Call]  # by implementation, row format, and how rows are named
 
 
-def implementations(case: Case, pools: dict[str, Tensor], libraries: list[str], has_plain: bool) -> Named:
+def implementations(case: Case, pools: dict[str, Tensor], libraries: list[str]) -> Named:
     """Return everything that runs a case."""
     found: Named = {("mla::sparse_attn", "dense", ROWS): partial(dense_attention, case, pools["dense"])}
     for name, pages in pools.items():
         for named_by in (ROWS, TABLE):
             found["mla::sparse_attn_paged", name, named_by] = partial(paged, case, name, named_by, pages)
-        if has_plain:
+        if case == PLAIN_CASE and name != "fp8_all":
             torch.compiler.reset()
             compiled = torch.compile(partial(plain, case, name, pages), dynamic=False)
-            found["gather, dequantise, torch.compile", name, ROWS] = compiled
+            found[PLAIN, name, ROWS] = compiled
     heads = case.heads if case.heads > 64 else 64
     shape = Shape(1, case.batch, pools["dense"].shape[0] * PAGE_SIZE, heads, case.d_total, case.d_v, case.topk)
     for peer, function in flash_peers(shape, libraries).items():
@@ -215,12 +221,12 @@ def microseconds(functions: dict[Any, Callable[[], Any]]) -> dict[Any, float]:
     return {name: statistics.median(each[1:]) for name, each in times.items()}
 
 
-def measure(case: Case, pools: dict[str, Tensor], libraries: list[str], has_plain: bool) -> Iterator[dict[str, Any]]:
+def measure(case: Case, pools: dict[str, Tensor], libraries: list[str]) -> Iterator[dict[str, Any]]:
     """Check and time everything that runs a case."""
     moved = case.batch * case.topk * min(case.row_bytes(name) for name in pools)
     selections = [draw(case) for _ in range(min(MAX_CALLS, -(-COLD_BYTES // moved)))]
     calls, errors = {}, {}
-    for key, call in implementations(case, pools, libraries, has_plain).items():
+    for key, call in implementations(case, pools, libraries).items():
         try:
             out = call(selections[0])[:CHECKED_REQUESTS].float()
         except (RuntimeError, TypeError) as reason:
@@ -230,7 +236,8 @@ def measure(case: Case, pools: dict[str, Tensor], libraries: list[str], has_plai
             continue
         wanted = expected(case, key[1], pools[key[1]], selections[0])
         errors[key] = float((out - wanted).norm() / wanted.norm())
-        if not errors[key] < 1e-2:  # also when it is NaN
+        # Plain torch rounds logits to bf16. A comparison with NaN is false.
+        if not errors[key] < (2e-2 if key[0] == PLAIN else 1e-2):
             raise AssertionError(f"{key} is off by {errors[key]:.2e} at {case}; nothing is timed that is wrong")
         calls[key] = lambda call=call: [call(selection) for selection in selections]
     for (impl, name, named_by), total in microseconds(calls).items():
@@ -272,7 +279,6 @@ def main() -> None:
     parser.add_argument("--heads", nargs="*", type=int)
     parser.add_argument("--batch", nargs="*", type=int)
     parser.add_argument("--formats", nargs="*", default=list(FORMATS), choices=FORMATS)
-    parser.add_argument("--plain", action="store_true", help="time gather, dequantise, torch.compile too: slow")
     parser.add_argument("--flash-libraries", type=Path, help="folder of FlashMLA's and FlashAttention-3's libraries")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--commit", help="recorded in the results, where history did not travel along")
@@ -294,7 +300,7 @@ def main() -> None:
             widths = case[:2]
             pools: dict[str, Tensor] = {}  # freed before the next are made
             pools = make_pools(*widths, formats)
-        for record in measure(case, pools, libraries, arguments.plain):
+        for record in measure(case, pools, libraries):
             records.append(record)
             print(*record.values(), flush=True)
         write(arguments.out, "serving", DEVICE, records, arguments.commit)

@@ -28,6 +28,27 @@ def extern(op: torch._ops.OpOverload, args: tuple[Any, ...], reason: StayExtern)
     return inductor.extern_call(op, args)
 
 
+def wrap_kernel(kernel: Any) -> Any:
+    """Return `torch.library.wrap_triton(kernel)`, which gets the defaults of the kernel's arguments by name.
+
+    Without a value for every argument torch can't analyse a kernel, and takes all its inputs for mutated.
+    """
+    wrapped = torch.library.wrap_triton(kernel)
+    defaults = {param.name: param.default for param in kernel.params if param.has_default}
+    return _Defaulted(wrapped, defaults) if defaults else wrapped
+
+
+class _Defaulted:
+    """A wrapped kernel that is launched as `kernel[grid](...)`."""
+
+    def __init__(self, wrapped: Any, defaults: dict[str, Any]) -> None:
+        self.wrapped, self.defaults = wrapped, defaults
+
+    def __getitem__(self, grid: Any) -> Any:
+        launch = self.wrapped[grid]
+        return lambda *args, **options: launch(*args, **self.defaults, **options)
+
+
 def require_inlinable(lengths: dict[str, Any], compiled_for: dict[str, Any]) -> None:
     """Raise `StayExtern` where a size is of a kind that no launch can be chosen for.
 

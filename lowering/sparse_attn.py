@@ -19,7 +19,14 @@ from mla_ops.device import DeviceTraits, traits_of
 from mla_ops.lowering import inductor_compat as inductor
 from mla_ops.lowering import settings_of_trace
 from mla_ops.lowering import sparse_attn_choices as choices
-from mla_ops.lowering.inlining import StayExtern, extern, needs_int64_offsets, require_inlinable, require_triton
+from mla_ops.lowering.inlining import (
+    StayExtern,
+    extern,
+    needs_int64_offsets,
+    require_inlinable,
+    require_triton,
+    wrap_kernel,
+)
 from mla_ops.ops.sparse_attn.backends import select
 from mla_ops.ops.sparse_attn.call import Gradients, Hints, Results, Side, SparseAttnCall, SparseAttnProblem, Wanted
 from mla_ops.ops.sparse_attn.triton.backward import launch_backward, plan_backward
@@ -74,7 +81,7 @@ def _lower_forward(
         launched = plan_forward(
             call, plan.traits, choice=choice, num_splits=num_splits, use_int64_offsets=plan.use_int64_offsets
         )
-        return tuple(launch_forward(call, launched, wrap=torch.library.wrap_triton))  # a graph has no named tuples
+        return tuple(launch_forward(call, launched, wrap=wrap_kernel))  # a graph has no named tuples
 
     _log.info("%s is inlined: %s, %s, num_splits=%d", SPARSE_ATTN, plan.problem, choice.config, num_splits)
     return inductor.inline(launch, (q, kv, indices, topk_length, attn_sink))
@@ -113,7 +120,7 @@ def _lower_backward(
             call, plan.traits, wanted, choice=choice, use_int64_offsets=plan.use_int64_offsets, is_traced=True
         )
         results, gradients = Results(out, lse), Gradients(dout, dlse)
-        return launch_backward(call, results, gradients, wanted, launched, wrap=torch.library.wrap_triton)
+        return launch_backward(call, results, gradients, wanted, launched, wrap=wrap_kernel)
 
     _log.info("%s is inlined: %s, %s", SPARSE_ATTN_BWD, plan.problem, choice.config)
     return inductor.inline(launch, (dout, dlse, q, kv, indices, out, lse, topk_length, attn_sink))

@@ -60,7 +60,7 @@ from mla_ops.errors import (
     UnsupportedShardingError,
 )
 from mla_ops.ops.sparse_attn.backends import backend_names
-from mla_ops.registration import refuse_wrapper
+from mla_ops.registration import fuse_wrapper, refuse_wrapper
 
 if TYPE_CHECKING:
     from mla_ops import adapters as adapters
@@ -105,6 +105,7 @@ __all__ = [
     "explain_index_scores",
     "explain_index_topk",
     "explain_sparse_attn_paged",
+    "fuse_wrapper",
     "index_kl",
     "index_loss",
     "index_loss_dense",

@@ -34,13 +34,15 @@ def sum_in_query_order(
     wrap: Wrap,
     *,
     orders_repeats: bool = False,
+    dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
     """Return the gradient of `keys`, a sum whose order depends on the indices alone, and on chunks of queries.
 
     The chunks depend on sizes and device. `keys` is `[batch, seq_kv, kv_group, width]`, or without batch.
     `run_rows(partial, places, first_row, num_rows)` runs the backward kernel over some queries and stores the rows of
     their (slot, head block) pairs in `partial`; `wave_programs` are those of its programs that run at a time.
-    `orders_repeats` says that slots of one query that name the same key have rows that differ. Held are
+    `orders_repeats` says that slots of one query that name the same key have rows that differ. `dtype` is that of the
+    result, by default that of the keys. Held are
 
         n * kv_group * topk * head_blocks * width elements of `row_dtype`, for a chunk of n queries (see `cut`): at
             most WORKSPACE_BYTES, unless one query has more
@@ -50,6 +52,7 @@ def sum_in_query_order(
     from mla_ops.kernels.row_sums import _sum_placed_rows_kernel
 
     is_traced = wrap is not as_it_is
+    dtype = dtype or keys.dtype
     seq_q, kv_group, topk = indices.shape[-3:]
     seq_kv, _, width = keys.shape[-3:]
     batch = indices.shape[:-2].numel() // seq_q
@@ -60,7 +63,7 @@ def sum_in_query_order(
     chunk_keys = chunk_batch * seq_kv * kv_group
     places = unfilled(indices.shape, torch.int32, keys, is_traced=is_traced)
     partial = unfilled((chunk_batch * chunk_queries * elements_per_row,), row_dtype, keys, is_traced=is_traced)
-    sums = unfilled(keys.shape, keys.dtype if chunk_queries == seq_q else torch.float32, keys, is_traced=is_traced)
+    sums = unfilled(keys.shape, dtype if chunk_queries == seq_q else torch.float32, keys, is_traced=is_traced)
     block_d = min(64, 1 << (width - 1).bit_length())
     for slab in slabs(batch, seq_q, chunk_batch, chunk_queries, chunk_keys):
         starts, blocks = _place_slots(
@@ -77,7 +80,7 @@ def sum_in_query_order(
                     partial, starts, sums, chunk, chunk_keys, blocks, first_batch * seq_kv * kv_group,
                     head_blocks, width, 16, block_d, first_query == 0, num_warps=2,
                 )  # fmt: skip
-    return sums.to(keys.dtype)
+    return sums.to(dtype)
 
 
 class Slab(NamedTuple):

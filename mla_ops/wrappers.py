@@ -1,8 +1,9 @@
 """Tensors that answer operators themselves: what counts as one, how it is refused, how it is dequantised on request.
 
 A quantised wrapper says bfloat16 and stores bytes; asked to run an unknown operator, it may dequantise every argument
-and run the operator on the result, without a word. The operators of this package read plain tensors only. Nothing here
-knows a framework: a wrapper is told from a plain tensor by its class, and dequantises itself by its own method.
+and run the operator on the result, without a word. The operators of this package read plain tensors, and one of them
+the parts of a wrapper (`scaled_tensors.py`). Nothing here knows a framework: a wrapper is told from a plain tensor by
+its class, and dequantises itself by its own method.
 """
 
 from __future__ import annotations
@@ -25,6 +26,11 @@ def is_wrapper(cls: type) -> bool:
     return answers_itself and not cls.__module__.startswith(_HONEST_WRAPPERS)
 
 
+def holds_wrapper(value: object) -> bool:
+    """Whether `value` is a tensor that may not be what it says."""
+    return isinstance(value, torch.Tensor) and is_wrapper(type(value))
+
+
 def is_dtensor(value: object) -> bool:
     """Whether `value` is a DTensor; by name, because asking must not import torch.distributed.tensor."""
     return type(value).__name__ == "DTensor" and type(value).__module__.startswith("torch.distributed.tensor")
@@ -39,8 +45,8 @@ def wrapper_error(name: str, cls: type) -> InvalidInputError:
     if _dequantize_method(cls) is None:
         return InvalidInputError(f"{what}; convert it yourself first")
     return QuantizedInputError(
-        f"{what}; there is no fused fp8 path yet and nothing is dequantised unasked: dequantise it yourself, or pass "
-        'quantized="dequantize" to mla_ops.sparse_attn'
+        f"{what}; nothing is dequantised unasked: dequantise it yourself, or pass to mla_ops.sparse_attn "
+        'quantized="fused", which reads it as it is, or quantized="dequantize"'
     )
 
 
@@ -48,12 +54,10 @@ def dequantized(tensor: torch.Tensor, quantized: str) -> torch.Tensor:
     """Return `tensor`, or what its own method makes of a quantised wrapper if `quantized` asks for that."""
     if quantized == "error":
         return tensor
-    if quantized != "dequantize":
-        raise InvalidInputError(
-            f'quantized must be "error" or "dequantize", got {quantized!r}; there is no fused fp8 path yet'
-        )
+    if quantized not in ("dequantize", "fused"):
+        raise InvalidInputError(f'quantized must be "error", "dequantize" or "fused", got {quantized!r}')
     cls = type(tensor)
-    method = _dequantize_method(cls) if is_wrapper(cls) else None
+    method = _dequantize_method(cls) if is_wrapper(cls) and quantized == "dequantize" else None
     return tensor if method is None else getattr(tensor, method)()
 
 

@@ -23,6 +23,7 @@ from mla_ops.registration import (
     sparse_attn,
     sparse_attn_paged,
     sparse_attn_paged_transforms,
+    sparse_attn_scaled,
     sparse_attn_sharding,
     sparse_attn_transforms,
 )
@@ -33,13 +34,14 @@ from mla_ops.registration.index_loss_dense import INDEX_LOSS_DENSE
 from mla_ops.registration.index_scores import INDEX_SCORES, INDEX_SCORES_BWD
 from mla_ops.registration.index_topk import INDEX_TOPK
 from mla_ops.registration.read_rows import READ_ROWS
-from mla_ops.registration.refusals import refuse_wrapper
 from mla_ops.registration.sparse_attn import SPARSE_ATTN, SPARSE_ATTN_BWD, SPARSE_ATTN_MAX_LOGITS
 from mla_ops.registration.sparse_attn_paged import SPARSE_ATTN_PAGED
+from mla_ops.registration.sparse_attn_scaled import SPARSE_ATTN_SCALED, open_wrapper
 from mla_ops.registration.transforms import cast_by_autocast, cast_index_inputs_by_autocast, cast_paged_by_autocast
+from mla_ops.registration.wrapper_rules import fuse_wrapper, refuse_wrapper
 
 for _operator in (
-    *(sparse_attn, sparse_attn_transforms, sparse_attn_sharding),
+    *(sparse_attn, sparse_attn_transforms, sparse_attn_sharding, sparse_attn_scaled),
     *(index_topk, index_topk_transforms, index_topk_sharding),
     *(index_scores, index_scores_transforms, index_scores_sharding),
     *(attn_mass, attn_mass_transforms, attn_mass_sharding),
@@ -61,8 +63,11 @@ __all__ = [
     "SPARSE_ATTN_BWD",
     "SPARSE_ATTN_MAX_LOGITS",
     "SPARSE_ATTN_PAGED",
+    "SPARSE_ATTN_SCALED",
     "cast_by_autocast",
     "cast_index_inputs_by_autocast",
     "cast_paged_by_autocast",
+    "fuse_wrapper",
+    "open_wrapper",
     "refuse_wrapper",
 ]

@@ -64,7 +64,7 @@ def refuse_forward_mode(op: torch._ops.OpOverload, *arguments: Any) -> None:
         name = op.name()
         raise ForwardModeError(
             f"{name} has no forward-mode derivative, an argument with a tangent arrived; use reverse mode "
-            f"(backward() or torch.autograd.grad), or compute with mla_ops.reference.{name[5:]}_reference"
+            f"(backward() or torch.autograd.grad), or compute with mla_ops.reference.{_reference_of(name)}"
         )
 
 
@@ -73,6 +73,11 @@ def _have_a_tangent(arguments: tuple[Any, ...]) -> bool:
         isinstance(argument, torch.Tensor) and forward_ad.unpack_dual(argument).tangent is not None
         for argument in arguments
     )
+
+
+def _reference_of(name: str) -> str:
+    """Return the function that defines an operator; that of payloads is the one of what they stand for."""
+    return f"{name[5:].removesuffix('_scaled')}_reference"
 
 
 def last_derivative(op: torch._ops.OpOverload, of: torch._ops.OpOverload) -> Callable[..., Any]:
@@ -92,7 +97,7 @@ def last_derivative(op: torch._ops.OpOverload, of: torch._ops.OpOverload) -> Cal
         def backward(ctx: Any, *grads: torch.Tensor | None) -> None:
             raise DoubleBackwardError(
                 f"{name} is differentiable once, a gradient of its gradient was asked for; drop create_graph=True, or "
-                f"compute with mla_ops.reference.{name[5:]}_reference"
+                f"compute with mla_ops.reference.{_reference_of(name)}"
             )
 
     def call(keys: torch._C.DispatchKeySet, *arguments: Any) -> Any:

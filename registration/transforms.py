@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from mla_ops.wrappers import is_wrapper
+
 AUTOCAST_DEVICES = ("cpu", "cuda")
 # What autocast casts. fp64 it leaves alone, as everywhere; a quantised dtype, cast, would lose its scales.
 _AUTOCAST_FROM = (torch.bfloat16, torch.float16, torch.float32)
@@ -22,8 +24,15 @@ def cast_by_autocast(q: torch.Tensor, kv: torch.Tensor) -> tuple[torch.Tensor, t
         return q, kv
     dtype = torch.get_autocast_dtype(device_type)
     # attn_sink is fp32 by contract; torch.library.register_autocast would cast it too.
-    q, kv = (tensor.to(dtype) if tensor.dtype in _AUTOCAST_FROM else tensor for tensor in (q, kv))
+    q, kv = (cast(tensor, dtype) for tensor in (q, kv))
     return q, kv
+
+
+def cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return `tensor` as autocast to `dtype` leaves it; a wrapper, asked to cast itself, might dequantise."""
+    if tensor.dtype == dtype or tensor.dtype not in _AUTOCAST_FROM or is_wrapper(type(tensor)):
+        return tensor
+    return tensor.to(dtype)
 
 
 def cast_index_inputs_by_autocast(

@@ -7,14 +7,22 @@ from typing import NamedTuple
 import torch
 from torch.utils import _pytree
 
+from mla_ops.checks import check_tensor_types
 from mla_ops.errors import InvalidInputError
 from mla_ops.launching import filled_alike
 from mla_ops.ops.sparse_attn import backends
 from mla_ops.ops.sparse_attn.backends import Decision, check_backend_name
 from mla_ops.ops.sparse_attn.call import SparseAttnCall, Wanted
-from mla_ops.ops.sparse_attn.rules import check_argument_types, check_inputs
-from mla_ops.registration import SPARSE_ATTN, SPARSE_ATTN_BWD, SPARSE_ATTN_MAX_LOGITS, cast_by_autocast
-from mla_ops.wrappers import dequantized, is_dtensor
+from mla_ops.ops.sparse_attn.rules import check_argument_types, check_constants, check_inputs, check_logical_dtypes
+from mla_ops.registration import (
+    SPARSE_ATTN,
+    SPARSE_ATTN_BWD,
+    SPARSE_ATTN_MAX_LOGITS,
+    SPARSE_ATTN_SCALED,
+    cast_by_autocast,
+    open_wrapper,
+)
+from mla_ops.wrappers import dequantized, holds_wrapper, is_dtensor
 
 
 class SparseAttnOutput(NamedTuple):
@@ -64,7 +72,9 @@ def sparse_attn(
             the output exactly 0.
         backend: "auto", or a name from `mla_ops.backend_names()`; a named backend never falls back.
         quantized: what to do with a `q` or `kv` that is a quantised wrapper tensor (Transformer Engine, torchao):
-            "error" raises, "dequantize" calls the wrapper's own method first. There is no fused fp8 path yet.
+            "error" raises, "dequantize" calls the wrapper's own method first, "fused" hands its e4m3 payload and fp32
+            scales (one, or one per row) to the kernels: no dequantised copy is made, autograd saves the payload, and
+            gradients are those of the dequantised tensors. On a GPU for bf16; see docs/quantized.md.
 
     Returns:
         `out` `[batch, seq_q, heads, d_v]` in `q.dtype`, contiguous, and `lse` `[batch, seq_q, heads]` in fp32, the
@@ -85,7 +95,10 @@ def sparse_attn(
 
     Reference: DeepSeek-V3.2 technical report, DeepSeek Sparse Attention; `mla_ops.reference` is the definition.
     """
-    q, kv = dequantized(q, quantized), dequantized(kv, quantized)
+    if quantized != "error":
+        if quantized == "fused" and (holds_wrapper(q) or holds_wrapper(kv)):
+            return _fused(q, kv, indices, d_v, softmax_scale, topk_length, attn_sink, backend)
+        q, kv = dequantized(q, quantized), dequantized(kv, quantized)
     check_argument_types(q, kv, indices, d_v, softmax_scale, topk_length, attn_sink, backend)
     if is_dtensor(q) and not torch.compiler.is_compiling():
         # DTensor's dispatcher would run these rules in the fake and wrap what they raise in a RuntimeError.
@@ -93,6 +106,34 @@ def sparse_attn(
         q, kv = cast_by_autocast(q, kv)
         check_inputs(SparseAttnCall(q, kv, indices, d_v, softmax_scale, topk_length, attn_sink))
     return SparseAttnOutput(*SPARSE_ATTN(q, kv, indices, d_v, softmax_scale, topk_length, attn_sink, backend))
+
+
+def _fused(
+    q: torch.Tensor,
+    kv: torch.Tensor,
+    indices: torch.Tensor,
+    d_v: int,
+    softmax_scale: float,
+    topk_length: torch.Tensor | None,
+    attn_sink: torch.Tensor | None,
+    backend: str,
+) -> SparseAttnOutput:
+    """Run sparse attention on wrappers, of which the operator reads the parts."""
+    plain = {name: tensor for name, tensor in (("q", q), ("kv", kv)) if not holds_wrapper(tensor)}
+    check_tensor_types({**plain, "indices": indices}, {"topk_length": topk_length, "attn_sink": attn_sink})
+    check_constants(d_v, softmax_scale, backend)
+    if not torch.is_autocast_enabled(indices.device.type):
+        check_logical_dtypes(q, kv)
+    dtype, q_scale, kv_scale = q.dtype, None, None
+    # NOTE [Wrappers are opened by the autograd kernel]; what takes no gradient is opened here, except by Dynamo.
+    if not torch.compiler.is_compiling():
+        with_grad = torch.is_grad_enabled()
+        if not (with_grad and q.requires_grad):
+            q, q_scale = open_wrapper("q", q)
+        if not (with_grad and kv.requires_grad):
+            kv, kv_scale = open_wrapper("kv", kv)
+    arguments = (indices, d_v, softmax_scale, dtype, topk_length, attn_sink, backend)
+    return SparseAttnOutput(*SPARSE_ATTN_SCALED(q, q_scale, kv, kv_scale, *arguments))
 
 
 def sparse_attn_max_logits(

@@ -1,24 +1,28 @@
-"""Quantised wrapper tensors: refused by default, dequantised on request only, opened without a copy."""
+"""Quantised wrapper tensors: refused by default, dequantised or fused on request only, opened without a copy."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import pytest
 import torch
+from scaled_calls import ScaledInputs, assert_matches_scaled_oracle
 from torch._subclasses import FakeTensorMode
 
 import mla_ops
 from mla_ops.adapters.flash_mla import flash_mla_sparse_fwd, sparse_mla
 from mla_ops.adapters.quantized import as_scaled
 from mla_ops.errors import InvalidInputError, QuantizedInputError
-from mla_ops.testing import Case, make_inputs
+from mla_ops.ops.sparse_attn.call import Scales
+from mla_ops.testing import Case, Inputs, make_inputs
 from mla_ops.wrappers import is_wrapper
 
 torchao = pytest.importorskip("torchao", reason="torchao is not installed: pip install 'mla_ops[torchao]'")
 from torchao.float8.float8_training_tensor import Float8TrainingTensor, hp_tensor_and_scale_to_float8  # noqa: E402
+from torchao.prototype.mx_formats.mx_tensor import MXTensor  # noqa: E402
 from torchao.quantization import Float8Tensor, PerRow, PerTensor  # noqa: E402
 
 INPUTS = make_inputs(Case(d_total=32, d_v=16, batch=None), torch.bfloat16)
@@ -123,7 +127,7 @@ def test_every_front_door_refuses(argument: str, call: Callable, quantise: Calla
     name = type(arguments[argument]).__name__
     with pytest.raises(
         QuantizedInputError,
-        match=rf"{argument} must be a plain tensor, got the wrapper subclass {name}, .*there is no fused fp8 path yet",
+        match=rf"{argument} must be a plain tensor, got the wrapper subclass {name}, .*nothing is dequantised unasked",
     ) as info:
         call(arguments["q"], arguments["kv"], INPUTS.indices)
     assert isinstance(info.value, (ValueError, TypeError))
@@ -158,13 +162,13 @@ def test_gradients_reach_what_was_quantised() -> None:
     assert torch.equal(kv.grad, plain.grad)
 
 
-def test_other_values_of_quantized_raise_and_name_the_missing_path() -> None:
+def test_other_values_of_quantized_raise() -> None:
     for value in ("fp8", "", None, True):
-        with pytest.raises(InvalidInputError, match=r'quantized must be "error" or "dequantize", got .*no fused fp8'):
+        with pytest.raises(InvalidInputError, match=r'quantized must be "error", "dequantize" or "fused", got '):
             mla_ops.sparse_attn(*INPUTS.args[:3], **CALL, quantized=value)
 
 
-@pytest.mark.parametrize("quantized", ["error", "dequantize"])
+@pytest.mark.parametrize("quantized", ["error", "dequantize", "fused"])
 def test_what_is_no_tensor_is_refused_either_way(quantized: str) -> None:
     with pytest.raises(InvalidInputError, match=r"q must be a torch\.Tensor, got list"):
         mla_ops.sparse_attn([1], INPUTS.kv, INPUTS.indices, **CALL, quantized=quantized)
@@ -208,6 +212,180 @@ def test_compiled_front_door_refuses_and_dequantises_as_eager_does() -> None:
     assert torch.equal(compiled(kv, "dequantize"), call(kv, "dequantize"))
     with pytest.raises(RuntimeError, match="wrapper subclass Float8Tensor"):
         compiled(kv, "error")
+
+
+# The fused path
+
+
+def wrapped(inputs: Inputs, quantise: Callable, is_q_too: bool) -> ScaledInputs:
+    """Return the parts of what `quantise` makes, and what they stand for."""
+    (q, q_scale), kv = (inputs.q, None), as_scaled(quantise(inputs.kv))
+    if is_q_too:
+        q, q_scale, _ = vars(as_scaled(quantise(inputs.q))).values()
+    return ScaledInputs(inputs, q, kv.data, Scales(q_scale, kv.scale, inputs.q.dtype))
+
+
+@every_class
+@pytest.mark.parametrize("is_q_too", [False, True], ids=["kv", "q and kv"])
+@pytest.mark.parametrize("way", ["front door", "raw"])
+def test_fused_is_the_reference_on_real_numbers(
+    way: str, is_q_too: bool, quantise: Callable, dequantisations: list
+) -> None:
+    inputs = make_inputs(Case(d_total=32, d_v=16, batch=None), torch.bfloat16, topk_length=True, attn_sink=True)
+    sink = inputs.attn_sink.clone().requires_grad_()
+    kv = quantise(inputs.kv).requires_grad_()
+    q = (quantise(inputs.q) if is_q_too else inputs.q.clone()).requires_grad_()
+    constants = {**inputs.kwargs, "attn_sink": sink}
+    if way == "front door":
+        out, lse = mla_ops.sparse_attn(q, kv, inputs.indices, **constants, quantized="fused")
+    else:
+        with fused(type(kv)):
+            out, lse = torch.ops.mla.sparse_attn(q, kv, inputs.indices, *constants.values())
+            torch.autograd.backward([out, lse], [inputs.dout, inputs.dlse])
+    if way == "front door":
+        torch.autograd.backward([out, lse], [inputs.dout, inputs.dlse])
+    assert dequantisations == []
+    assert (q.grad.dtype, kv.grad.dtype) == (torch.bfloat16, torch.bfloat16)
+    assert type(q.grad) is type(kv.grad) is torch.Tensor
+    actual = {"out": out, "lse": lse, "dq": q.grad, "dkv": kv.grad, "dsink": sink.grad}
+    assert_matches_scaled_oracle(actual, wrapped(inputs, quantise, is_q_too))
+
+
+@contextmanager
+def fused(cls: type) -> Iterator[None]:
+    mla_ops.fuse_wrapper(cls)
+    try:
+        yield
+    finally:
+        mla_ops.refuse_wrapper(cls)
+
+
+def test_fused_gradients_reach_what_was_quantised(dequantisations: list) -> None:
+    latent = INPUTS.kv.detach().clone().requires_grad_()
+    out = mla_ops.sparse_attn(INPUTS.q, torchao_training(latent), INPUTS.indices, **CALL, quantized="fused").out
+    out.float().sum().backward()
+    kv = torchao_training(INPUTS.kv).requires_grad_()
+    mla_ops.sparse_attn(INPUTS.q, kv, INPUTS.indices, **CALL, quantized="fused").out.float().sum().backward()
+    assert torch.equal(latent.grad, kv.grad)
+    assert dequantisations == []
+
+
+@pytest.mark.parametrize("way", ["front door", "raw"])
+def test_fused_saves_half_of_the_bytes(way: str) -> None:
+    q, kv = INPUTS.q.clone().requires_grad_(), torchao_inference(INPUTS.kv)
+    saved: list[torch.Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t), fused(Float8Tensor):
+        if way == "raw":
+            raw(q, kv)
+        else:
+            mla_ops.sparse_attn(q, kv, INPUTS.indices, **CALL, quantized="fused")
+    (of_kv,) = (t for t in saved if t.shape == kv.shape)
+    payload = of_kv.qdata if way == "raw" else of_kv
+    assert payload.data_ptr() == kv.qdata.data_ptr()
+    assert payload.nbytes * 2 == INPUTS.kv.nbytes
+
+
+@pytest.mark.parametrize("quantise", [torchao_inference, torchao_training])
+def test_fused_traces_into_one_graph(quantise: Callable) -> None:
+    from functorch.compile import make_boxed_func
+    from torch._dynamo.backends.common import aot_autograd
+
+    graphs: list[str] = []
+
+    def keep(graph: torch.fx.GraphModule, _: Any) -> Callable:
+        graphs.append(graph.code)
+        return make_boxed_func(graph)
+
+    def gradients(call: Callable) -> list[torch.Tensor]:
+        q, kv = INPUTS.q.clone().requires_grad_(), quantise(INPUTS.kv).requires_grad_()
+        out = call(q, kv)
+        out.float().sum().backward()
+        return [out, q.grad, kv.grad]
+
+    compiled = torch.compile(fused_out, fullgraph=True, backend=aot_autograd(fw_compiler=keep))
+    for actual, expected in zip(gradients(compiled), gradients(fused_out), strict=True):
+        assert torch.equal(actual, expected)
+    forward, backward = graphs
+    assert ("sparse_attn_scaled.default" in forward, "sparse_attn_scaled_bwd.default" in backward) == (True, True)
+    assert "_to_copy" not in forward  # nothing is dequantised on the way
+
+
+def test_fused_needs_a_class_that_torch_can_trace() -> None:
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="TeLike"):
+        torch.compile(fused_out, fullgraph=True, backend="aot_eager")(INPUTS.q, TeLike(INPUTS.kv))
+
+
+def fused_out(q: torch.Tensor, kv: torch.Tensor) -> torch.Tensor:
+    return mla_ops.sparse_attn(q, kv, INPUTS.indices, **CALL, quantized="fused").out
+
+
+def test_fused_without_autograd() -> None:
+    expected = mla_ops.sparse_attn(INPUTS.q, TeLike(INPUTS.kv), INPUTS.indices, **CALL, quantized="fused")
+    TeLike.dequantised.clear()
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            actual = mla_ops.sparse_attn(INPUTS.q, TeLike(INPUTS.kv), INPUTS.indices, **CALL, quantized="fused")
+        assert torch.equal(actual.out, expected.out)
+    assert TeLike.dequantised == []
+
+
+def test_fused_under_torch_func(dequantisations: list) -> None:
+    kv = torchao_inference(INPUTS.kv)
+    leaves = [INPUTS.q.clone().requires_grad_(), torchao_inference(INPUTS.kv).requires_grad_()]
+    fused_out(*leaves).float().sum().backward()
+    gradient = torch.func.grad(lambda q: fused_out(q, kv).float().sum())(INPUTS.q)
+    assert torch.equal(gradient, leaves[0].grad)
+    with fused(Float8Tensor):  # a transform hides what it differentiates from the front door
+        gradient = torch.func.grad(lambda kv: fused_out(INPUTS.q, kv).float().sum())(kv)
+    assert torch.equal(gradient, leaves[1].grad)
+    assert dequantisations == []
+
+
+def test_fused_under_autocast(dequantisations: list) -> None:
+    kv = Float8Tensor.from_hp(INPUTS.kv.float(), granularity=PerRow())
+    assert kv.dtype == torch.float32
+    with pytest.raises(
+        InvalidInputError, match=r"kv must have the dtype of q \(bfloat16\), got float32; quantise both"
+    ):
+        mla_ops.sparse_attn(INPUTS.q, kv, INPUTS.indices, **CALL, quantized="fused")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        actual = mla_ops.sparse_attn(INPUTS.q.float(), kv, INPUTS.indices, **CALL, quantized="fused")
+    assert actual.out.dtype == torch.bfloat16
+    data, scale, _ = vars(as_scaled(kv)).values()
+    op = torch.ops.mla.sparse_attn_scaled
+    expected, _ = op(INPUTS.q, None, data, scale, INPUTS.indices, 16, 0.5, torch.bfloat16)
+    assert torch.equal(actual.out, expected)
+    assert dequantisations == []
+
+
+def test_fused_changes_nothing_for_plain_tensors() -> None:
+    actual = mla_ops.sparse_attn(*INPUTS.args[:3], **CALL, quantized="fused")
+    assert torch.equal(actual.out, mla_ops.sparse_attn(*INPUTS.args[:3], **CALL).out)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            lambda: spoiled(_fp8_dtype="DType.kFloat8E5M2"),
+            "kv must hold an e4m3 payload .*quantise q and kv to torch.f",
+        ),
+        (lambda: spoiled(_data=None), "kv must hold its payload, .*_data is None; quantise it row-wise"),
+        (
+            lambda: spoiled(_scale_inv=torch.ones(24, 1, 2)),
+            r"kv must have one float32 scale .*; quantise it per row or",
+        ),
+        (lambda: spoiled(_scale_inv=torch.ones(24, 1)), r"kv must have one float32 scale or one per row, .*\[24, 1\]"),
+        (lambda: MXTensor.to_mx(INPUTS.kv.contiguous(), torch.float8_e4m3fn, 32), "kv must have one float32 scale or"),
+    ],
+    ids=["e5m2", "transposed only", "blocks", "wrong shape", "mx"],
+)
+@pytest.mark.parametrize("way", ["front door", "raw"])
+def test_fused_refuses_what_it_cannot_read(way: str, make: Callable[[], torch.Tensor], message: str) -> None:
+    kv = make()
+    call = raw if way == "raw" else fused_out
+    with fused(type(kv)), pytest.raises(QuantizedInputError, match=message):
+        call(INPUTS.q, kv)
 
 
 # Raw operator calls
@@ -265,10 +443,37 @@ def test_raw_calls_with_torchao_tensors_are_refused_in_our_words(quantise: Calla
     assert dequantisations == []
 
 
-def test_only_wrapper_classes_can_be_refused() -> None:
+def test_only_wrapper_classes_can_be_named() -> None:
     for cls in (torch.Tensor, torch.nn.Parameter, int, "Float8Tensor"):
-        with pytest.raises(InvalidInputError, match="classes must be tensor subclasses with a __torch_dispatch__"):
-            mla_ops.refuse_wrapper(cls)
+        for name in (mla_ops.refuse_wrapper, mla_ops.fuse_wrapper):
+            with pytest.raises(InvalidInputError, match="classes must be tensor subclasses with a __torch_dispatch__"):
+                name(cls)
+
+
+def test_the_last_rule_for_a_class_holds(dequantisations: list) -> None:
+    class Named(TeLike):
+        pass
+
+    class Other(TeLike):
+        pass
+
+    kv = Named(INPUTS.kv)
+    mla_ops.refuse_wrapper(Named, Other)
+    mla_ops.fuse_wrapper(Named)
+    expected = mla_ops.sparse_attn(INPUTS.q, kv, INPUTS.indices, **CALL, quantized="fused").out
+    assert torch.equal(raw(INPUTS.q, kv)[0], expected)
+    with torch.inference_mode():
+        assert torch.equal(raw(INPUTS.q, kv)[0], expected)
+    with pytest.raises(QuantizedInputError, match="q must be a plain tensor, got the wrapper subclass Other"):
+        raw(Other(INPUTS.q), kv)
+    with pytest.raises(QuantizedInputError, match="kv must be a plain tensor, got the wrapper subclass Named"):
+        torch.ops.mla.sparse_attn_max_logits(INPUTS.q, kv, INPUTS.indices, 16, 0.5)
+    with pytest.raises(InvalidInputError, match=r"kv must have the dtype of q \(float32\), got bfloat16"):
+        raw(INPUTS.q.float(), kv)
+    mla_ops.refuse_wrapper(Named)
+    with pytest.raises(QuantizedInputError, match="kv must be a plain tensor"):
+        raw(INPUTS.q, kv)
+    assert dequantisations == []
 
 
 # as_scaled
@@ -329,9 +534,9 @@ def test_as_scaled_refuses_what_it_cannot_mean(make: Callable[[], torch.Tensor],
 
 
 def test_as_scaled_warns_once_of_an_untested_version(monkeypatch: pytest.MonkeyPatch) -> None:
-    from mla_ops.adapters import quantized
+    from mla_ops import scaled_tensors
 
-    quantized._warn_if_untested.cache_clear()
+    scaled_tensors._warn_if_untested.cache_clear()
     monkeypatch.setattr(torchao, "__version__", "0.99.1")
     wrapper = torchao_inference(INPUTS.kv)
     with pytest.warns(RuntimeWarning, match=r"torchao 0.99.1, which is not tested; tested: torchao 0.18"):
@@ -339,4 +544,4 @@ def test_as_scaled_warns_once_of_an_untested_version(monkeypatch: pytest.MonkeyP
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         as_scaled(wrapper)
-    quantized._warn_if_untested.cache_clear()
+    scaled_tensors._warn_if_untested.cache_clear()

@@ -9,7 +9,12 @@ from pathlib import Path
 
 import pytest
 
-FILES = ("test_kernels_gpu.py", "test_sparse_attn_paged_kernels.py", "test_row_codec_kernels.py")
+FILES = (
+    "test_kernels_gpu.py",
+    "test_scaled_kernels_gpu.py",
+    "test_sparse_attn_paged_kernels.py",
+    "test_row_codec_kernels.py",
+)
 
 
 def test_kernels_under_the_interpreter() -> None:

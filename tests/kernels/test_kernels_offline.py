@@ -34,6 +34,7 @@ from mla_ops.ops.sparse_attn.configs.lookup import (
     hopper_config,
 )
 from mla_ops.ops.sparse_attn.triton.portable import MERGED_CHANNELS, MERGED_SPLITS
+from mla_ops.ops.sparse_attn.triton.scaled import MIN_NATIVE_ARCH
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
 pytestmark = pytest.mark.skipif(
@@ -73,9 +74,12 @@ ALLOWED_STACK = {
 }
 # What the kernels of the index scores have in fp32 beside inputs in bf16.
 INDEX_SCORES_FP32 = ("weights_ptr", "scores_ptr", "dscores_ptr", "dk_ptr", "dw_ptr")
+# What says of q and kv that they are bytes of e4m3.
+SCALES = ("q_scale_ptr", "kv_scale_ptr")
 INT32_POINTERS = ("indices_ptr", "topk_length_ptr", "places_ptr", "ranks_ptr", "counters_ptr", "starts_ptr")
 INT32_POINTERS += ("table_ptr", "seq_lens_ptr")
-FP32_POINTERS = ("lse_ptr", "dlse_ptr", "dsink_ptr", "attn_sink_ptr", "mass_ptr", "cache_scale_ptr", *INDEX_SCORES_FP32)
+FP32_POINTERS = ("lse_ptr", "dlse_ptr", "dsink_ptr", "attn_sink_ptr", "mass_ptr", "cache_scale_ptr")
+FP32_POINTERS += (*SCALES, *INDEX_SCORES_FP32)
 # Rows compiled on every run; the others are marked slow.
 REPRESENTATIVE = {("128x64", 32), ("576x512", 16), ("576x512", 64)}
 
@@ -110,15 +114,21 @@ def compile_kernel(
 ) -> Compiled:
     """Compile for `arch` as a launch would: pointers and specialised strides divisible by 16, or by STRIDE_ALIGN.
 
-    `rows` is the element of dkv.
+    `rows` is the element of dkv. A constant of `...` is none: a pointer that would be None by default is given then.
     """
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
     from triton.experimental.gluon._runtime import GluonASTSource
 
+    names = list(kernel.arg_names)
+    defaults = {param.name: param.default for param in kernel.params if param.has_default}
+    constants = {name: value for name, value in {**defaults, **constants}.items() if value is not ...}
+
     def type_of(name: str) -> str:
         if name in constants:
             return "constexpr"
+        if f"{name.removesuffix('_ptr')}_scale_ptr" in set(names) - set(constants):
+            return "*u8"
         if name in ("softmax_scale",):
             return "fp32"
         if not name.endswith("_ptr"):
@@ -133,7 +143,6 @@ def compile_kernel(
             return f"*{rows}"
         return "*fp32" if "partial" in name else f"*{element}"
 
-    names = list(kernel.arg_names)
     is_aligned = constants.get("STRIDE_ALIGN", 16) == 16
     specialised = {param.name for param in kernel.params if not param.do_not_specialize}
     aligned = [n for n in names if n.endswith("_ptr") or (is_aligned and n.startswith("stride_") and n in specialised)]
@@ -274,6 +283,38 @@ def test_row_fits_and_does_not_spill(arch: int, row: Row) -> None:
     for side, compiled, bound in launches:
         assert compiled.shared_bytes <= bound <= SMEM_BYTES[arch], side
         assert compiled.stack_bytes <= ALLOWED_STACK.get((arch, row.family, row.heads, side), 0), side
+
+
+def payloads(arch: int, *, is_q_too: bool = False) -> dict[str, Any]:
+    """Return the constants of a launch whose kv, or q and kv, are bytes of e4m3 with a scale for each row."""
+    import triton.language as tl
+
+    q = {"q_scale_ptr": ..., "IS_Q_SCALED_BY_ROW": True} if is_q_too else {}
+    kv = {"kv_scale_ptr": ..., "IS_KV_SCALED_BY_ROW": True}
+    return {**q, **kv, "ELEMENT": tl.bfloat16, "IS_NATIVE_E4M3": arch >= MIN_NATIVE_ARCH}
+
+
+# (arch, family, heads): stack bytes that widened rows may add, outside of the loop or a reload or two inside it.
+PAYLOAD_STACK = {(90, "128x64", 32): 32, (90, "576x512", 16): 208, (100, "576x512", 16): 48}
+
+
+@pytest.mark.parametrize(("family", "heads"), [("128x64", 32), pytest.param("576x512", 16, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("arch", SMEM_BYTES, ids=lambda arch: f"sm{arch}")
+def test_payloads_fit_and_are_widened_once(arch: int, family: str, heads: int) -> None:
+    d_total, d_v = FAMILIES[family]
+    key = ConfigKey(arch, SMEM_BYTES[arch], heads, d_total, d_v, 2, has_payloads=True)
+    fwd, (bwd,) = forward_config(key), backward_configs(key)
+    options = payloads(arch, is_q_too=arch == 90)
+    launches = [
+        (compile_forward(fwd, arch, heads, d_total, d_v, **options), fwd_smem_bytes(fwd, key), fwd),
+        (compile_backward(bwd, arch, heads, d_total, d_v, **options), bwd_smem_bytes(bwd, key), bwd),
+    ]
+    for compiled, bound, config in launches:
+        assert compiled.shared_bytes <= bound <= SMEM_BYTES[arch]
+        assert compiled.stack_bytes <= PAYLOAD_STACK.get((arch, family, heads), 0)
+        # Rows of bytes are copied 16 at a time, and no value leaves shared memory by itself.
+        assert compiled.count(r"cp\.async\.cg\.shared\.global [^;]*0x10") > 0 or config.num_stages == 1
+        assert compiled.count(r"cvt\S*e4m3x2") == 0 if arch < MIN_NATIVE_ARCH else compiled.count(r"cvt\S*e4m3x2") > 0
 
 
 # Tiles that no table has and `shrink_to_fit` or a tuned row may: block_h, block_k, num_stages, is_key_major.
@@ -561,6 +602,7 @@ def portable_kernels() -> dict[str, tuple[Any, dict[str, Any]]]:
 @pytest.mark.parametrize("name", ["forward", "split", "merge", "backward", "placed", "rank", "place", "sum"])
 def test_integer_arguments_may_be_known_to_be_1(name: str) -> None:
     kernel, constants = portable_kernels()[name]
-    integers = [n for n in kernel.arg_names if n not in constants and not n.endswith("_ptr") and n != "softmax_scale"]
+    given = [param.name for param in kernel.params if not param.has_default and param.name not in constants]
+    integers = [name for name in given if not name.endswith("_ptr") and name != "softmax_scale"]
     assert integers
     compile_kernel(kernel, 90, {**constants, **dict.fromkeys(integers, 1)}, {"num_warps": 1}, "fp32")

@@ -264,7 +264,7 @@ def test_a_call_is_checked_and_decided_once_for_all_that_look_alike(monkeypatch:
     inputs = make_inputs(Case(d_total=26, d_v=18, topk=21))
     checked = []
     check = backends.check_inputs
-    monkeypatch.setattr(backends, "check_inputs", lambda *arguments: (checked.append(arguments), check(*arguments)))
+    monkeypatch.setattr(backends, "check_inputs", lambda call, **_: (checked.append(call), check(call)))
     for _ in range(3):
         mla_ops.sparse_attn(inputs.q, inputs.kv, inputs.indices, **inputs.kwargs)
     assert len(checked) == 1

@@ -81,7 +81,7 @@ TENSOR_RULES = [
     bad({"attn_sink": lambda a: a["attn_sink"][None]}, r"attn_sink must be \[heads\], got shape \[1, 4\]"),
     bad({"q": lambda a: a["q"].int()}, r"q must be bfloat16, float16, float32 or float64, got int32"),
     bad({"q": lambda a: a["q"].to(torch.complex64)}, r"q must be bfloat16, .*got complex64"),
-    bad({"q": lambda a: a["q"].to(torch.float8_e4m3fn)}, r"q must be bfloat16, .*got float8_e4m3fn; quantised"),
+    bad({"q": lambda a: a["q"].to(torch.float8_e4m3fn)}, r"q must be bfloat16, .*got float8_e4m3fn; a payload without"),
     bad(
         {"kv": lambda a: a["kv"].half()}, r"kv must have the dtype of q \(float32\), got float16; use kv.to\(q.dtype\)"
     ),
@@ -104,7 +104,7 @@ TENSOR_RULES = [
         r"q must be bfloat16, .*got int32; q and indices look swapped, the order is q, kv, indices",
     ),
     bad({"q": lambda a: a["q"].long()}, r"q must be bfloat16, .*got int64; use q.to\(kv.dtype\)"),
-    bad({"q": lambda a: a["q"].to(torch.uint8)}, r"q must be bfloat16, .*got uint8; quantised inputs have no fused"),
+    bad({"q": lambda a: a["q"].to(torch.uint8)}, r"q must be bfloat16, .*got uint8; a payload without its scales"),
     bad({"indices": lambda a: a["indices"].float()}, r"indices must be int32 or int64, got float32; use indices.to"),
     bad(
         {"indices": lambda a: a["indices"].float().requires_grad_()},

@@ -23,6 +23,7 @@ GROUND: dict[str, set[str]] = {
     "settings": {"errors"},
     "device": {"errors"},
     "wrappers": {"errors"},
+    "scaled_tensors": {"errors"},
     "checks": {"errors", "wrappers"},
     "dispatch": {"errors", "device"},
     "launching": {"errors", "device"},
@@ -69,7 +70,7 @@ LAYERS: dict[str, set[str]] = {
     # Caches hold rows by the row formats and the operators' front doors; they know no framework.
     "serving": {"errors", "row_formats", "api"},
     "distributed": {"wrappers", "errors", "ops", "registration", "api"},
-    "adapters": {"wrappers", "errors", "row_formats", "device", "dispatch", "ops", "api"},
+    "adapters": {"wrappers", "scaled_tensors", "errors", "row_formats", "device", "dispatch", "ops", "api"},
     "testing": {"errors", "ops", "reference", "api"},
     # `tune` and `bench` launch kernels with configurations of their own, past dispatch.
     "bench": {"errors", "settings", "device", "ops", "api"},
@@ -115,7 +116,7 @@ OWNERS = {
     "torch.cuda.get_device_name": ("mla_ops/device.py",),
     "megatron": ("mla_ops/adapters/megatron/",),
     "transformers": ("mla_ops/adapters/transformers.py",),
-    # Their tensors are known by what they hold: see adapters/quantized.py.
+    # Their tensors are known by what they hold: see scaled_tensors.py.
     "torchao": (),
     "transformer_engine": (),
 }

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import torch
 
 from mla_ops.device import DeviceTraits
-from mla_ops.ops.sparse_attn.call import Gradients, Results, Side, SparseAttnCall, SparseAttnProblem, Wanted
+from mla_ops.ops.sparse_attn.call import Gradients, Results, Scales, Side, SparseAttnCall, SparseAttnProblem, Wanted
 
 
 class Backend(Protocol):
@@ -15,6 +15,7 @@ class Backend(Protocol):
 
     Calls that arrive here have passed `rules`; tensors have any strides. Results are contiguous. What a call comes with
     is the plan that this backend made for a call of the same kind: of equal shapes, strides, dtypes, device, settings.
+    With `scales`, q, kv or both are payloads, and results and gradients have `scales.dtype`.
     """
 
     name: str
@@ -40,7 +41,7 @@ class Backend(Protocol):
         """
         ...
 
-    def forward(self, call: SparseAttnCall, plan: Any) -> Results:
+    def forward(self, call: SparseAttnCall, plan: Any, scales: Scales | None = None) -> Results:
         """Return `out` and `lse` as `mla_ops.sparse_attn` documents them."""
         ...
 
@@ -49,7 +50,13 @@ class Backend(Protocol):
         ...
 
     def backward(
-        self, call: SparseAttnCall, results: Results, gradients: Gradients, wanted: Wanted, plan: Any
+        self,
+        call: SparseAttnCall,
+        results: Results,
+        gradients: Gradients,
+        wanted: Wanted,
+        plan: Any,
+        scales: Scales | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return `(dq, dkv, dsink)`; one that is not wanted (`dsink` without a sink) is an empty `[0]` tensor."""
         ...

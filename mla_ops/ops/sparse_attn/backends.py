@@ -17,6 +17,7 @@ from mla_ops.ops.sparse_attn.call import (
     Gradients,
     Hints,
     Results,
+    Scales,
     Side,
     SparseAttnCall,
     SparseAttnProblem,
@@ -91,15 +92,53 @@ def plan_of(
         key += (wanted, torch.are_deterministic_algorithms_enabled())
     plan = _plans.get(key)
     if plan is None:
-        check_inputs(call)
-        if results is not None and gradients is not None:
-            check_bwd_inputs(call, results, gradients)
-        problem = SparseAttnProblem.of(call, needs_grad=needs_grad or side == "backward")
-        traits = traits_of(q.device)
-        decision = select(problem, traits, backend)
-        chosen = decision.require_backend()
-        plan = _plans.keep(key, Plan(decision, chosen, chosen.plan(side, call, problem, traits, wanted)))
+        plan = _plans.keep(key, _plan(side, call, None, backend, needs_grad, results, gradients, wanted))
     return plan
+
+
+def scaled_plan_of(
+    side: Side,
+    call: SparseAttnCall,
+    scales: Scales,
+    backend: str,
+    *,
+    needs_grad: bool = False,
+    results: Results | None = None,
+    gradients: Gradients | None = None,
+    wanted: Wanted = Wanted(),  # noqa: B008  # a named tuple of constants
+) -> Plan:
+    """`plan_of` for a call of payloads."""
+    q, kv, indices, d_v, softmax_scale, topk_length, attn_sink = call
+    tensors = (q, kv, indices, topk_length, attn_sink, scales.q, scales.kv, *(results or ()), *(gradients or ()))
+    key: tuple[object, ...] = (
+        *("scaled", side, backend, d_v, softmax_scale, needs_grad, wanted, scales.dtype),
+        *(current().tuned_rows, torch.are_deterministic_algorithms_enabled()),
+        *(None if tensor is None else facts(tensor) for tensor in tensors),
+    )
+    plan = _plans.get(key)
+    if plan is None:
+        plan = _plans.keep(key, _plan(side, call, scales, backend, needs_grad, results, gradients, wanted))
+    return plan
+
+
+def _plan(
+    side: Side,
+    call: SparseAttnCall,
+    scales: Scales | None,
+    backend: str,
+    needs_grad: bool,
+    results: Results | None,
+    gradients: Gradients | None,
+    wanted: Wanted,
+) -> Plan:
+    check_inputs(call, scales=scales)
+    if results is not None and gradients is not None:
+        check_bwd_inputs(call, results, gradients, scales=scales)
+    problem = SparseAttnProblem.of(call, needs_grad=needs_grad or side == "backward", scales=scales)
+    traits = traits_of(call.q.device)
+    decision = select(problem, traits, backend)
+    chosen = decision.require_backend()
+    return Plan(decision, chosen, chosen.plan(side, call, problem, traits, wanted))
 
 
 def backend_names() -> tuple[str, ...]:

@@ -16,6 +16,9 @@ import torch
 # What a call is planned for: the operator itself, its backward, or its maximum of the logits alone.
 Side = Literal["forward", "backward", "max_logits"]
 
+# The format of rows that are payloads of e4m3 with `Scales`.
+SCALED_FORMAT = "e4m3"
+
 _DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float64: "fp64"}
 
 
@@ -35,6 +38,17 @@ class SparseAttnCall(NamedTuple):
         """Queries of all batch elements; a row is one (batch, query) pair."""
         shape = self.q.shape
         return shape[0] if len(shape) == 3 else shape[0] * shape[1]
+
+
+class Scales(NamedTuple):
+    """What makes numbers of a call whose q, kv or both are payloads of e4m3: `real = payload * scale`.
+
+    None for one that is plain. No gradient belongs to a scale.
+    """
+
+    q: torch.Tensor | None  # fp32, [] for one of the tensor, [..., heads, 1] for one of each row
+    kv: torch.Tensor | None  # fp32, [] or [..., seq_kv, kv_group, 1]
+    dtype: torch.dtype  # what q and kv stand for: the dtype of the one that is plain, of out and of the gradients
 
 
 class Results(NamedTuple):
@@ -69,7 +83,8 @@ class SparseAttnProblem:
     kv_group: int  # KV heads; 1 in MLA
     dtype: torch.dtype  # of q and kv
     needs_grad: bool = False
-    kv_format: str = "dense"  # how a KV row is stored; "dense" is plain `dtype` channels
+    kv_format: str = "dense"  # how a KV row is stored; "dense" is plain `dtype` channels, "e4m3" has `Scales`
+    q_format: str = "dense"  # how a query is stored, in the same words
 
     @property
     def d_tail(self) -> int:
@@ -81,19 +96,28 @@ class SparseAttnProblem:
         """Query heads that share one KV row."""
         return self.heads // self.kv_group
 
+    @property
+    def is_scaled(self) -> bool:
+        """Whether q, kv or both are payloads with scales."""
+        return SCALED_FORMAT in (self.q_format, self.kv_format)
+
     @classmethod
-    def of(cls, call: SparseAttnCall, *, needs_grad: bool = False) -> SparseAttnProblem:
+    def of(cls, call: SparseAttnCall, *, needs_grad: bool = False, scales: Scales | None = None) -> SparseAttnProblem:
         """Read the problem off a checked call."""
         q = call.q
         *_, heads, d_total = q.shape
         kv_group, topk = call.kv.shape[-2], call.indices.shape[-1]
-        return cls(d_total, call.d_v, topk, heads, kv_group, q.dtype, needs_grad)
+        if scales is None:
+            return cls(d_total, call.d_v, topk, heads, kv_group, q.dtype, needs_grad)
+        q_format, kv_format = ("dense" if scale is None else SCALED_FORMAT for scale in (scales.q, scales.kv))
+        return cls(d_total, call.d_v, topk, heads, kv_group, scales.dtype, needs_grad, kv_format, q_format)
 
     def __str__(self) -> str:
         dtype = _DTYPE_NAMES.get(self.dtype, str(self.dtype))
+        q_format = "" if self.q_format == "dense" else f"q_format={self.q_format} "
         return (
             f"d_total={self.d_total} d_v={self.d_v} heads={self.heads} kv_group={self.kv_group} topk={self.topk} "
-            f"{dtype} kv_format={self.kv_format} needs_grad={self.needs_grad}"
+            f"{dtype} {q_format}kv_format={self.kv_format} needs_grad={self.needs_grad}"
         )
 
 

@@ -15,7 +15,16 @@ import torch
 from mla_ops import gathering, settings
 from mla_ops.device import DeviceTraits
 from mla_ops.gathering import Lists, NamedKeys
-from mla_ops.ops.sparse_attn.call import Gradients, Results, Side, SparseAttnCall, SparseAttnProblem, Wanted
+from mla_ops.ops.sparse_attn.call import (
+    SCALED_FORMAT,
+    Gradients,
+    Results,
+    Scales,
+    Side,
+    SparseAttnCall,
+    SparseAttnProblem,
+    Wanted,
+)
 
 _SUPPORTED_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
@@ -30,7 +39,7 @@ class EagerBackend:
         reasons = []
         if problem.dtype not in _SUPPORTED_DTYPES:
             reasons.append(f"dtype is {problem.dtype}, needs bf16, fp16, fp32 or fp64; cast q and kv")
-        if problem.kv_format != "dense":
+        if problem.kv_format not in ("dense", SCALED_FORMAT):
             reasons.append(f"kv_format is {problem.kv_format!r}, needs 'dense'; dequantise kv first")
         return reasons
 
@@ -49,10 +58,9 @@ class EagerBackend:
         """See `Backend.describe`."""
         return (f"rows are gathered in chunks of {settings.current().eager_workspace_mb} MiB; nothing to warm",)
 
-    def forward(self, call: SparseAttnCall, plan: None) -> Results:
+    def forward(self, call: SparseAttnCall, plan: None, scales: Scales | None = None) -> Results:
         """See `Backend.forward`."""
-        kv = NamedKeys.of(call.kv, call.indices, call.topk_length)
-        return attend(call.q, kv, call.d_v, call.softmax_scale, call.attn_sink)
+        return attend(call.q, _keys_of(call, scales), call.d_v, call.softmax_scale, call.attn_sink, scales)
 
     def max_logits(self, call: SparseAttnCall, plan: None) -> torch.Tensor:
         """See `Backend.max_logits`."""
@@ -66,18 +74,25 @@ class EagerBackend:
         return max_logits
 
     def backward(
-        self, call: SparseAttnCall, results: Results, gradients: Gradients, wanted: Wanted, plan: None
+        self,
+        call: SparseAttnCall,
+        results: Results,
+        gradients: Gradients,
+        wanted: Wanted,
+        plan: None,
+        scales: Scales | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """See `Backend.backward`; `results` are not read (module docstring)."""
         q, kv, attn_sink = call.q, call.kv, call.attn_sink
         dout, dlse = gradients
-        keys = NamedKeys.of(kv, call.indices, call.topk_length)
-        rows = _Rows.of(q, keys)
-        dq = torch.empty_like(q, memory_format=torch.contiguous_format) if wanted.dq else q.new_empty(0)
+        keys = _keys_of(call, scales)
+        rows = _Rows.of(q, keys, scales)
+        dtype = q.dtype if scales is None else scales.dtype
+        dq = q.new_empty(q.shape if wanted.dq else 0, dtype=dtype)
         dkv_rows = keys.accumulator() if wanted.dkv else kv.new_empty(0)
         dsink = q.new_zeros(0 if attn_sink is None else attn_sink.shape, dtype=torch.float32)
         if rows.is_empty or (dout is None and dlse is None):
-            return dq.zero_(), kv.new_zeros(kv.shape if wanted.dkv else 0), dsink
+            return dq.zero_(), kv.new_zeros(kv.shape if wanted.dkv else 0, dtype=dtype), dsink
 
         dq_rows = rows.by_head(dq) if wanted.dq else dq
         dout_rows = None if dout is None else rows.by_head(dout)
@@ -109,15 +124,22 @@ class EagerBackend:
                 if chunk_dout is not None:
                     dkeys[..., : call.d_v] += torch.bmm(out_weights.transpose(1, 2), chunk_dout)
                 dkv_rows.index_add_(0, chunk.scatter_to, dkeys.flatten(0, 1))
-        dkv = dkv_rows[:-1].view(kv.shape).to(kv.dtype) if wanted.dkv else dkv_rows.to(kv.dtype)
+        dkv = (dkv_rows[:-1].view(kv.shape) if wanted.dkv else dkv_rows).to(dtype)
         return dq, dkv, dsink
 
 
-def attend(q: torch.Tensor, kv: Lists, d_v: int, softmax_scale: float, attn_sink: torch.Tensor | None) -> Results:
+def attend(
+    q: torch.Tensor,
+    kv: Lists,
+    d_v: int,
+    softmax_scale: float,
+    attn_sink: torch.Tensor | None,
+    scales: Scales | None = None,
+) -> Results:
     """Attend queries `[..., heads, d_total]` to the rows that lists name, wherever those rows stand."""
-    out = q.new_empty((*q.shape[:-1], d_v))
+    out = q.new_empty((*q.shape[:-1], d_v), dtype=q.dtype if scales is None else scales.dtype)
     lse = q.new_empty(q.shape[:-1], dtype=torch.float32)
-    rows = _Rows.of(q, kv)
+    rows = _Rows.of(q, kv, scales)
     if rows.is_empty:
         return Results(out.zero_(), lse.fill_(-torch.inf))
     out_rows, lse_rows = rows.by_head(out), rows.by_head(lse)
@@ -130,6 +152,25 @@ def attend(q: torch.Tensor, kv: Lists, d_v: int, softmax_scale: float, attn_sink
         out_rows[chunk.span] = chunk_out.masked_fill_(chunk.empty, 0.0)
         lse_rows[chunk.span] = row_lse
     return Results(out, lse)
+
+
+def _keys_of(call: SparseAttnCall, scales: Scales | None) -> NamedKeys:
+    if scales is None:
+        return NamedKeys.of(call.kv, call.indices, call.topk_length)
+    keys = NamedKeys.of(call.kv, call.indices, call.topk_length, gathering.compute_dtype(scales.dtype))
+    return keys if scales.kv is None else _Payloads(**vars(keys), scale=scales.kv.to(keys.compute_dtype))
+
+
+@dataclass(frozen=True)
+class _Payloads(NamedKeys):
+    """Keys that are payloads with scales; they become real numbers as they are gathered."""
+
+    scale: torch.Tensor  # [] or [..., seq_kv, kv_group, 1], in the compute dtype
+
+    def gather(self, keys: torch.Tensor, out: torch.Tensor) -> None:
+        """See `Lists.gather`."""
+        super().gather(keys, out)
+        out.mul_(self.scale if self.scale.dim() == 0 else self.scale.reshape(-1, 1).index_select(0, keys))
 
 
 def _keep(lse: torch.Tensor, sink: torch.Tensor) -> torch.Tensor:
@@ -168,11 +209,16 @@ class _Rows:
 
     q: torch.Tensor  # [rows, heads_per_group, d_total]
     kv: Lists
+    q_scale: torch.Tensor | None  # of payloads: [rows, heads_per_group, 1], in the compute dtype
 
     @classmethod
-    def of(cls, q: torch.Tensor, kv: Lists) -> _Rows:
+    def of(cls, q: torch.Tensor, kv: Lists, scales: Scales | None = None) -> _Rows:
         *_, heads, d_total = q.shape
-        return cls(q.reshape(len(kv.indices), heads // kv.kv_group, d_total), kv)
+        rows = q.reshape(len(kv.indices), heads // kv.kv_group, d_total)
+        if scales is None or scales.q is None:
+            return cls(rows, kv, None)
+        q_scale = scales.q.to(kv.compute_dtype).expand(*q.shape[:-1], 1)
+        return cls(rows, kv, q_scale.reshape(*rows.shape[:-1], 1))
 
     @property
     def is_empty(self) -> bool:
@@ -193,4 +239,6 @@ class _Rows:
             # A copy even where the dtype fits: the same bits in the same layout, whatever the strides of q.
             layout = torch.contiguous_format
             queries = self.q[chunk.span].to(self.kv.compute_dtype, copy=True, memory_format=layout)
+            if self.q_scale is not None:
+                queries.mul_(self.q_scale[chunk.span])
             yield _Chunk(**vars(chunk), queries=queries)

@@ -17,6 +17,7 @@ class ConfigKey(NamedTuple):
     d_total: int
     d_v: int
     element_size: int  # bytes of a channel
+    has_payloads: bool = False  # rows arrive as bytes of e4m3, and are widened to channels
 
 
 @dataclass(frozen=True)
@@ -157,9 +158,10 @@ def fwd_smem_bytes(config: FwdConfig, key: ConfigKey) -> int:
     buffers = _row_buffers(config.num_stages, _is_asynchronous(key.arch, config.block_h, config.num_warps))
     operands = config.block_h * width + config.block_k * width * buffers
     weights = config.block_h * config.block_k
+    payloads = config.block_k * width if key.has_payloads else 0
     # Rows that pass through registers are stored once more, chunk by chunk, as operands of the second product.
     again = config.block_k * max(chunk_widths(key.d_total, key.d_v, config.max_chunk)) if config.num_stages == 1 else 0
-    return (operands + max(weights, again)) * key.element_size + _SMALL_BYTES
+    return (operands + max(weights, again)) * key.element_size + payloads + _SMALL_BYTES
 
 
 def bwd_smem_bytes(config: BwdConfig, key: ConfigKey) -> int:
@@ -185,7 +187,8 @@ def bwd_smem_bytes(config: BwdConfig, key: ConfigKey) -> int:
     # to be added 16 bytes at a time.
     weights = 3 * config.block_h * config.block_k * key.element_size
     staging = 4 * config.block_k * max(chunk_widths(key.d_total, key.d_v, config.max_chunk))
-    return operands * key.element_size + weights + staging + _SMALL_BYTES
+    payloads = config.block_k * width if key.has_payloads else 0
+    return operands * key.element_size + weights + staging + payloads + _SMALL_BYTES
 
 
 def hopper_smem_bytes(config: HopperConfig) -> int:

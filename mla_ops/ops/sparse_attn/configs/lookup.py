@@ -59,7 +59,8 @@ def key_of(problem: SparseAttnProblem, traits: DeviceTraits) -> ConfigKey:
     """Return what the tables are asked with for a problem on a device."""
     heads = max(1, problem.heads_per_group)  # a problem without heads launches nothing and is asked about all the same
     element_size = problem.dtype.itemsize
-    return ConfigKey(traits.arch, traits.smem_bytes, heads, problem.d_total, problem.d_v, element_size)
+    has_payloads = problem.kv_format != "dense"
+    return ConfigKey(traits.arch, traits.smem_bytes, heads, problem.d_total, problem.d_v, element_size, has_payloads)
 
 
 def nearest_rows(key: ConfigKey) -> list[Row]:

@@ -28,6 +28,7 @@ from mla_ops.kernels.primitives import (
     zero_chunks,
 )
 from mla_ops.kernels.row_sums import put_rows
+from mla_ops.kernels.scaled_rows import load_scales, widened_chunks
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 
@@ -52,6 +53,10 @@ def _sparse_attn_bwd_kernel(
     BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_DT: tl.constexpr,
     STRIDE_ALIGN: tl.constexpr, USE_INT64_OFFSETS: tl.constexpr, INPUT_PRECISION: tl.constexpr,
     IS_KEY_MAJOR: tl.constexpr, IS_AHEAD: tl.constexpr,
+    # NOTE [Scales are folded]: fp32, contiguous, and None where q, or kv, is plain; else q, or kv, is bytes of e4m3.
+    q_scale_ptr=None, kv_scale_ptr=None,
+    IS_Q_SCALED_BY_ROW: tl.constexpr = False, IS_KV_SCALED_BY_ROW: tl.constexpr = False,
+    ELEMENT: tl.constexpr = None, IS_NATIVE_E4M3: tl.constexpr = False,
 ):  # fmt: skip
     softmax_scale = tl.cast(softmax_scale, tl.float32)
     NUM_DV: tl.constexpr = (D_V + BLOCK_DV - 1) // BLOCK_DV
@@ -59,7 +64,7 @@ def _sparse_attn_bwd_kernel(
     NUM_DT: tl.constexpr = (D_TOTAL - TAIL + BLOCK_DT - 1) // BLOCK_DT if D_TOTAL > TAIL else 0
     # Key-major products have the keys as rows: 64 keys fill a wgmma tile where 16 heads would not.
     HEAD_AXIS: tl.constexpr = 1 if IS_KEY_MAJOR else 0
-    element = kv_ptr.dtype.element_ty
+    element: tl.constexpr = kv_ptr.dtype.element_ty if ELEMENT is None else ELEMENT
 
     row, batch, query, group, offs_h, head_mask = locate_program(first_row, seq_q, HEADS, KV_GROUP, BLOCK_H)
     end_slot = topk  # see NOTE [Loads that become addresses]
@@ -75,6 +80,13 @@ def _sparse_attn_bwd_kernel(
     q_offsets = offs_h.to(tl.int64) * stride_q_h
     q_tiles = load_chunks(q_ptr, q_offsets, head_mask, 0, BLOCK_DV, NUM_DV, D_TOTAL)
     q_tail = load_chunks(q_ptr, q_offsets, head_mask, TAIL, BLOCK_DT, NUM_DT, D_TOTAL)
+    if q_scale_ptr is not None:
+        q_scale = load_scales(q_scale_ptr, row * HEADS + offs_h, head_mask, IS_Q_SCALED_BY_ROW)
+        q_scale = tl.expand_dims(q_scale, 1 - HEAD_AXIS)
+        q_tiles = widened_chunks(q_tiles, NUM_DV, element, IS_NATIVE_E4M3)
+        q_tail = widened_chunks(q_tail, NUM_DT, element, IS_NATIVE_E4M3)
+    if IS_KV_SCALED_BY_ROW:
+        kv_scale_ptr += batch * seq_kv * KV_GROUP + group
 
     row_heads = row * HEADS + offs_h
     lse = tl.load(lse_ptr + row_heads, mask=head_mask, other=0.0)
@@ -135,6 +147,11 @@ def _sparse_attn_bwd_kernel(
         kv_offsets = position * stride_kv_s
         kv_tiles = load_chunks(kv_ptr, kv_offsets, valid, 0, BLOCK_DV, NUM_DV, D_TOTAL)
         kv_tail = load_chunks(kv_ptr, kv_offsets, valid, TAIL, BLOCK_DT, NUM_DT, D_TOTAL)
+        if kv_scale_ptr is not None:
+            kv_scale = load_scales(kv_scale_ptr, position * KV_GROUP, valid, IS_KV_SCALED_BY_ROW)
+            kv_scale = tl.expand_dims(kv_scale, HEAD_AXIS)
+            kv_tiles = widened_chunks(kv_tiles, NUM_DV, element, IS_NATIVE_E4M3)
+            kv_tail = widened_chunks(kv_tail, NUM_DT, element, IS_NATIVE_E4M3)
 
         if IS_KEY_MAJOR:
             logits = tl.zeros([BLOCK_K, BLOCK_H], tl.float32)
@@ -144,6 +161,10 @@ def _sparse_attn_bwd_kernel(
             logits = tl.zeros([BLOCK_H, BLOCK_K], tl.float32)
             logits = add_row_products(logits, q_tail, kv_tail, NUM_DT, INPUT_PRECISION)
             logits = add_row_products(logits, q_tiles, kv_tiles, NUM_DV, INPUT_PRECISION)
+        if q_scale_ptr is not None:
+            logits *= q_scale
+        if kv_scale_ptr is not None:
+            logits *= kv_scale
         # Both selections are needed: an empty row has lse = -inf and may have NaN gradients.
         is_valid = tl.expand_dims(valid, HEAD_AXIS)
         weights = tl.where(is_valid, tl.exp2(logits * logit_scale - lse_log2), 0.0)
@@ -155,24 +176,29 @@ def _sparse_attn_bwd_kernel(
             else:
                 dweights = tl.zeros([BLOCK_H, BLOCK_K], tl.float32)
                 dweights = add_row_products(dweights, do_tiles, kv_tiles, NUM_DV, INPUT_PRECISION)
+            if kv_scale_ptr is not None:
+                dweights *= kv_scale
             dlogits = keep * dweights - shift
-        dlogits = tl.where(is_valid, weights * dlogits * softmax_scale, 0.0).to(element)
+        dlogits = tl.where(is_valid, weights * dlogits * softmax_scale, 0.0)
+        # A gradient of q is a sum of real keys, a gradient of kv one of real queries: each has the scales of the other.
+        dlogits_q = (dlogits if kv_scale_ptr is None else dlogits * kv_scale).to(element)
+        dlogits_kv = (dlogits if q_scale_ptr is None else dlogits * q_scale).to(element)
 
         # dq before dkv: its operands are dead by then, and their shared memory becomes the staging of the atomics.
         if dq_ptr is not None:
             if IS_KEY_MAJOR:
-                dq_tiles = add_transposed_rows(dq_tiles, kv_tiles, dlogits, NUM_DV, INPUT_PRECISION)
-                dq_tail = add_transposed_rows(dq_tail, kv_tail, dlogits, NUM_DT, INPUT_PRECISION)
+                dq_tiles = add_transposed_rows(dq_tiles, kv_tiles, dlogits_q, NUM_DV, INPUT_PRECISION)
+                dq_tail = add_transposed_rows(dq_tail, kv_tail, dlogits_q, NUM_DT, INPUT_PRECISION)
             else:
-                dq_tiles = add_weighted_rows(dq_tiles, dlogits, kv_tiles, NUM_DV, INPUT_PRECISION)
-                dq_tail = add_weighted_rows(dq_tail, dlogits, kv_tail, NUM_DT, INPUT_PRECISION)
+                dq_tiles = add_weighted_rows(dq_tiles, dlogits_q, kv_tiles, NUM_DV, INPUT_PRECISION)
+                dq_tail = add_weighted_rows(dq_tail, dlogits_q, kv_tail, NUM_DT, INPUT_PRECISION)
         if dkv_ptr is not None:
             if places_ptr is not None:
                 dkv_offsets = place.to(position.dtype) * (HEAD_BLOCKS * D_TOTAL)
             else:
                 dkv_offsets = position * (KV_GROUP * D_TOTAL)
             kept_weights = (weights * keep).to(element)
-            dlogits_k = dlogits if IS_KEY_MAJOR else tl.trans(dlogits)
+            dlogits_k = dlogits_kv if IS_KEY_MAJOR else tl.trans(dlogits_kv)
             kept_weights_k = kept_weights if IS_KEY_MAJOR else tl.trans(kept_weights)
             for c in tl.static_range(NUM_DV):
                 tile = tl.dot(dlogits_k, q_tiles[c], input_precision=INPUT_PRECISION)

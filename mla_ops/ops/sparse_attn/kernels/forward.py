@@ -27,6 +27,7 @@ from mla_ops.kernels.primitives import (
     store_chunks,
     zero_chunks,
 )
+from mla_ops.kernels.scaled_rows import load_scales, widened_chunks
 
 
 # Lengths, and the batch strides that follow from them, change from call to call: one binary serves them all. The other
@@ -44,8 +45,13 @@ def _sparse_attn_fwd_kernel(
     BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_DT: tl.constexpr,
     STRIDE_ALIGN: tl.constexpr, USE_INT64_OFFSETS: tl.constexpr, INPUT_PRECISION: tl.constexpr, IS_SPLIT: tl.constexpr,
     IS_NEGATIVE_SCALE: tl.constexpr,
+    # NOTE [Scales are folded]: fp32, contiguous, and None where q, or kv, is plain; else q, or kv, is bytes of e4m3.
+    q_scale_ptr=None, kv_scale_ptr=None,
+    IS_Q_SCALED_BY_ROW: tl.constexpr = False, IS_KV_SCALED_BY_ROW: tl.constexpr = False,
+    ELEMENT: tl.constexpr = None, IS_NATIVE_E4M3: tl.constexpr = False,
 ):  # fmt: skip
     softmax_scale = tl.cast(softmax_scale, tl.float32)
+    element: tl.constexpr = kv_ptr.dtype.element_ty if ELEMENT is None else ELEMENT
     NUM_DV: tl.constexpr = (D_V + BLOCK_DV - 1) // BLOCK_DV
     TAIL: tl.constexpr = NUM_DV * BLOCK_DV
     NUM_DT: tl.constexpr = (D_TOTAL - TAIL + BLOCK_DT - 1) // BLOCK_DT if D_TOTAL > TAIL else 0
@@ -71,6 +77,12 @@ def _sparse_attn_fwd_kernel(
     q_offsets = offs_h.to(tl.int64) * stride_q_h
     q_tiles = load_chunks(q_ptr, q_offsets, head_mask, 0, BLOCK_DV, NUM_DV, D_TOTAL)
     q_tail = load_chunks(q_ptr, q_offsets, head_mask, TAIL, BLOCK_DT, NUM_DT, D_TOTAL)
+    if q_scale_ptr is not None:
+        q_scale = load_scales(q_scale_ptr, row * HEADS + offs_h, head_mask, IS_Q_SCALED_BY_ROW)
+        q_tiles = widened_chunks(q_tiles, NUM_DV, element, IS_NATIVE_E4M3)
+        q_tail = widened_chunks(q_tail, NUM_DT, element, IS_NATIVE_E4M3)
+    if IS_KV_SCALED_BY_ROW:
+        kv_scale_ptr += batch * seq_kv * KV_GROUP + group
 
     logit_scale = positive_logit_scale(softmax_scale)
     row_max = tl.full([BLOCK_H], -float("inf"), tl.float32)
@@ -86,10 +98,18 @@ def _sparse_attn_fwd_kernel(
         kv_offsets = position * stride_kv_s
         kv_tiles = load_chunks(kv_ptr, kv_offsets, valid, 0, BLOCK_DV, NUM_DV, D_TOTAL)
         kv_tail = load_chunks(kv_ptr, kv_offsets, valid, TAIL, BLOCK_DT, NUM_DT, D_TOTAL)
+        if kv_scale_ptr is not None:
+            kv_scale = load_scales(kv_scale_ptr, position * KV_GROUP, valid, IS_KV_SCALED_BY_ROW)
+            kv_tiles = widened_chunks(kv_tiles, NUM_DV, element, IS_NATIVE_E4M3)
+            kv_tail = widened_chunks(kv_tail, NUM_DT, element, IS_NATIVE_E4M3)
 
         logits = tl.zeros([BLOCK_H, BLOCK_K], tl.float32)
         logits = add_row_products(logits, q_tail, kv_tail, NUM_DT, INPUT_PRECISION)
         logits = add_row_products(logits, q_tiles, kv_tiles, NUM_DV, INPUT_PRECISION)
+        if q_scale_ptr is not None:
+            logits *= q_scale[:, None]
+        if kv_scale_ptr is not None:
+            logits *= kv_scale[None, :]
         if IS_NEGATIVE_SCALE:
             logits = -logits
         logits = tl.where(valid[None, :], logits, -float("inf"))
@@ -101,7 +121,9 @@ def _sparse_attn_fwd_kernel(
         else:
             row_sum, weights, rescale = softmax_step(logits, row_max, row_sum, new_max, logit_scale)
             acc = scale_rows(acc, rescale, NUM_DV)
-            acc = add_weighted_rows(acc, weights.to(kv_ptr.dtype.element_ty), kv_tiles, NUM_DV, INPUT_PRECISION)
+            if kv_scale_ptr is not None:
+                weights *= kv_scale[None, :]
+            acc = add_weighted_rows(acc, weights.to(element), kv_tiles, NUM_DV, INPUT_PRECISION)
         row_max = new_max
 
     if out_ptr is None:

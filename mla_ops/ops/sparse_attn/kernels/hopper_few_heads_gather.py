@@ -284,6 +284,27 @@ def _store_rows(parts, scales, is_valid, k, k_words, valid, row_scales, stage, D
 
 
 @gluon.jit
+def _prefetch_rows(row_ptrs, is_valid, ROW_WORDS: gl.constexpr):
+    """Bring some rows to L2: eight threads hold a row, and each asks for a line of 128 bytes of it."""
+    LAYOUT: gl.constexpr = _scales_layout(8)
+    row_ptrs = gl.convert_layout(row_ptrs, gl.SliceLayout(1, LAYOUT), assert_trivial=True)
+    mask = gl.convert_layout(is_valid, gl.SliceLayout(1, LAYOUT), assert_trivial=True)
+    words = gl.arange(0, 8, layout=gl.SliceLayout(0, LAYOUT)) * 32
+    # A row need not begin with a line, so its last word may be in one more.
+    wanted = (mask[:, None] & (words < ROW_WORDS + 31)[None, :]).to(gl.int32)
+    ptrs, wanted = gl.broadcast(row_ptrs[:, None] + gl.minimum(words, ROW_WORDS - 1)[None, :], wanted)
+    gl.inline_asm_elementwise(
+        """{
+            .reg .pred wanted;
+            setp.ne.s32 wanted, $2, 0;
+            @wanted prefetch.global.L2 [$1];
+            mov.u32 $0, 0;
+        }""",
+        "=r,l,r", [ptrs, wanted], dtype=gl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
 def _gather_converting(
     q_ptr, stride_q_b, stride_q_s, stride_q_h, kv_ptr, stride_kv_b, stride_kv_s, stride_kv_g,
     slots, pool, q, k, k_words, valid, row_scales, full, free, q_full, q_free,
@@ -295,6 +316,7 @@ def _gather_converting(
     """Load the rows of every second tile, convert and store them; the first group copies the queries of every item."""
     SLOTS_LAYOUT: gl.constexpr = gl.SliceLayout(1, _words_layout(32))
     # Strides in words: rows begin at multiples of 16 bytes.
+    ROW_WORDS: gl.constexpr = (TAIL_OFFSET + 2 * D_TAIL + 15) // 16 * 4
     stride_page, stride_row, stride_group = stride_kv_b // 16 * 4, stride_kv_s // 16 * 4, stride_kv_g // 16 * 4
     words_ptr = kv_ptr.to(gl.pointer_type(gl.int32), bitcast=True)
     cursor = _first_tile(gl.program_id(0), slots, KV_GROUP)
@@ -305,6 +327,7 @@ def _gather_converting(
     offsets, is_valid = locate_rows(positions, pages, pool.num_pages, pool.page_size, stride_page, stride_row, IS_PAGED)
     row_ptrs = words_ptr + cursor.group.to(gl.int64) * stride_group + offsets
     parts = _load_rows(row_ptrs, is_valid, k, VALUE, D_PAYLOAD, D_TAIL, TAIL_OFFSET)
+    scales = _load_scales(row_ptrs, is_valid, NUM_SCALES, SCALE_OFFSET)
     cursor = _next_tile(_next_tile(cursor, slots, KV_GROUP), slots, KV_GROUP)
     positions = _load_slots(cursor, SLOTS_LAYOUT)
     first_count = 0
@@ -323,23 +346,24 @@ def _gather_converting(
         for tile in range((first_count + PARITY) % 2, num_tiles, 2):
             count = first_count + tile
             stage = count % STAGES
-            # Scales are loaded after the rows they stand in, whose sectors have come by now: a request of their own for
-            # them, before the others, would open every row of the memory twice.
-            scales = _load_scales(row_ptrs, is_valid, NUM_SCALES, SCALE_OFFSET)
             # Pages of this group's next tile, and positions of the one after it, come while this tile is converted.
             pages = _load_pages(positions, cursor, pool, IS_PAGED)
             group = cursor.group
             cursor = _next_tile(_next_tile(cursor, slots, KV_GROUP), slots, KV_GROUP)
             ahead = _load_slots(cursor, SLOTS_LAYOUT)
             mbarrier.wait(free.index(stage), ((count // STAGES) & 1) ^ 1)
-            _store_rows(parts, scales, is_valid, k, k_words, valid, row_scales, stage, D_TAIL)
-            _publish_copies(full.index(stage), 0, True)
-            # The rows of the next tile come while the other group converts.
-            offsets, is_valid = locate_rows(
+            # The rows of this group's next tile come to L2 while this one is converted, and from there while the other
+            # group converts: from memory they would come as late as they are asked for.
+            next_offsets, next_valid = locate_rows(
                 positions, pages, pool.num_pages, pool.page_size, stride_page, stride_row, IS_PAGED
             )
-            row_ptrs = words_ptr + group.to(gl.int64) * stride_group + offsets
+            row_ptrs = words_ptr + group.to(gl.int64) * stride_group + next_offsets
+            _prefetch_rows(row_ptrs, next_valid, ROW_WORDS)
+            _store_rows(parts, scales, is_valid, k, k_words, valid, row_scales, stage, D_TAIL)
+            _publish_copies(full.index(stage), 0, True)
+            is_valid = next_valid
             parts = _load_rows(row_ptrs, is_valid, k, VALUE, D_PAYLOAD, D_TAIL, TAIL_OFFSET)
+            scales = _load_scales(row_ptrs, is_valid, NUM_SCALES, SCALE_OFFSET)
             positions = ahead
         first_count += num_tiles
         items += 1

@@ -6,7 +6,16 @@ import torch
 
 from mla_ops.device import DeviceTraits, triton_refusals
 from mla_ops.launching import launch_on
-from mla_ops.ops.sparse_attn.call import Gradients, Results, Side, SparseAttnCall, SparseAttnProblem, Wanted
+from mla_ops.ops.sparse_attn.call import (
+    SCALED_FORMAT,
+    Gradients,
+    Results,
+    Scales,
+    Side,
+    SparseAttnCall,
+    SparseAttnProblem,
+    Wanted,
+)
 from mla_ops.ops.sparse_attn.configs.lookup import MAX_D_TOTAL
 from mla_ops.ops.sparse_attn.triton.backward import BackwardPlan, describe_backward, launch_backward, plan_backward
 from mla_ops.ops.sparse_attn.triton.forward import (
@@ -17,6 +26,12 @@ from mla_ops.ops.sparse_attn.triton.forward import (
     plan_forward,
 )
 from mla_ops.ops.sparse_attn.triton.kernel_sets import PORTABLE
+from mla_ops.ops.sparse_attn.triton.scaled import (
+    launch_scaled_backward,
+    launch_scaled_forward,
+    plan_scaled_backward,
+    plan_scaled_forward,
+)
 
 _SUPPORTED_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -31,7 +46,12 @@ class TritonBackend:
         reasons = triton_refusals(traits)
         if problem.dtype not in _SUPPORTED_DTYPES:
             reasons.append(f"dtype is {problem.dtype}, needs bf16, fp16 or fp32; cast q and kv")
-        if problem.kv_format != "dense":
+        if problem.is_scaled and problem.dtype != torch.bfloat16:
+            reasons.append(
+                f"dtype is {problem.dtype}, needs bf16 where rows are e4m3, whose products are made in bf16; quantise "
+                'bf16 tensors, or pass quantized="dequantize"'
+            )
+        if problem.kv_format not in ("dense", SCALED_FORMAT):
             reasons.append(f"kv_format is {problem.kv_format!r}, needs 'dense'; dequantise kv first")
         if problem.d_total > MAX_D_TOTAL:
             reasons.append(f'd_total is {problem.d_total}, needs at most {MAX_D_TOTAL}; pass backend="eager"')
@@ -50,6 +70,10 @@ class TritonBackend:
         self, side: Side, call: SparseAttnCall, problem: SparseAttnProblem, traits: DeviceTraits, wanted: Wanted
     ) -> ForwardPlan | BackwardPlan:
         """See `Backend.plan`."""
+        if problem.is_scaled:
+            if side == "backward":
+                return plan_scaled_backward(call, traits, wanted, problem)
+            return plan_scaled_forward(call, traits, problem)
         if side == "backward":
             return plan_backward(call, traits, wanted, problem=problem)
         return plan_forward(call, traits, max_logits_only=side == "max_logits", problem=problem)
@@ -58,8 +82,10 @@ class TritonBackend:
         """See `Backend.describe`."""
         return describe_forward(plan) if isinstance(plan, ForwardPlan) else describe_backward(plan)
 
-    def forward(self, call: SparseAttnCall, plan: ForwardPlan) -> Results:
+    def forward(self, call: SparseAttnCall, plan: ForwardPlan, scales: Scales | None = None) -> Results:
         """See `Backend.forward`."""
+        if scales is not None:
+            return launch_on(call.q.device, launch_scaled_forward, call, scales, plan)
         return launch_on(call.q.device, launch_forward, call, plan)
 
     def max_logits(self, call: SparseAttnCall, plan: ForwardPlan) -> torch.Tensor:
@@ -67,7 +93,15 @@ class TritonBackend:
         return launch_on(call.q.device, launch_max_logits, call, plan)
 
     def backward(
-        self, call: SparseAttnCall, results: Results, gradients: Gradients, wanted: Wanted, plan: BackwardPlan
+        self,
+        call: SparseAttnCall,
+        results: Results,
+        gradients: Gradients,
+        wanted: Wanted,
+        plan: BackwardPlan,
+        scales: Scales | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """See `Backend.backward`."""
+        if scales is not None:
+            return launch_on(call.q.device, launch_scaled_backward, call, scales, results, gradients, wanted, plan)
         return launch_on(call.q.device, launch_backward, call, results, gradients, wanted, plan)

@@ -36,6 +36,7 @@ class BackwardPlan(NamedTuple):
     is_deterministic: bool  # dkv is summed in the order of the queries
     wave_programs: int  # programs of the pass of dkv that run at a time
     launch_rows: int | None  # queries of a launch where atomics go through the keys in order
+    dtype: torch.dtype  # of dq and dkv
     is_empty: bool  # no queries or no heads: nothing is launched
     is_readable: bool  # kernels read the tensors of a call as they come
 
@@ -80,6 +81,7 @@ def plan_backward(
         is_deterministic=is_deterministic,
         wave_programs=wave_programs(choice.config[-1], traits.num_sms),
         launch_rows=launch_rows,
+        dtype=q.dtype,
         is_empty=bool(q.numel() == 0),
         is_readable=comes_readable,
     )
@@ -113,7 +115,7 @@ def launch_backward(
     `torch.use_deterministic_algorithms(True)` in the order of the queries.
     """
     if plan.is_empty:
-        return _zeros(call, results, wanted)
+        return _zeros(call, results, wanted, plan.dtype)
     is_traced = wrap is not as_it_is
     kernels, configs, _ = plan.choice
     call = kernels.prepared(call if plan.is_readable else readable(call))
@@ -128,7 +130,7 @@ def launch_backward(
         kernels.run_backward(call, results, gradients, into, plan.launches[number], wrap)
         plan.records[number].is_warm |= not is_traced
 
-    dq = unfilled(q.shape, q.dtype, q, is_traced=is_traced) if wanted.dq else None
+    dq = unfilled(q.shape, plan.dtype, q, is_traced=is_traced) if wanted.dq else None
     dsink = None if call.attn_sink is None else unfilled(lse.shape, torch.float32, q, is_traced=is_traced)
     dkv = None
     # What the pass of dkv computes besides it: dq and dsink, unless they have a pass of their own.
@@ -145,11 +147,12 @@ def launch_backward(
                 kv,
                 call.indices,
                 call.topk_length,
-                row_dtype(kv.dtype),
+                row_dtype(plan.dtype),
                 lambda partial, *where: run(-1, Into(others[0], partial, others[1], *where)),
                 head_blocks,
                 plan.wave_programs,
                 wrap,
+                dtype=plan.dtype,
             )
         else:
             dkv = q.new_zeros(kv.shape, dtype=torch.float32)
@@ -162,17 +165,19 @@ def launch_backward(
                     plan.launch_rows,
                 )
     return (
-        q.new_empty(0) if dq is None else dq,
-        kv.new_empty(0) if dkv is None else dkv.to(kv.dtype),
+        q.new_empty(0, dtype=plan.dtype) if dq is None else dq,
+        kv.new_empty(0, dtype=plan.dtype) if dkv is None else dkv.to(plan.dtype),
         lse.new_empty(0) if dsink is None else dsink.view(-1, q.shape[-2]).sum(0),
     )
 
 
-def _zeros(call: SparseAttnCall, results: Results, wanted: Wanted) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _zeros(
+    call: SparseAttnCall, results: Results, wanted: Wanted, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     sink = call.attn_sink
     return (
-        call.q.new_zeros(call.q.shape if wanted.dq else 0),
-        call.kv.new_zeros(call.kv.shape if wanted.dkv else 0),
+        call.q.new_zeros(call.q.shape if wanted.dq else 0, dtype=dtype),
+        call.kv.new_zeros(call.kv.shape if wanted.dkv else 0, dtype=dtype),
         results.lse.new_zeros(0 if sink is None else sink.shape),
     )
 

@@ -34,6 +34,7 @@ class ForwardPlan(NamedTuple):
     record: LaunchRecord
     out_shape: tuple[int, ...]  # as plain tuples: torch takes 0.4 us longer to read a torch.Size
     lse_shape: tuple[int, ...]
+    dtype: torch.dtype  # of out
     is_empty: bool  # no queries or no heads: nothing is launched
     is_readable: bool  # kernels read the tensors of a call as they come
 
@@ -69,6 +70,7 @@ def plan_forward(
         launch_record(device, *kernel, call.indices.dtype, is_split, choice.config),
         out_shape=(*q.shape[:-1], call.d_v),
         lse_shape=(*q.shape[:-1],),
+        dtype=q.dtype,
         is_empty=bool(q.numel() == 0),
         is_readable=comes_readable,
     )
@@ -90,7 +92,7 @@ def launch_forward(call: SparseAttnCall, plan: ForwardPlan, *, wrap: Wrap = as_i
         raise UnsupportedProblemError(
             f"{plan.kernels.name} kernels run in eager only, got traced=True; pass a FwdConfig"
         )
-    out = unfilled(plan.out_shape, q.dtype, q, is_traced=is_traced)
+    out = unfilled(plan.out_shape, plan.dtype, q, is_traced=is_traced)
     lse = unfilled(plan.lse_shape, torch.float32, q, is_traced=is_traced)
     if not plan.is_empty:
         call = call if plan.is_readable else readable(call)

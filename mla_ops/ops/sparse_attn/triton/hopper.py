@@ -100,6 +100,8 @@ class HopperKernels:
         config = hopper_config(key) if side == "forward" else hopper_backward_config(key)
         if traits.arch != 90:
             return f"the device is sm{traits.arch}, they need sm90"
+        if problem.is_scaled:
+            return "q or kv is a payload of e4m3, they need plain rows"
         if problem.dtype.itemsize != 2:
             return f"dtype is {problem.dtype}, they need bf16 or fp16"
         if config is None:

@@ -37,7 +37,7 @@ class PortableForward(NamedTuple):
     indices_strides: tuple[int, int, int]
     sizes: tuple[int, int, int, int]  # seq_q, seq_kv, topk, slots_per_split
     constants: tuple[int | bool, ...]  # of the kernel, from HEADS to USE_INT64_OFFSETS
-    options: dict[str, int]
+    options: dict[str, Any]
 
     @property
     def num_splits(self) -> int:
@@ -54,7 +54,7 @@ class PortableBackward(NamedTuple):
     constants: tuple[int, ...]  # of the kernel, from HEADS to STRIDE_ALIGN
     use_int64_offsets: bool
     orders: tuple[bool, bool]  # IS_KEY_MAJOR, IS_AHEAD
-    options: dict[str, int]
+    options: dict[str, Any]
 
 
 class PortableKernels:

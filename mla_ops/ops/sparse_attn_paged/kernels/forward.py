@@ -38,8 +38,8 @@ from mla_ops.kernels.row_codec import e4m3_to_half, opaque, split_row, ue8m0_to_
 def load_scales(ptr, row_bytes, row_mask, COUNT: tl.constexpr, TYPE: tl.constexpr, IS_TOGETHER: tl.constexpr):
     """Return COUNT fp32 vectors, the scales of each row that begin `row_bytes`, a multiple of 4, behind `ptr`.
 
-    IS_TOGETHER: fp32 scales are copied 16 bytes at a time. That takes 180 registers instead of 246 at 576/512 with 16
-    heads. Where rows are multiplied, it makes the layout of the rows that of the scales: copies of 4 bytes.
+    IS_TOGETHER: fp32 scales are copied 16 bytes at a time. Not where rows are multiplied by them: the compiler would
+    give the rows the layout of the scales, and copy them 4 bytes at a time.
     """
     scales = ()
     if TYPE == "fp32" and IS_TOGETHER:
