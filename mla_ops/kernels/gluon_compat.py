@@ -11,6 +11,8 @@ FIRST_VERSION, END_VERSION = (3, 6), (3, 9)
 
 def unsupported_reason() -> str | None:
     """Return why the Gluon kernels can't be used with the installed Triton, or None."""
+    if triton.knobs.runtime.interpret:
+        return "TRITON_INTERPRET is set, and Gluon is not interpreted; the plain kernel runs instead"
     version = tuple(int(part) for part in triton.__version__.split(".")[:2])
     if FIRST_VERSION <= version < END_VERSION:
         return None
