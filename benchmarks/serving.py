@@ -269,6 +269,8 @@ def launch_once(formats: tuple[str, ...], case: Case) -> None:
             paged(case, name, named_by, pages, selection)
         if name == "dense":
             dense_attention(case, pages, selection)
+        del pages
+        torch.cuda.empty_cache()  # one pool a process: as many as there are processes fit the device
     torch.cuda.synchronize()
 
 
