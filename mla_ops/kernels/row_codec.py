@@ -31,29 +31,31 @@ NAN_BITS = tl.constexpr(0x7FC00000)
 # Four codes to bf16: exponent and mantissa move to their places in half a word, and the product with 2^120 puts the
 # exponent right, of subnormals too. Adding 120 to the exponent instead would be wrong for zero and subnormals. A code
 # of NaN carries into bit 7 when 1 is added to its magnitude; prmt spreads that bit over the half.
-_E4M3_TO_BF16 = tl.constexpr("""{
-    .reg .b32 w0, w1, s0, s1, n, n0, n1;
-    prmt.b32 w0, $2, 0, 0x1404;
-    prmt.b32 w1, $2, 0, 0x3424;
-    shr.u32 s0, w0, 4;
-    shr.u32 s1, w1, 4;
-    and.b32 s0, s0, 0x07f007f0;
-    and.b32 s1, s1, 0x07f007f0;
-    and.b32 w0, w0, 0x80008000;
-    and.b32 w1, w1, 0x80008000;
-    or.b32 w0, w0, s0;
-    or.b32 w1, w1, s1;
-    and.b32 n, $2, 0x7f7f7f7f;
-    add.u32 n, n, 0x01010101;
-    prmt.b32 n0, n, 0, 0x9988;
-    prmt.b32 n1, n, 0, 0xbbaa;
-    or.b32 w0, w0, n0;
-    or.b32 w1, w1, n1;
-    mov.b32 s0, 0x7b807b80;
-    mov.b32 s1, 0x80008000;
-    fma.rn.bf16x2 $0, w0, s0, s1;
-    fma.rn.bf16x2 $1, w1, s0, s1;
-}""")
+# In one line: Inductor of torch 2.11 writes a global into a string of its own, which a line break would cut.
+_E4M3_TO_BF16 = tl.constexpr(
+    "{ .reg .b32 w0, w1, s0, s1, n, n0, n1; "
+    "prmt.b32 w0, $2, 0, 0x1404; "
+    "prmt.b32 w1, $2, 0, 0x3424; "
+    "shr.u32 s0, w0, 4; "
+    "shr.u32 s1, w1, 4; "
+    "and.b32 s0, s0, 0x07f007f0; "
+    "and.b32 s1, s1, 0x07f007f0; "
+    "and.b32 w0, w0, 0x80008000; "
+    "and.b32 w1, w1, 0x80008000; "
+    "or.b32 w0, w0, s0; "
+    "or.b32 w1, w1, s1; "
+    "and.b32 n, $2, 0x7f7f7f7f; "
+    "add.u32 n, n, 0x01010101; "
+    "prmt.b32 n0, n, 0, 0x9988; "
+    "prmt.b32 n1, n, 0, 0xbbaa; "
+    "or.b32 w0, w0, n0; "
+    "or.b32 w1, w1, n1; "
+    "mov.b32 s0, 0x7b807b80; "
+    "mov.b32 s1, 0x80008000; "
+    "fma.rn.bf16x2 $0, w0, s0, s1; "
+    "fma.rn.bf16x2 $1, w1, s0, s1; "
+    "}"
+)
 
 
 @triton.jit

@@ -8,14 +8,16 @@ from typing import Any
 
 import pytest
 import torch
+from fake_gpu import H100_TRAITS
 from scaled_calls import KINDS, Kind, ScaledInputs, assert_matches_scaled_oracle, run_scaled
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mla_ops.device import DeviceTraits
 from mla_ops.errors import DoubleBackwardError, InvalidInputError
 from mla_ops.ops.sparse_attn.backends import select
-from mla_ops.ops.sparse_attn.call import Gradients, Results, SparseAttnProblem, Wanted
+from mla_ops.ops.sparse_attn.call import SCALED_FORMAT, Gradients, Hints, Results, SparseAttnProblem, Wanted
 from mla_ops.ops.sparse_attn.eager import EagerBackend
+from mla_ops.ops.sparse_attn.triton.kernel_sets import choose
 from mla_ops.testing import Case, make_inputs
 
 SMALL = Case(d_total=24, d_v=16, heads=6, kv_group=3)
@@ -216,3 +218,14 @@ def test_symbolic_lengths_make_one_graph() -> None:
         inputs = scaled("plain", "row", replace(SMALL, seq_q=seq, seq_kv=10 * seq))
         assert torch.equal(compiled(*inputs.args)[0], torch.ops.mla.sparse_attn_scaled(*inputs.args)[0])
     assert len(counts) == 1
+
+
+@pytest.mark.parametrize("heads", [16, 64])
+@pytest.mark.parametrize("formats", [(SCALED_FORMAT, "dense"), ("dense", SCALED_FORMAT)])
+def test_payloads_of_wide_rows_are_for_the_portable_kernels(heads: int, formats: tuple[str, str]) -> None:
+    kv_format, q_format = formats
+    problem = SparseAttnProblem(576, 512, 2048, heads, 1, torch.bfloat16, kv_format=kv_format, q_format=q_format)
+    hints = Hints(batch=64, seq_q=1, seq_kv=2**17)
+    assert choose("forward", problem, hints, H100_TRAITS).kernels.name == "portable"
+    plain = replace(problem, kv_format="dense", q_format="dense")
+    assert choose("forward", plain, hints, H100_TRAITS).kernels.name != "portable"

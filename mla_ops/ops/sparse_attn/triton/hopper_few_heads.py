@@ -66,6 +66,8 @@ class HopperFewHeadsKernels:
         """Return why a side of `problem` is not run by these kernels: they can't, or other kernels are faster."""
         if side != "forward":
             return f"they have no {side}"
+        if problem.is_scaled:
+            return "q or kv is a payload of e4m3, they need plain rows"
         if hints is not None and problem.heads_per_group <= 16:
             kv_bytes = hints.batch * hints.seq_kv * problem.kv_group * problem.d_total * problem.dtype.itemsize
             if kv_bytes <= traits.l2_bytes and hints.rows * problem.kv_group >= CACHED_ITEMS * traits.num_sms:

@@ -25,10 +25,10 @@ from mla_ops.row_formats import ROW_ALIGN, row_format
 FORMATS = ("dense", "fp8", "fp8_all", "fp8_cache")
 # Positions are of 32 bits; a pool of more rows fits no device.
 MAX_POSITIONS = 2**31 - 1
-# Heads up to which rows with scales are left to the portable kernels where queries are few. At 576/512 with topk 2048,
-# in us on an H100: with 16 heads, 16 requests take the portable kernels 23 and this one 28, 64 requests 63 and 68 to
-# 72, 128 requests 116 and 111. With 32 heads, 128 requests take 165 and 125.
-MAX_SPLIT_HEADS = 16
+# Heads up to which the portable kernels are faster on rows with scales: at 576/512 with topk 2048 on an H100, 64 and
+# 128 requests of 16 heads take them 66 and 116 to 120 us, and this kernel 68 to 72 and 111 to 131 us. With 32 heads
+# 128 requests take 165 and 125 us.
+SLOW_HEADS = 16
 
 
 class FewHeadsPlan(NamedTuple):
@@ -59,10 +59,8 @@ class HopperFewHeadsKernels:
             return f"d_v is {problem.d_v}, a 16-bit tail must begin at a multiple of 64 channels"
         if layout.d_payload % ROW_ALIGN:
             return f"the payload has {layout.d_payload} channels, they take multiples of {ROW_ALIGN}"
-        if has_scales and problem.heads_per_group <= MAX_SPLIT_HEADS and hints is not None:
-            groups = hints.rows * problem.kv_group
-            if 3 * groups < 2 * traits.num_sms:
-                return f"{groups} queries fill less than two thirds of the SMs; portable kernels scale faster there"
+        if has_scales and problem.heads_per_group <= SLOW_HEADS and hints is not None:
+            return f"{problem.heads_per_group} heads share a row with scales of its own; portable kernels are faster"
         if hints is not None and hints.pool.unit < ROW_ALIGN:
             return f"rows start at multiples of {hints.pool.unit} bytes, not of {ROW_ALIGN}"
         return None
