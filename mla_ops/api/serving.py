@@ -132,7 +132,9 @@ def append_rows(
 
     The operator `torch.ops.mla.append_rows`, with Python types checked and `tail` as a keyword. Not differentiable. A
     row number outside the pool writes nothing, which is how a padded batch says so. Of equal row numbers in one call
-    one is written, whole. Nothing else in the pool changes, bytes that pad a row or a page included.
+    one is written, whole: the last, but on a GPU with more than 1024 rows any of them. Nothing else in the pool
+    changes, bytes that pad a row or a page included. With more than 1024 rows a GPU borrows 4 bytes for each row of the
+    pool.
 
     In compiled code a write copies no pool, but write into a pool once per graph where you can: compilers of torch have
     copied all of it for a second write with a read between. Under `mode="reduce-overhead"` the pool must be a buffer or

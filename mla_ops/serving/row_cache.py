@@ -16,7 +16,7 @@ class RowCache(nn.Module):
     Which page belongs to whom is the business of a server, or of `PagedCache`; this module writes the rows that it is
     told to and reads those that indices name. A row number is `page * page_size + offset`; one outside the pool writes
     nothing and is no key. The pool is a buffer, because `mode="reduce-overhead"` captures no graph that changes one of
-    its inputs. In one graph call `append` once: two of them with an `attend` between copy the pool.
+    its inputs. In one graph call `append` once: for two of them with an `attend` between, torch may copy the pool.
 
     Args:
         num_pages: pages of the pool.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from math import gcd
 from typing import NamedTuple
 
 import torch
@@ -10,7 +9,7 @@ import torch
 from mla_ops.launching import INT32_OFFSETS
 from mla_ops.ops.sparse_attn.call import SparseAttnCall
 from mla_ops.ops.sparse_attn_paged.call import SparseAttnPagedCall
-from mla_ops.row_formats import ROW_ALIGN
+from mla_ops.row_tiling import PoolStrides
 
 
 class Pool(NamedTuple):
@@ -28,21 +27,17 @@ class Pool(NamedTuple):
     @classmethod
     def of(cls, call: SparseAttnPagedCall) -> Pool:
         """Read the distances off the strides of `call.pages`."""
-        pages, layout = call.pages, call.layout
-        num_pages, page_size, kv_group, _ = pages.shape
-        itemsize = pages.element_size()
-        page, row, group = (stride * itemsize for stride in pages.stride()[:3])
-        scales = 0
-        if layout.scale_bytes:
-            row, scales = layout.data_bytes, page_size * layout.data_bytes
-        group = 0 if kv_group == 1 else group
-        unit = gcd(ROW_ALIGN, page, row, group, scales)
+        layout = call.layout
+        num_pages, page_size, kv_group, _ = call.pages.shape
+        strides = PoolStrides.of(call.pages, layout)
+        unit, page, row, group, _ = strides
         page_rows = page_size if num_pages <= 1 else page // row if row and page % row == 0 else 0
         page_rows = 0 if layout.scale_bytes or page_rows < page_size else page_rows
         return cls(
-            *(unit, page // unit, row // unit, group // unit, scales // unit, page_rows),
+            *strides,
+            page_rows=page_rows,
             has_one_stride=page_rows == page_size,
-            is_far=num_pages * page + kv_group * group >= INT32_OFFSETS,
+            is_far=(num_pages * page + kv_group * group) * unit >= INT32_OFFSETS,
         )
 
 

@@ -28,8 +28,6 @@ from mla_ops.ops.sparse_attn_paged.triton.pool import Hints, Pool
 from mla_ops.ops.sparse_attn_paged.triton.resolve import ResolvePlan, resolve
 from mla_ops.row_formats import row_format
 
-# The first compute capability that converts e4m3 by an instruction; before it, integers do.
-FIRST_NATIVE_E4M3 = 89
 # Fewer slots a program, or more programs a row, never pay: the merge takes longer than they save.
 MIN_SLOTS, MAX_SPLITS = 64, 32
 
@@ -94,7 +92,7 @@ class PortableKernels:
         cut = cut_row(name, problem.d_total, problem.d_v, config.max_chunk)
         # A power of two times a payload is exact, and costs fewer registers than parts of the logits.
         folds = form.scale == "fp32" and config.block_h <= MAX_FOLDING_HEADS
-        is_native = traits.arch >= FIRST_NATIVE_E4M3
+        is_native = traits.has_e4m3
         return PortablePlan(
             config,
             launch_record(
