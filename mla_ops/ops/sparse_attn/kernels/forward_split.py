@@ -9,7 +9,7 @@ from mla_ops.kernels.primitives import sink_keep
 
 @triton.jit(do_not_specialize=["num_splits"])
 def _sparse_attn_merge_kernel(
-    partial_out_ptr, partial_lse_ptr,  # fp32 [rows, splits, heads, d_v] and [rows, splits, heads]
+    partial_out_ptr, partial_lse_ptr,  # [rows, splits, heads, d_v] in fp32 or 16 bits, and fp32 [rows, splits, heads]
     attn_sink_ptr,
     out_ptr, lse_ptr,
     num_splits,
