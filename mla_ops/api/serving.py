@@ -14,8 +14,6 @@ from mla_ops.checks import (
     check_storage,
     check_tensor_types,
     dtype_of,
-    require,
-    require_size,
     shape_of,
 )
 from mla_ops.errors import InvalidInputError, UnsupportedShardingError
@@ -373,12 +371,14 @@ def _check_partials(outs: Sequence[torch.Tensor], lses: Sequence[torch.Tensor], 
             raise InvalidInputError(f"lses[{i}] must be float32, got {dtype_of(lse)}; use .float()")
         check_rank(f"outs[{i}]", out, first.dim(), "those of outs[0]")
         check_rank(f"lses[{i}]", lse, first.dim() - 1, "[..., heads]")
-        for dim, size in enumerate(first.shape):
-            require_size(f"outs[{i}]", out, dim, size, "that of outs[0]")
-            if dim < lse.dim():
-                require_size(f"lses[{i}]", lse, dim, size, "that of outs[0]")
+        # Compared here and not by `require`, whose message Dynamo can't trace: this is no operator with a fake.
+        if out.shape != first.shape:
+            raise InvalidInputError(f"outs[{i}] must have the shape of outs[0], {shape_of(first)}, got {shape_of(out)}")
+        if lse.shape != first.shape[:-1]:
+            raise InvalidInputError(f"lses[{i}] must be outs[0] without d_v, {shape_of(first)}, got {shape_of(lse)}")
     if attn_sink is not None:
         check_rank("attn_sink", attn_sink, 1, "[heads]")
         if attn_sink.dtype != torch.float32:
             raise InvalidInputError(f"attn_sink must be float32, got {dtype_of(attn_sink)}; use attn_sink.float()")
-        require(attn_sink.shape[0] == first.shape[-2], lambda: f"attn_sink must be [heads], got {shape_of(attn_sink)}")
+        if attn_sink.shape[0] != first.shape[-2]:
+            raise InvalidInputError(f"attn_sink must be [heads], got {shape_of(attn_sink)} for {shape_of(first)}")
