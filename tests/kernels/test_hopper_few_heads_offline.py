@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_kernels_offline import SMEM_BYTES, Compiled, compile_kernel
+from offline_compiler import SMEM_BYTES, Compiled, compile_kernel
 
 from mla_ops.device import DeviceTraits
 from mla_ops.ops.sparse_attn.call import Hints, SparseAttnProblem

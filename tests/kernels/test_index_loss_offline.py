@@ -6,7 +6,7 @@ from itertools import product
 from typing import Any
 
 import pytest
-from test_kernels_offline import SMEM_BYTES, Compiled, compile_kernel
+from offline_compiler import SMEM_BYTES, Compiled, compile_kernel
 
 from mla_ops.ops.attn_mass.configs.tables import ROWS, mass_config
 from mla_ops.ops.index_scores.configs.tables import (

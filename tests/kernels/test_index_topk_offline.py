@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_kernels_offline import SMEM_BYTES, Compiled, cuobjdump
+from offline_compiler import SMEM_BYTES, Compiled, cuobjdump
 
 from mla_ops.device import DeviceTraits
 from mla_ops.ops.index_topk.call import IndexTopkCall, IndexTopkProblem

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from offline_compiler import SMEM_BYTES, Compiled
 from test_index_topk_offline import compile_launch
-from test_kernels_offline import SMEM_BYTES, Compiled
 
 from mla_ops.device import DeviceTraits
 from mla_ops.ops.append_rows.call import AppendRowsCall, AppendRowsProblem

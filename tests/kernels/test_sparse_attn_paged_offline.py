@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from offline_compiler import SMEM_BYTES, Compiled
 from test_index_topk_offline import compile_launch
-from test_kernels_offline import SMEM_BYTES, Compiled
 
 from mla_ops.device import DeviceTraits
 from mla_ops.ops.sparse_attn.configs.launch import ConfigKey, FwdConfig, fwd_smem_bytes, launch_options
