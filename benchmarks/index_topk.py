@@ -12,7 +12,6 @@ sort. Both selections read fp32 scores.
 from __future__ import annotations
 
 import argparse
-import statistics
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -22,6 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from mla_ops.bench.graphs import microseconds
 from mla_ops.bench.provenance import write
 from mla_ops.device import traits_of
 from mla_ops.launching import as_it_is
@@ -160,29 +160,6 @@ class Run:
         return {name: partial(run, name) for name in self.case.stages}
 
 
-def microseconds(functions: dict[str, Callable[[], Any]]) -> dict[str, float]:
-    """Return the time of a replay of each function as a CUDA graph, taking turns."""
-    graphs = {}
-    for name, function in functions.items():
-        function()
-        torch.cuda.synchronize()
-        graphs[name] = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graphs[name]):
-            function()
-    times: dict[str, list[float]] = {name: [] for name in graphs}
-    for turn in range(ROUNDS + 1):
-        for name, graph in graphs.items():
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            repeats = 1 if turn == 0 else max(1, int(5e3 / times[name][0]))
-            start.record()
-            for _ in range(repeats):
-                graph.replay()
-            end.record()
-            end.synchronize()
-            times[name].append(start.elapsed_time(end) * 1e3 / repeats)
-    return {name: statistics.median(each[1:]) for name, each in times.items()}
-
-
 def peers(case: Case, calls: list[IndexTopkCall]) -> dict[str, Callable[[], Any]]:
     """Return what else computes a stage of a case, for all sets of inputs, by its name."""
     functions: dict[str, Callable[[], Any]] = {}
@@ -254,7 +231,7 @@ def sweep(name: str, case: Case, calls: list[IndexTopkCall], run: Run) -> list[d
         try:
             other = Run(case, calls, way=run.plan.selection.way, **chosen)
             other.check()
-            time = microseconds({timed: other.stages()[timed]})[timed] / len(calls)
+            time = microseconds({timed: other.stages()[timed]}, rounds=ROUNDS, turn_us=5e3)[timed] / len(calls)
         except Exception as error:
             records.append({"case": name, "stage": timed, "config": str(config), "error": str(error)[:200]})
             print(f"  {timed:10}  {config}: {type(error).__name__} {str(error)[:150]}", flush=True)
@@ -270,7 +247,7 @@ def measure(name: str, case: Case, is_swept: bool) -> list[dict[str, Any]]:
     calls = [case.draw() for _ in range(case.sets)]
     run = Run(case, calls)
     error = run.check()
-    times = microseconds({**run.stages(), **peers(case, calls)})
+    times = microseconds({**run.stages(), **peers(case, calls)}, rounds=ROUNDS, turn_us=5e3)
     records = []
     for what, time in times.items():
         us = time / len(calls)

@@ -11,7 +11,6 @@ after results and gradients have been held against each other. A copy is what us
 from __future__ import annotations
 
 import argparse
-import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor
 
 import mla_ops  # noqa: F401  # registers the operators
+from mla_ops.bench.graphs import microseconds
 from mla_ops.bench.provenance import write
 
 ROUNDS = 7
@@ -104,26 +104,6 @@ def check(found: dict[str, Callable[[], tuple[Tensor, ...]]]) -> float:
     return worst
 
 
-def microseconds(functions: dict[str, Callable[[], Any]]) -> dict[str, float]:
-    """Return the median time of a replay of each, taking turns."""
-    graphs = {}
-    for name, function in functions.items():
-        graphs[name] = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graphs[name]):
-            function()
-    times: dict[str, list[float]] = {name: [] for name in graphs}
-    for _ in range(ROUNDS):
-        for name, graph in graphs.items():
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-            for _ in range(3):
-                graph.replay()
-            end.record()
-            end.synchronize()
-            times[name].append(start.elapsed_time(end) * 1e3 / 3)
-    return {name: statistics.median(each) for name, each in times.items()}
-
-
 @torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -137,7 +117,7 @@ def main() -> None:
         error = check(functions)
         for function in functions.values():
             function()
-        times = microseconds(functions)
+        times = microseconds(functions, rounds=ROUNDS, turn_us=3e3)
         for what, us in times.items():
             side = what.rpartition(", ")[2]
             ratio = us / times[f"plain, {side}"]

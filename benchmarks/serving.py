@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import os
-import statistics
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
@@ -27,6 +26,7 @@ import torch
 from torch import Tensor
 
 import mla_ops  # noqa: F401  # registers the operators
+from mla_ops.bench.graphs import microseconds
 from mla_ops.bench.peers import flash_libraries, flash_peers
 from mla_ops.bench.provenance import write
 from mla_ops.bench.shapes import SOFTMAX_SCALE, Shape
@@ -202,25 +202,6 @@ def flash_dense(case: Case, function: Callable[..., Tensor], heads: int, pages: 
     return out[0][:, None, : case.heads]
 
 
-def microseconds(functions: dict[Any, Callable[[], Any]]) -> dict[Any, float]:
-    """Return the time of a replay of each function as a CUDA graph, taking turns."""
-    graphs = {}
-    for name, function in functions.items():
-        graphs[name] = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graphs[name]):
-            function()
-    times: dict[Any, list[float]] = {name: [] for name in graphs}
-    for _ in range(ROUNDS + 1):
-        for name, graph in graphs.items():
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-            graph.replay()
-            end.record()
-            end.synchronize()
-            times[name].append(start.elapsed_time(end) * 1e3)
-    return {name: statistics.median(each[1:]) for name, each in times.items()}
-
-
 def measure(case: Case, pools: dict[str, Tensor], libraries: list[str]) -> Iterator[dict[str, Any]]:
     """Check and time everything that runs a case."""
     moved = case.batch * case.topk * min(case.row_bytes(name) for name in pools)
@@ -240,7 +221,7 @@ def measure(case: Case, pools: dict[str, Tensor], libraries: list[str]) -> Itera
         if not errors[key] < (2e-2 if key[0] == PLAIN else 1e-2):
             raise AssertionError(f"{key} is off by {errors[key]:.2e} at {case}; nothing is timed that is wrong")
         calls[key] = lambda call=call: [call(selection) for selection in selections]
-    for (impl, name, named_by), total in microseconds(calls).items():
+    for (impl, name, named_by), total in microseconds(calls, rounds=ROUNDS).items():
         us, floor = total / len(selections), case.floor_us(name)
         read = case.batch * case.topk * case.row_bytes(name)
         yield {

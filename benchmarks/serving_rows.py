@@ -13,7 +13,6 @@ case is timed after its rows match those that torch quantises.
 from __future__ import annotations
 
 import argparse
-import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -21,6 +20,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from mla_ops.bench.graphs import microseconds
 from mla_ops.bench.provenance import write
 from mla_ops.device import traits_of
 from mla_ops.ops.append_rows.call import AppendRowsCall, AppendRowsProblem
@@ -181,29 +181,6 @@ class Run:
         return functions
 
 
-def microseconds(functions: dict[str, Callable[[], Any]]) -> dict[str, float]:
-    """Return the time of a replay of each function as a CUDA graph, taking turns."""
-    graphs = {}
-    for name, function in functions.items():
-        function()
-        torch.cuda.synchronize()
-        graphs[name] = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graphs[name]):
-            function()
-    times: dict[str, list[float]] = {name: [] for name in graphs}
-    for turn in range(ROUNDS + 1):
-        for name, graph in graphs.items():
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            repeats = 1 if turn == 0 else max(1, int(3e3 / times[name][0]))
-            start.record()
-            for _ in range(repeats):
-                graph.replay()
-            end.record()
-            end.synchronize()
-            times[name].append(start.elapsed_time(end) * 1e3 / repeats)
-    return {name: statistics.median(each[1:]) for name, each in times.items()}
-
-
 def alternatives(case: Case) -> dict[str, dict[str, Any]]:
     """Return other configurations of a case, by what they are called."""
     sizes = [(1, 1), (1, 2), (1, 4), (2, 2), (2, 4), (4, 2), (4, 4), (8, 4), (8, 8), (16, 8)]
@@ -224,7 +201,7 @@ def measure(name: str, case: Case, is_swept: bool) -> list[dict[str, Any]]:
     others = alternatives(case) if is_swept else {}
     functions |= {what: run.own(**chosen) for what, chosen in others.items()} if is_swept else run.peers()
     records = []
-    times = {what: time / case.sets for what, time in microseconds(functions).items()}
+    times = {what: time / case.sets for what, time in microseconds(functions, rounds=ROUNDS, turn_us=3e3).items()}
     for what, us in times.items():
         records.append({
             "case": name, **case._asdict(), "impl": what, "us": round(us, 2), "error": error,

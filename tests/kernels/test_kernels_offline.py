@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from offline_compiler import SMEM_BYTES, Compiled, compile_kernel
 
+from mla_ops.device import DeviceTraits
 from mla_ops.ops.sparse_attn.configs.head_dims import FAMILIES
 from mla_ops.ops.sparse_attn.configs.launch import (
     HOPPER_BLOCK_H,
@@ -31,7 +32,6 @@ from mla_ops.ops.sparse_attn.configs.lookup import (
     hopper_config,
 )
 from mla_ops.ops.sparse_attn.triton.portable import MERGED_CHANNELS, MERGED_SPLITS
-from mla_ops.ops.sparse_attn.triton.scaled import MIN_NATIVE_ARCH
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
 pytestmark = pytest.mark.skipif(
@@ -205,7 +205,7 @@ def payloads(arch: int, *, is_q_too: bool = False) -> dict[str, Any]:
 
     q = {"q_scale_ptr": ..., "IS_Q_SCALED_BY_ROW": True} if is_q_too else {}
     kv = {"kv_scale_ptr": ..., "IS_KV_SCALED_BY_ROW": True}
-    return {**q, **kv, "ELEMENT": tl.bfloat16, "IS_NATIVE_E4M3": arch >= MIN_NATIVE_ARCH}
+    return {**q, **kv, "ELEMENT": tl.bfloat16, "IS_NATIVE_E4M3": DeviceTraits("cuda", arch).has_e4m3}
 
 
 # (arch, family, heads): stack bytes that widened rows may add, outside of the loop or a reload or two inside it.
@@ -228,7 +228,11 @@ def test_payloads_fit_and_are_widened_once(arch: int, family: str, heads: int) -
         assert compiled.stack_bytes <= PAYLOAD_STACK.get((arch, family, heads), 0)
         # Rows of bytes are copied 16 at a time, and no value leaves shared memory by itself.
         assert compiled.count(r"cp\.async\.cg\.shared\.global [^;]*0x10") > 0 or config.num_stages == 1
-        assert compiled.count(r"cvt\S*e4m3x2") == 0 if arch < MIN_NATIVE_ARCH else compiled.count(r"cvt\S*e4m3x2") > 0
+        assert (
+            compiled.count(r"cvt\S*e4m3x2") == 0
+            if not DeviceTraits("cuda", arch).has_e4m3
+            else compiled.count(r"cvt\S*e4m3x2") > 0
+        )
 
 
 # Tiles that no table has and `shrink_to_fit` or a tuned row may: block_h, block_k, num_stages, is_key_major.

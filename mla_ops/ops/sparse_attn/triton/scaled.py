@@ -29,9 +29,6 @@ from mla_ops.ops.sparse_attn.triton.forward import ForwardPlan, launch_forward, 
 from mla_ops.ops.sparse_attn.triton.kernel_sets import PORTABLE, Choice, choose
 from mla_ops.ops.sparse_attn.triton.portable import PortableBackward, PortableForward, split_count
 
-# From here on devices convert e4m3; the ones before decode it with integers.
-MIN_NATIVE_ARCH = 89
-
 _Launch = TypeVar("_Launch", PortableForward, PortableBackward)
 
 
@@ -51,7 +48,7 @@ def plan_scaled_forward(
         num_splits = split_count(programs, problem.topk, config, traits, key_of(problem, traits))
     plan = plan_forward(call, traits, choice=choice, num_splits=num_splits)
     return plan._replace(
-        launch=_with_options(plan.launch, IS_NATIVE_E4M3=traits.arch >= MIN_NATIVE_ARCH),
+        launch=_with_options(plan.launch, IS_NATIVE_E4M3=traits.has_e4m3),
         record=launch_record(call.q.device, "forward", problem, call.indices.dtype, num_splits > 1, config),
         dtype=problem.dtype,
     )
@@ -74,7 +71,7 @@ def plan_scaled_backward(
     """Plan a backward of payloads on a device with `traits`, in the mode that torch is in."""
     choice = None if configs is None else Choice(PORTABLE, configs)
     plan = plan_backward(call, traits, wanted, problem=problem, choice=choice)
-    options = {"IS_NATIVE_E4M3": traits.arch >= MIN_NATIVE_ARCH}
+    options = {"IS_NATIVE_E4M3": traits.has_e4m3}
     kernel = (call.q.device, "backward", problem, call.indices.dtype)
     return plan._replace(
         launches=tuple(_with_options(launch, **options) for launch in plan.launches),
