@@ -115,8 +115,6 @@ def main() -> None:
         torch.manual_seed(0)
         functions = functions_of(case)
         error = check(functions)
-        for function in functions.values():
-            function()
         times = microseconds(functions, rounds=ROUNDS, turn_us=3e3)
         for what, us in times.items():
             side = what.rpartition(", ")[2]
